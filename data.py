@@ -1,0 +1,240 @@
+"""Questions, and the files they come from.
+
+A `Question` is what the environment asks: text, pictures, and the answer that only the reward
+sees. Training reads the layout of ViRL39K, the paper's data (Section 4.1, hub id
+TIGER-Lab/ViRL39K), from .parquet or from .jsonl with the same columns:
+
+    question  text, with an `<image>` marker where each picture belongs
+    answer    "\\boxed{...}", or the bare answer
+    image     list of paths relative to the file (or {"bytes": ...} structs in a parquet)
+    qid, category, PassRate_7BBase, PassRate_32BTrained   (optional)
+
+Section 4.1 also selects questions by how often a model already solves them: that is
+`load_questions(..., pass_rate=(column, low, high))`.
+
+What we do differently: about 850 rows of ViRL39K have a picture and no marker; their pictures come
+first. A row that cannot be used is an error that names it, before any training, never a skip.
+"""
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+MARKER = "<image>"
+MIN_SIDE = 28  # pixels: one visual token of Qwen2-VL and Qwen2.5-VL covers 28 x 28
+
+# What surrounds a question in the user turn, exact to the character (paper, appendix).
+TEMPLATES = {
+    "plain": "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    "rethink": "{question}\n\nGuidelines: \nPlease think step by step, and **regularly perform "
+    "self-questioning, self-verification, self-correction to check your ongoing reasoning**, using "
+    'connectives such as "Wait a moment", "Wait, does it seem right?", etc. Remember to put your '
+    "final answer within \\boxed{}.",
+    "bare": "{question}",
+}
+
+
+class UserError(Exception):
+    """Something the user can put right. Its message is one line: what, where, what to do."""
+
+
+@dataclass
+class Question:
+    """One thing to ask. `text` holds exactly one `<image>` marker a picture, in order."""
+
+    id: str
+    text: str
+    images: list  # of PIL images, paths, or encoded bytes: opened when the question is encoded
+    answer: str
+    choices: list[str] | None = None  # option texts from A on, where the question has them
+    category: str = ""
+
+
+def prompt_text(question: Question, template: str) -> str:
+    """The text of the user turn: the question inside one of TEMPLATES.
+
+    >>> prompt_text(Question("1", "Is {x} red?", [], "yes"), "bare")
+    'Is {x} red?'
+    """
+    return TEMPLATES[template].replace("{question}", question.text)
+
+
+def place_markers(text: str, n_images: int) -> str:
+    """Give `text` one marker a picture; pictures that have none come first.
+
+    >>> place_markers("What is it?", 2)
+    '<image><image>What is it?'
+    """
+    missing = n_images - text.count(MARKER)
+    if missing < 0:
+        raise ValueError(f"{n_images - missing} {MARKER} markers but {n_images} images")
+    return MARKER * missing + text
+
+
+def parse_choices(text: str) -> list[str] | None:
+    """The options of a multiple-choice question in ViRL39K's form, or None.
+
+    >>> parse_choices("Which?\\nChoices:\\n(A) 3 cm\\n(B) 4 cm")
+    ['3 cm', '4 cm']
+    """
+    _, found, tail = text.rpartition("Choices:")
+    if not found:
+        return None
+    options = re.findall(r"^[ \t]*\(?([A-Z])[).:][ \t]*(.*?)[ \t]*$", tail, flags=re.MULTILINE)
+    letters = "".join(letter for letter, _ in options)
+    if len(options) < 2 or letters != "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]:
+        return None
+    return [option for _, option in options]
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+def open_image(source) -> Image.Image:
+    """Any stored picture as upright RGB, no side under MIN_SIDE pixels.
+
+    `source` is a PIL image, a path, or the encoded bytes. Transparency is laid on white, as a
+    browser shows it. Raises OSError, ValueError or SyntaxError where the picture is broken.
+    """
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    width, height = image.size
+    if max(width, height) > 190 * min(width, height):
+        # Qwen's resizer refuses 200 and more, and its own rounding may add to ours.
+        raise ValueError(f"its sides {width} x {height} differ by a factor of more than 190")
+    if min(width, height) < MIN_SIDE:
+        scale = MIN_SIDE / min(width, height)
+        image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+    return image
+
+
+def check_images(questions: Iterable[Question], progress=lambda items: items) -> None:
+    """Decode every picture once. Raises UserError naming the first question whose picture fails."""
+
+    def problem(question: Question) -> str | None:
+        for source in question.images:
+            name = source if isinstance(source, (str, Path)) else "(embedded picture)"
+            try:
+                open_image(source)
+            except FileNotFoundError:
+                return f"qid {question.id}: image {name} does not exist; is images.zip unpacked?"
+            # PIL reports broken files by any of these, PNG chunks even by SyntaxError.
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                return f"qid {question.id}: image {name} cannot be read ({error}); replace it"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        for message in progress(pool.map(problem, questions)):
+            if message:
+                pool.shutdown(cancel_futures=True)
+                raise UserError(message)
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Rows of a .parquet or .jsonl file, each with its place ("file:line") for error messages."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                number = 0
+                for batch in file.iter_batches(batch_size=256):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield f"{path}: row {number}", row
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: not a readable parquet file ({reason})") from None
+    elif path.suffix == ".jsonl":
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}:{number}: invalid JSON ({error.msg})") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}:{number}: expected an object, as {{\"question\": ...}}")
+                yield f"{path}:{number}", row
+    else:
+        raise UserError(f"{path}: expected a .parquet or .jsonl file")
+
+
+def _image_sources(value, folder: Path) -> list:
+    """ViRL39K's image column: nothing, one path, or a list; paths are relative to the file."""
+    if value is None or value == "":
+        return []
+    sources = []
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, dict):
+            item = item.get("bytes") or item.get("path")
+        if not isinstance(item, (str, bytes)):
+            raise ValueError(f"an image must be a path or bytes, not {type(item).__name__}")
+        sources.append(folder / item if isinstance(item, str) else item)
+    return sources
+
+
+def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> list[Question]:
+    """Read a file in ViRL39K's layout.
+
+    pass_rate  (column, low, high) keeps the rows whose column lies in [low, high]; ViRL39K writes
+               -1 where a model was not measured, which no range from 0 on contains.
+
+    Raises UserError naming file and row for: no file, no rows, invalid JSON, no question, no
+    answer, a qid that comes twice, more markers than images, a pass-rate column that is not there.
+    """
+    path = Path(path)
+    questions, places = [], {}
+    n_rows = 0
+    for place, row in read_rows(path):
+        n_rows += 1
+        text, answer = row.get("question"), row.get("answer")
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{place}: no question; a row needs a non-empty 'question' text")
+        if answer is None or not str(answer).strip() or str(answer).strip() == "\\boxed{}":
+            raise UserError(f"{place}: no answer; a row needs a non-empty 'answer'")
+        qid = str(row["qid"] if row.get("qid") is not None else n_rows - 1)
+        if qid in places:
+            raise UserError(f"{place}: duplicate qid {qid!r}, first at {places[qid]}")
+        places[qid] = place
+        if pass_rate is not None:
+            column, low, high = pass_rate
+            if not isinstance(row.get(column), (int, float)):
+                known = ", ".join(sorted(row))
+                raise UserError(f"{place}: no number in column {column!r}; columns: {known}")
+            if not low <= row[column] <= high:
+                continue
+        try:
+            images = _image_sources(row.get("image"), path.parent)
+            text = place_markers(text, len(images))
+        except ValueError as error:
+            raise UserError(f"{place} (qid {qid}): {error}; mend the row") from None
+        category = str(row.get("category") or "")
+        questions.append(Question(qid, text, images, str(answer), parse_choices(text), category))
+    if n_rows == 0:
+        raise UserError(f"{path}: the file is empty")
+    if not questions:
+        raise UserError(f"{path}: none of {n_rows} rows has {pass_rate[0]} in the range asked for")
+    return questions
