@@ -1,0 +1,415 @@
+"""The policy: a Qwen vision-language model, and the log-probability of what it said.
+
+GRPO samples G responses y_1..y_G to one question. They share a prompt that is mostly image tokens,
+so the group is a *tree*, and one row holds it whole:
+
+    [ prompt | y_1 | y_2 | ... | y_G ]        T = P + R_1 + ... + R_G tokens instead of G (P + R)
+
+Each response attends to the prompt and to itself; its positions start right after the prompt's.
+The vision tower and the prompt run once a group, forward and backward, and the log-probabilities
+are those of G separate rows (tests/test_model.py holds them to 1e-5).
+
+The vocabulary projection is the largest tensor of such training: [T, 151936] floats. Here it is
+taken only where a response token is predicted, a chunk at a time, and computed again in the
+backward pass, so that full logits never exist.
+
+What we do differently from the released code: image, video and vision ids are banned, in sampling
+and in the log-probabilities, since a response that holds `<|image_pad|>` breaks the next forward
+pass; prompts are never cut; torchvision is not needed.
+
+Letters in shape comments: N questions or trees, G responses a question, P prompt tokens,
+R response tokens, T tokens of a packed row, K response tokens of a batch, V vocabulary, D features.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from data import MARKER, Question, UserError, open_image, prompt_text
+
+IMAGE_PAD = "<|image_pad|>"
+# Finite, so that 0 * NEVER is 0 and not nan in the entropy.
+NEVER = -1e30
+# Rows of the vocabulary projection computed at once: 512 x 151,936 floats are 311 MB.
+CHUNK = 512
+
+
+@dataclass
+class Prompt:
+    """A Question encoded once. Its pictures can be left behind: `with_pixels` makes them again."""
+
+    question: Question
+    template: str
+    input_ids: torch.Tensor  # [P]
+    position_ids: torch.Tensor  # [3, P]: temporal, height, width (M-RoPE)
+    image_grid_thw: torch.Tensor  # [images, 3], in patches
+    pixel_values: torch.Tensor | None  # [patches, channels * 2 * 14 * 14]
+
+    @property
+    def next_position(self) -> int:
+        """The position of the first response token: one past the largest of the prompt."""
+        return int(self.position_ids.max()) + 1
+
+
+@dataclass
+class Sample:
+    """The unit of RL: one response, as it was sampled, and what it earned."""
+
+    prompt: Prompt
+    tokens: torch.Tensor  # [R], EOS included where the policy said it
+    logprobs: torch.Tensor  # [R], under the policy that sampled them
+    mask: torch.Tensor  # [R], True = sampled by the policy, False = forced
+    text: str
+    finish: str  # "stop" (said EOS) or "length" (ran into the limit)
+    reward: float = 0.0
+    advantage: float = 0.0
+    step: int = 0  # optimiser step at which it was sampled
+    rethought: str | None = None  # the kind of trigger that was forced, if one was
+    extension: "Sample | None" = None  # this response, carried on after a forced trigger
+
+
+@dataclass
+class Trees:
+    """N groups as N padded rows, ready for the model. Built by `build_trees`."""
+
+    input_ids: torch.Tensor  # [N, T]
+    position_ids: torch.Tensor  # [3, N, T]
+    branch: torch.Tensor  # [N, T]: 0 = prompt, g = g-th response, -1 = padding
+    pixel_values: torch.Tensor | None  # [patches of all N, D]
+    image_grid_thw: torch.Tensor | None  # [images of all N, 3]
+    predictor: torch.Tensor  # [K]: flat index (row * T + column) of the token that predicts
+    targets: torch.Tensor  # [K]: the response token predicted there
+    lengths: list[int]  # response lengths, over trees and branches in order; they sum to K
+
+    def to(self, device) -> "Trees":
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
+
+
+class Policy(nn.Module):
+    """A Qwen-VL and what it needs to read a question and speak. Made by `load_policy`."""
+
+    def __init__(self, model, tokenizer, image_processor):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        config = model.config
+        text_config = config.get_text_config()
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+                 "vision_token_id")
+        banned = {getattr(config, name, None) for name in names}
+        banned |= {tokenizer.convert_tokens_to_ids("<|vision_pad|>")}
+        banned = [i for i in banned if isinstance(i, int) and 0 <= i < text_config.vocab_size]
+        self.banned_ids = sorted(banned)
+        # Not the generation_config's sampling settings: the published ones carry a repetition
+        # penalty and a temperature of 1e-6. Only the ids that end a turn are taken from it.
+        eos = model.generation_config.eos_token_id if model.generation_config else None
+        eos = eos if isinstance(eos, list) else [eos]
+        self.eos_ids = sorted({i for i in [*eos, tokenizer.eos_token_id] if i is not None})
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def text_model(self) -> nn.Module:
+        return self.model.model.language_model
+
+    def head_weight(self) -> torch.Tensor:
+        """[V, D]: the vocabulary projection (the embedding itself where they are tied)."""
+        tied = self.model.config.tie_word_embeddings
+        return (self.text_model.embed_tokens if tied else self.model.lm_head).weight
+
+    def embed(self, input_ids, pixel_values, image_grid_thw):
+        """Token embeddings [N, T, D] with the vision tower's features at the image tokens."""
+        embeds = self.text_model.embed_tokens(input_ids)
+        blank = pixel_values is None
+        if blank:
+            if not torch.distributed.is_initialized():
+                return embeds
+            # Another rank may hold pictures, and the tower's parameters are gathered and reduced
+            # by all ranks or by none: look at one blank picture and use nothing of it.
+            pixel_values, image_grid_thw = self.blank_picture(embeds)
+        features = self.model.model.get_image_features(pixel_values, image_grid_thw, return_dict=True)
+        features = torch.cat(list(features.pooler_output)).to(embeds.dtype)  # [image tokens, D]
+        if blank:
+            return embeds + 0.0 * features.sum()
+        at_image = (input_ids == self.model.config.image_token_id)[..., None]
+        return embeds.masked_scatter(at_image, features)
+
+    def blank_picture(self, like: torch.Tensor):
+        merge = self.image_processor.merge_size
+        width = 3 * self.image_processor.temporal_patch_size * self.image_processor.patch_size**2
+        grid = torch.tensor([[1, merge, merge]], device=like.device)
+        return torch.zeros(merge * merge, width, device=like.device), grid
+
+    def forward(self, trees: Trees, temperature: float = 1.0):
+        """Log-probability and entropy of every response token: ([K], [K]), fp32.
+
+        Both are of the distribution that was sampled from: softmax(logits / temperature) without
+        the banned ids.
+        """
+        embeds = self.embed(trees.input_ids, trees.pixel_values, trees.image_grid_thw)
+        hidden = self.text_model(
+            inputs_embeds=embeds,
+            position_ids=trees.position_ids,
+            attention_mask=tree_mask(trees.branch)[:, None],
+            use_cache=False,
+        ).last_hidden_state  # [N, T, D]
+        hidden = hidden.flatten(0, 1)[trees.predictor]  # [K, D]
+        weight = self.head_weight()
+        logprobs, entropies = [], []
+        for h, t in zip(hidden.split(CHUNK), trees.targets.split(CHUNK)):
+            logprob, entropy = checkpoint(
+                token_logprobs, h, weight, t, self.banned_ids, temperature, use_reentrant=False
+            )
+            logprobs.append(logprob)
+            entropies.append(entropy)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+
+def token_logprobs(hidden, weight, targets, banned_ids, temperature):
+    """hidden [K, D], weight [V, D], targets [K] -> log-probability [K], entropy [K] in fp32."""
+    logits = masked_logits(hidden, weight, banned_ids) / temperature  # [K, V]
+    log_z = logits.logsumexp(-1)
+    logprob = logits.gather(-1, targets[:, None])[:, 0] - log_z
+    with torch.no_grad():
+        entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
+    return logprob, entropy
+
+
+def masked_logits(hidden, weight, banned_ids):
+    """The vocabulary projection [K, V] in fp32, with NEVER at the banned ids."""
+    logits = F.linear(hidden, weight).float()
+    return logits.index_fill(-1, torch.tensor(banned_ids, device=logits.device), NEVER)
+
+
+# ---------------------------------------------------------------------------- trees
+
+
+def tree_mask(branch: torch.Tensor) -> torch.Tensor:
+    """Who attends to whom, [N, T, T]: earlier tokens of the prompt and of one's own response.
+
+    >>> tree_mask(torch.tensor([[0, 0, 1, 1, 2]]))[0].int()
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0],
+            [1, 1, 0, 0, 1]], dtype=torch.int32)
+    """
+    query, key = branch[:, :, None], branch[:, None, :]
+    t = torch.arange(branch.shape[1], device=branch.device)
+    # Padding has branch -1 and sees the padding before it: a row that sees nothing gives nan.
+    return (t[:, None] >= t[None, :]) & ((key == query) | ((key == 0) & (query >= 0)))
+
+
+def build_trees(groups: list[tuple[Prompt, list[torch.Tensor]]], pad_id: int = 0) -> Trees:
+    """Lay each (prompt, [response tokens [R], ...]) on one row; pad the rows to the longest.
+
+    The first token of every response is predicted by the last token of the prompt.
+
+    >>> ids = lambda *a: torch.tensor(a)
+    >>> q = Question("1", "?", [], "yes")
+    >>> prompt = Prompt(q, "bare", ids(7, 8), ids(0, 1).expand(3, 2), torch.zeros(0, 3), None)
+    >>> trees = build_trees([(prompt, [ids(11, 12), ids(21)])])
+    >>> trees.input_ids, trees.branch
+    (tensor([[ 7,  8, 11, 12, 21]]), tensor([[0, 0, 1, 1, 2]]))
+    >>> trees.position_ids[0], trees.predictor, trees.targets, trees.lengths
+    (tensor([[0, 1, 2, 3, 2]]), tensor([1, 2, 1]), tensor([11, 12, 21]), [2, 1])
+    """
+    T = max(len(p.input_ids) + sum(map(len, ys)) for p, ys in groups)
+    N = len(groups)
+    input_ids = torch.full((N, T), pad_id)
+    branch = torch.full((N, T), -1)
+    position_ids = torch.zeros(3, N, T, dtype=torch.long)
+    predictor, targets, lengths = [], [], []
+    for n, (prompt, responses) in enumerate(groups):
+        P = len(prompt.input_ids)
+        input_ids[n, :P] = prompt.input_ids
+        branch[n, :P] = 0
+        position_ids[:, n, :P] = prompt.position_ids
+        start, first = P, prompt.next_position
+        for g, y in enumerate(responses, 1):
+            R = len(y)
+            input_ids[n, start : start + R] = y
+            branch[n, start : start + R] = g
+            position_ids[:, n, start : start + R] = torch.arange(first, first + R)
+            at = torch.arange(start - 1, start + R - 1)
+            at[0] = P - 1
+            predictor.append(n * T + at)
+            targets.append(y)
+            lengths.append(R)
+            start += R
+    pixels = [p.pixel_values for p, _ in groups if len(p.image_grid_thw)]
+    grids = [p.image_grid_thw for p, _ in groups if len(p.image_grid_thw)]
+    return Trees(
+        input_ids, position_ids, branch,
+        torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None,
+        torch.cat(predictor), torch.cat(targets), lengths,
+    )
+
+
+def response_logprobs(policy: Policy, groups, temperature: float = 1.0):
+    """Log-probabilities and entropies of all responses of all groups, each [B, R], right-padded
+    with 0: B responses in order, R the longest. `groups` as `build_trees` takes them."""
+    trees = build_trees(groups).to(policy.device)
+    return tuple(pad_rows(x, trees.lengths) for x in policy(trees, temperature))
+
+
+def pad_rows(flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """[K] -> [B, R], each response a row, padded with 0.
+
+    >>> pad_rows(torch.tensor([1.0, 2.0, 3.0]), [2, 1])
+    tensor([[1., 2.],
+            [3., 0.]])
+    """
+    return nn.utils.rnn.pad_sequence(flat.split(lengths), batch_first=True)
+
+
+# ---------------------------------------------------------------------------- encoding
+
+
+def mrope_positions(input_ids, grid_thw, image_token_id: int, merge: int) -> torch.Tensor:
+    """M-RoPE positions [3, P] of a prompt (Qwen2-VL, Section 2.1).
+
+    Text counts on in all three rows alike. A picture of h x w merged patches starts where the text
+    stopped; its tokens share the temporal position and count rows and columns in the other two; the
+    text after it starts one past the largest.
+
+    >>> mrope_positions(torch.tensor([1, 9, 9, 9, 9, 2]), torch.tensor([[1, 4, 4]]), 9, 2)
+    tensor([[0, 1, 1, 1, 1, 3],
+            [0, 1, 1, 2, 2, 3],
+            [0, 1, 2, 1, 2, 3]])
+    """
+    spans, start, column = [], 0, 0
+    is_image = (input_ids == image_token_id).tolist()
+    grids = iter(grid_thw.tolist())
+    while column < len(is_image):
+        if is_image[column]:
+            t, h, w = next(grids)
+            h, w = h // merge, w // merge
+            spans.append(torch.cartesian_prod(*map(torch.arange, (t, h, w))).view(-1, 3).T + start)
+            start, column = start + max(t, h, w), column + t * h * w
+        else:
+            spans.append(torch.full((3, 1), start))
+            start, column = start + 1, column + 1
+    return torch.cat(spans, dim=1)
+
+
+def chat_text(policy: Policy, question: Question, template: str) -> str:
+    """The conversation as the checkpoint's chat template writes it, one IMAGE_PAD a picture."""
+    content = []
+    text = prompt_text(question, template)
+    for token in policy.tokenizer.get_added_vocab():
+        # A question that *says* <|image_pad|> must not claim a picture's place.
+        text = text.replace(token, token.replace("|", " | "))
+    for i, part in enumerate(text.split(MARKER)):
+        content += [{"type": "image"}] if i else []
+        content += [{"type": "text", "text": part}] if part else []
+    return policy.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def encode(policy: Policy, question: Question, template: str = "plain") -> Prompt:
+    """Encode a question: chat template, pictures resized and patched, one IMAGE_PAD a visual token.
+
+    Raises UserError naming the question where a picture cannot be read.
+    """
+    merge = policy.image_processor.merge_size
+    pixels, grid = None, torch.zeros(0, 3, dtype=torch.long)
+    if question.images:
+        try:
+            images = [open_image(source) for source in question.images]
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"qid {question.id}: an image cannot be read ({error})") from None
+        features = policy.image_processor(images=images, return_tensors="pt")
+        pixels, grid = features["pixel_values"], features["image_grid_thw"]
+    pieces = chat_text(policy, question, template).split(IMAGE_PAD)
+    counts = (grid.prod(-1) // merge**2).tolist()
+    if len(pieces) != len(counts) + 1:
+        raise UserError(
+            f"qid {question.id}: the chat template wrote {len(pieces) - 1} pictures, not "
+            f"{len(counts)}; is it the template of a Qwen-VL?"
+        )
+    text = pieces[0] + "".join(IMAGE_PAD * n + piece for n, piece in zip(counts, pieces[1:]))
+    input_ids = policy.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    image_id = policy.model.config.image_token_id
+    positions = mrope_positions(input_ids, grid, image_id, merge)
+    return Prompt(question, template, input_ids, positions, grid, pixels)
+
+
+def with_pixels(policy: Policy, prompt: Prompt) -> Prompt:
+    """The prompt with its pictures, made again where they were left behind."""
+    if prompt.pixel_values is not None or not len(prompt.image_grid_thw):
+        return prompt
+    return encode(policy, prompt.question, prompt.template)
+
+
+def decode(policy: Policy, tokens: torch.Tensor) -> str:
+    """The text of response tokens [R], without the ids that end a turn."""
+    ids = [i for i in tokens.tolist() if i not in policy.eos_ids]
+    return policy.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+# ---------------------------------------------------------------------------- load and save
+
+
+def load_policy(
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> Policy:
+    """Load a Qwen2-VL or Qwen2.5-VL from a directory or a hub id, in the published layout.
+
+    min_pixels, max_pixels  bounds on a picture's area after resizing; None: the checkpoint's own.
+
+    Raises UserError where there is no such model, or where it is not a Qwen-VL.
+    """
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--model {path}: no model can be read there ({reason})") from None
+    if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+        raise UserError(
+            f"--model {path}: a {config.model_type!r} model; this code trains qwen2_vl and qwen2_5_vl"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, config=config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--model {path}: the checkpoint is not whole ({reason})") from None
+    # The processor's template (chat_template.json) knows pictures; a tokenizer's may not.
+    processor_template = Path(path) / "chat_template.json"
+    if processor_template.is_file():
+        tokenizer.chat_template = json.loads(processor_template.read_text())["chat_template"]
+    if tokenizer.chat_template is None:
+        raise UserError(f"--model {path}: no chat template; take an Instruct checkpoint")
+    size = image_processor.size
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise UserError(f"min_pixels {size['shortest_edge']} > max_pixels {size['longest_edge']}")
+    return Policy(model, tokenizer, image_processor)
+
+
+def save_policy(policy: Policy, directory: Path, state_dict: dict | None = None) -> None:
+    """Write the model in the layout of the hub: `from_pretrained` and others' tools load it.
+
+    state_dict  full tensors on the CPU, for a model whose own parameters are sharded.
+    """
+    policy.model.save_pretrained(directory, state_dict=state_dict)
+    policy.tokenizer.save_pretrained(directory)
+    policy.image_processor.save_pretrained(directory)

@@ -1,0 +1,315 @@
+"""A visual world small enough to learn on a laptop, and a policy small enough to learn it.
+
+A picture is a grid of cells. Every cell has its own colour and holds a dot in the colour of another
+cell: a pointer. "Start at red and take 2 steps." asks for the colour reached. Two ways to answer:
+
+    fast   Looks like \\boxed{pink}.                                a guess from the colours it sees
+    slow   red to blue, blue to pink. So \\boxed{pink}.             reads, and is right once it can see
+
+and the way this project is about, a guess that is looked at again:
+
+    twice  Looks like \\boxed{red}. Wait, does it seem right? red to blue, blue to pink. So ...
+
+The policy is a real Qwen2.5-VL of about a million parameters with a tokenizer of its own and
+Qwen's special tokens. `toy_policy_dir` brings it up by a short supervised phase (the warm start):
+first mostly slow and twice, so that it learns to see, then a mix in which the fast guess dominates.
+That is the state the paper starts from: a base that can think slowly and rarely does. From there,
+reinforcement learning has to find out which way pays.
+
+Training and held-out questions never share a picture: a hash of the picture says which side it is on.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from data import MARKER, TEMPLATES, Question
+from model import Policy, encode, load_policy, response_logprobs, save_policy
+from rethink import TRIGGERS
+
+CELL = 28  # pixels a side: one visual token
+COLOURS = {
+    "red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 220, 50),
+    "pink": (250, 150, 190), "black": (20, 20, 20), "white": (250, 250, 250), "cyan": (70, 210, 220),
+    "orange": (245, 140, 30), "purple": (130, 50, 160), "brown": (120, 75, 40), "gray": (140, 140, 140),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A difficulty of the world and the warm start that makes its base policy."""
+
+    columns: int = 3
+    rows: int = 2
+    colours: int = 6
+    max_steps: int = 3  # of a chain
+    warm_steps: int = 400  # optimiser steps of the warm start
+    warm_batch: int = 64  # worked solutions a step
+    warm_lr: float = 1e-3
+    reading_share: float = 0.85  # of the warm start, spent learning to see
+    reading_mix: tuple = (0.1, 0.5, 0.4)  # of fast, slow, twice
+    final_mix: tuple = (0.75, 0.10, 0.15)
+    seed: int = 0
+    version: int = 1  # counts changes of the recipe that its fields do not show
+
+
+LEVELS = {
+    "easy": Recipe(),
+    # The base reads 20 to 50 % right and rarely tries.
+    "hard": Recipe(4, 3, 12, 4, warm_steps=460, final_mix=(0.94, 0.02, 0.04)),
+}
+
+
+# ---------------------------------------------------------------------------- the world
+
+
+@dataclass
+class World:
+    """One picture: `cells[i]` is the colour of cell i, `points_to[i]` the colour of its dot."""
+
+    columns: int
+    cells: list[str]
+    points_to: list[str]
+
+    def draw(self) -> Image.Image:
+        rows = len(self.cells) // self.columns
+        image = Image.new("RGB", (self.columns * CELL, rows * CELL))
+        pen = ImageDraw.Draw(image)
+        for i, (cell, dot) in enumerate(zip(self.cells, self.points_to)):
+            x, y = i % self.columns * CELL, i // self.columns * CELL
+            pen.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill=COLOURS[cell])
+            pen.ellipse((x + 7, y + 7, x + CELL - 8, y + CELL - 8), fill=COLOURS[dot])
+        return image
+
+    def follow(self, start: str, steps: int) -> list[str]:
+        """The colours met: [start, ..., answer], steps + 1 of them.
+
+        >>> World(3, ["red", "blue", "pink"], ["blue", "pink", "red"]).follow("red", 2)
+        ['red', 'blue', 'pink']
+        """
+        arrow = dict(zip(self.cells, self.points_to))
+        path = [start]
+        for _ in range(steps):
+            path.append(arrow[path[-1]])
+        return path
+
+    def heldout(self) -> bool:
+        """True for one picture in eight, by its content: the split is a property of the picture."""
+        key = " ".join([*self.cells, *self.points_to])
+        return hashlib.sha256(key.encode()).digest()[0] < 32
+
+
+def draw_world(recipe: Recipe, rng: random.Random, heldout: bool) -> World:
+    while True:
+        cells = rng.sample(list(COLOURS)[: recipe.colours], recipe.columns * recipe.rows)
+        points_to = [rng.choice([c for c in cells if c != cell]) for cell in cells]
+        world = World(recipe.columns, cells, points_to)
+        if world.heldout() == heldout:
+            return world
+
+
+def draw_question(recipe: Recipe, rng: random.Random, heldout: bool, qid: str):
+    """A Question and the path that solves it: (Question, [start, ..., answer])."""
+    world = draw_world(recipe, rng, heldout)
+    start, steps = rng.choice(world.cells), rng.randint(1, recipe.max_steps)
+    path = world.follow(start, steps)
+    plural = "s" if steps > 1 else ""
+    text = f"{MARKER}Start at {start} and take {steps} step{plural}."
+    return Question(qid, text, [world.draw()], path[-1], None, f"{steps} step{plural}"), path
+
+
+def toy_questions(recipe: Recipe, n: int, seed: int, heldout: bool = False) -> list[Question]:
+    """n questions, the same ones for the same arguments."""
+    side = "heldout" if heldout else "train"
+    rng = random.Random(f"{side} {seed}")
+    return [draw_question(recipe, rng, heldout, f"{side}-{seed}-{i}")[0] for i in range(n)]
+
+
+def slow_solution(path: list[str]) -> str:
+    """
+    >>> slow_solution(["red", "blue", "pink"])
+    'red to blue, blue to pink. So \\\\boxed{pink}.'
+    """
+    steps = ", ".join(f"{a} to {b}" for a, b in zip(path, path[1:]))
+    return f"{steps}. So \\boxed{{{path[-1]}}}."
+
+
+def worked_solution(question, path, recipe: Recipe, rng: random.Random, mix) -> list[str]:
+    """A solution in one of the three ways, drawn with the chances `mix`, as pieces of text.
+
+    Pieces are tokenised apart, because forced rethinking appends a trigger in just this way.
+    """
+    way = rng.choices(("fast", "slow", "twice"), mix)[0]
+    if way == "slow":
+        return [slow_solution(path)]
+    guesses = list(COLOURS)[: recipe.colours]
+    if way == "twice":  # only a wrong guess is worth a second look
+        guesses = [c for c in guesses if c != path[-1]]
+    guess = f"Looks like \\boxed{{{rng.choice(guesses)}}}."
+    if way == "fast":
+        return [guess]
+    return [guess, TRIGGERS[rng.choice(list(TRIGGERS))], "\n" + slow_solution(path)]
+
+
+# ---------------------------------------------------------------------------- the policy
+
+SPECIAL = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
+
+# The layout of Qwen's own template: a default system turn, then the turns; pictures where they stand.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over a few hundred sentences: every text can be written, the world's words are
+    one token each, and a colour is the same token wherever it stands."""
+    colour = f"(?:{'|'.join(COLOURS)})(?![A-Za-z])"
+    pieces = rf"\\boxed\{{|{colour}|\s*(?!{colour})[A-Za-z]+\s*|\s*[0-9]\s*|\s*[^\sA-Za-z0-9]+\s*|\s+"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pieces), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    rng = random.Random(0)
+    recipe = LEVELS["hard"]
+    corpus = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", *TEMPLATES.values()]
+    corpus += list(TRIGGERS.values()) * 9
+    for _ in range(300):
+        question, path = draw_question(recipe, rng, False, "")
+        corpus += [question.text, *worked_solution(question, path, recipe, rng, (1, 1, 1))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=560,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        extra_special_tokens=SPECIAL[1:], chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+def new_policy(seed: int = 0, hidden: int = 128, layers: int = 4, heads: int = 4) -> Policy:
+    """A Qwen2.5-VL with random weights: about a million parameters at the default size."""
+    tokenizer = toy_tokenizer()
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
+           ("im_end", "endoftext", "image_pad", "video_pad", "vision_start", "vision_end")}
+    half = hidden // heads // 2
+    rotary = [half // 4, (half - half // 4) // 2]
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": 3 * hidden,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads // 2,
+            "max_position_embeddings": 4096, "initializer_range": 0.08, "rms_norm_eps": 1e-6,
+            "bos_token_id": ids["endoftext"], "eos_token_id": ids["im_end"],
+            "pad_token_id": ids["endoftext"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                "mrope_section": [*rotary, half - sum(rotary)]},
+        },
+        vision_config={
+            "depth": 2, "hidden_size": hidden // 2, "intermediate_size": hidden, "num_heads": heads,
+            "out_hidden_size": hidden, "fullatt_block_indexes": [1], "initializer_range": 0.08,
+        },
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        # The default of 0.02 learns two to three times slower at this size.
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[ids["im_end"], ids["endoftext"]], pad_token_id=ids["endoftext"]
+    )
+    processor = Qwen2VLImageProcessorPil(min_pixels=CELL * CELL, max_pixels=64 * CELL * CELL)
+    return Policy(model, tokenizer, processor)
+
+
+def warm_start(recipe: Recipe, progress=tqdm) -> Policy:
+    """The base policy: supervised on worked solutions, first to see, then to guess."""
+    policy = new_policy(recipe.seed)
+    policy.train()
+    rng = random.Random(f"warm start {recipe.seed}")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe.warm_lr, betas=(0.9, 0.95),
+                                  weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.warm_lr, total_steps=recipe.warm_steps + 1, pct_start=0.05
+    )
+    tokenize = policy.tokenizer
+    bar = progress(range(recipe.warm_steps), desc="warm start", unit="step")
+    for step in bar:
+        reading = step < recipe.reading_share * recipe.warm_steps
+        mix = recipe.reading_mix if reading else recipe.final_mix
+        groups = []
+        for _ in range(recipe.warm_batch):
+            question, path = draw_question(recipe, rng, False, "")
+            pieces = worked_solution(question, path, recipe, rng, mix)
+            ids = [i for piece in pieces for i in tokenize(piece).input_ids]
+            response = torch.tensor([*ids, tokenize.eos_token_id])
+            groups.append((encode(policy, question, "bare"), [response]))
+        logprobs, _ = response_logprobs(policy, groups)  # [B, R], 0 where padded
+        loss = -logprobs.sum() / sum(len(ys[0]) for _, ys in groups)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", phase="see" if reading else "guess")
+    return policy
+
+
+def toy_policy_dir(recipe: Recipe, progress=tqdm) -> Path:
+    """The directory of the recipe's base policy; made once, then kept in the user's cache.
+
+    The warm start does not depend on the seed of a training run: like a published checkpoint, the
+    base is one, and seeds differ in what they sample from it.
+    """
+    key = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()[:12]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vl-rethinker"
+    directory = root / f"toy-{key}"
+    if not directory.exists():
+        policy = warm_start(recipe, progress)
+        root.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=root, prefix="unfinished-"))
+        save_policy(policy, unfinished)
+        try:
+            unfinished.rename(directory)
+        except OSError:  # another process was faster
+            shutil.rmtree(unfinished)
+    return directory
+
+
+def load_toy(recipe: Recipe, progress=tqdm) -> Policy:
+    return load_policy(str(toy_policy_dir(recipe, progress)))
