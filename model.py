@@ -151,6 +151,19 @@ class Policy(nn.Module):
         grid = torch.tensor([[1, merge, merge]], device=like.device)
         return torch.zeros(merge * merge, width, device=like.device), grid
 
+    def prefill(self, input_ids, position_ids, pixel_values, image_grid_thw):
+        """Hidden states [N, P, D] of right-padded prompts and each layer's keys and values, [N, H, P, d].
+
+        No mask: attention is causal, and padding on the right is seen by padding alone.
+        """
+        out = self.text_model(
+            inputs_embeds=self.embed(input_ids, pixel_values, image_grid_thw),
+            position_ids=position_ids,
+            use_cache=True,
+        )
+        layers = out.past_key_values.layers
+        return out.last_hidden_state, [x.keys for x in layers], [x.values for x in layers]
+
     def forward(self, trees: Trees, temperature: float = 1.0):
         """Log-probability and entropy of every response token: ([K], [K]), fp32.
 

@@ -1,0 +1,371 @@
+"""Sampling G responses a question: prefill once, decode many, forced tokens.
+
+A group shares its prompt, so the prompt runs through the model once a question and its keys and
+values serve all G rows. While decoding, a row's attention has two halves, softmax over both:
+
+    prefix  [N, H, P, d]   one a question: the G rows that share it attend as G queries of one matrix
+    suffix  [B, H, S, d]   one a row: what the row itself has said, written in place
+
+so that the prompt is stored once and read once a step, however many responses it has. Rows that
+have finished leave the batch. What the policy said is recorded as it is said: its token ids, their
+log-probabilities (the behaviour policy's, which PPO's ratio needs), and a mask that is False where
+a token was forced.
+
+Forced tokens are how Forced Rethinking (paper, Section 4.3; rethink.py) is sampled: when a row ends, `extend`
+may set it back behind some token and queue others; the row goes on from its own cache, in the same batch,
+and nothing is computed twice.
+
+What we do differently from the released code: temperature alone, no top-p or top-k, because these
+change the distribution whose log-probability is taken; nothing is read from generation_config.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from model import NEVER, Policy, Prompt, Sample, decode, masked_logits
+
+COMPACT_BELOW = 0.75  # finished rows leave when fewer than this share of the batch still decodes
+
+
+@dataclass
+class Extension:
+    """How a finished response goes on: its first `keep` tokens stay, `forced` ids follow."""
+
+    keep: int  # at least 1
+    forced: list[int]
+    kind: str  # the trigger's kind, recorded as Sample.rethought
+
+
+# (index of the prompt, index in the group, the finished response) -> how it goes on, or None
+Extend = Callable[[int, int, Sample], Extension | None]
+
+
+@dataclass
+class Rows:
+    """B responses under way. `length[b]` counts tokens said; the last said is fed next."""
+
+    origin: torch.Tensor  # [B] n * G + g: which response of which prompt
+    first: torch.Tensor  # [B] M-RoPE position of the first response token
+    length: torch.Tensor  # [B]
+    done: torch.Tensor  # [B] bool
+    tokens: torch.Tensor  # [B, S]
+    logprobs: torch.Tensor  # [B, S]
+    sampled: torch.Tensor  # [B, S] bool, False where forced
+    forced: torch.Tensor  # [B, S] ids to force at a place, or -1
+
+    def select(self, index: torch.Tensor) -> "Rows":
+        return Rows(*(tensor[index] for tensor in vars(self).values()))
+
+
+@dataclass
+class Cache:
+    """Keys and values of N prompts and B rows, a tensor a layer."""
+
+    prefix_k: list[torch.Tensor]  # [N, H, P, d]
+    prefix_v: list[torch.Tensor]
+    prefix_bias: torch.Tensor  # [N, 1, 1, P]: 0, or NEVER at padding
+    suffix_k: list[torch.Tensor]  # [B, H, S, d]
+    suffix_v: list[torch.Tensor]
+    slot: torch.Tensor  # [B] n * G + g, with n counting the prompts still here
+    group_size: int
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep these rows; drop the prompts that have none left."""
+        self.suffix_k = [k[index] for k in self.suffix_k]
+        self.suffix_v = [v[index] for v in self.suffix_v]
+        prompt, member = self.slot[index] // self.group_size, self.slot[index] % self.group_size
+        kept, renumbered = prompt.unique(return_inverse=True)
+        if len(kept) < len(self.prefix_bias):
+            self.prefix_k = [k[kept] for k in self.prefix_k]
+            self.prefix_v = [v[kept] for v in self.prefix_v]
+            self.prefix_bias = self.prefix_bias[kept]
+        self.slot = renumbered * self.group_size + member
+
+    def grow(self, size: int) -> None:
+        """Room for `size` tokens a row. Doubled when full, so a step copies nothing."""
+        room = size - self.suffix_k[0].shape[2]
+        if room > 0:
+            self.suffix_k = [F.pad(k, (0, 0, 0, room)) for k in self.suffix_k]
+            self.suffix_v = [F.pad(v, (0, 0, 0, room)) for v in self.suffix_v]
+
+
+# ---------------------------------------------------------------------------- the model, token by token
+
+
+def prefill(policy: Policy, prompts: list[Prompt], group_size: int) -> tuple[torch.Tensor, Cache]:
+    """Run N prompts, right-padded, once. Returns the last token's hidden state [N, D] and the cache."""
+    N, P = len(prompts), max(len(p.input_ids) for p in prompts)
+    input_ids = torch.zeros(N, P, dtype=torch.long)
+    position_ids = torch.zeros(3, N, P, dtype=torch.long)
+    bias = torch.full((N, P), NEVER)
+    for n, prompt in enumerate(prompts):
+        length = len(prompt.input_ids)
+        input_ids[n, :length] = prompt.input_ids
+        position_ids[:, n, :length] = prompt.position_ids
+        bias[n, :length] = 0.0
+    last = torch.tensor([len(p.input_ids) - 1 for p in prompts])
+    pictured = [p for p in prompts if len(p.image_grid_thw)]
+    pixels = torch.cat([p.pixel_values for p in pictured]) if pictured else None
+    grids = torch.cat([p.image_grid_thw for p in pictured]) if pictured else None
+
+    device = policy.device
+    hidden, keys, values = policy.prefill(
+        input_ids.to(device), position_ids.to(device),
+        None if pixels is None else pixels.to(device), None if grids is None else grids.to(device),
+    )
+    B = N * group_size
+    empty = [k.new_zeros(B, k.shape[1], 0, k.shape[3]) for k in keys]
+    cache = Cache(
+        keys, values, bias[:, None, None].to(device), empty, list(empty),
+        torch.arange(B, device=device), group_size,
+    )
+    return hidden[torch.arange(N, device=device), last.to(device)], cache
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [B, H, d] at one position a row; cos, sin [B, 1, d]."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) -> torch.Tensor:
+    """Feed one token a row and return its hidden state [B, D].
+
+    tokens     [B] ids; positions [B] their M-RoPE position (one number: for text all three agree)
+    at         [B] where in the suffix the token stands
+    span       1 + the largest `at`, known to the host, so that attention reads no further
+    """
+    model = policy.text_model
+    angles = positions[:, None].float() * model.rotary_emb.inv_freq  # [B, d / 2]
+    angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, d]
+    x = model.embed_tokens(tokens)  # [B, D]
+    scale = model.rotary_emb.attention_scaling
+    cos, sin = (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+    row = torch.arange(len(tokens), device=x.device)
+    seen = torch.arange(span, device=x.device) <= at[:, None]  # [B, S]
+    suffix_bias = torch.where(seen, 0.0, NEVER)[:, None, None]  # [B, 1, 1, S]
+    for i, layer in enumerate(model.layers):
+        attention = layer.self_attn
+        h = layer.input_layernorm(x)
+        q, k, v = (
+            project(h).unflatten(-1, (-1, attention.head_dim))
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        cache.suffix_k[i][row, :, at] = k
+        cache.suffix_v[i][row, :, at] = v
+        mixed = tree_attention(
+            q.unflatten(1, (k.shape[1], -1)) * attention.scaling,
+            (cache.prefix_k[i], cache.prefix_v[i], cache.prefix_bias),
+            (cache.suffix_k[i][:, :, :span], cache.suffix_v[i][:, :, :span], suffix_bias),
+            cache.slot,
+            cache.group_size,
+        )
+        x = x + attention.o_proj(mixed.flatten(1))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.norm(x)
+
+
+def tree_attention(q, prefix, suffix, slot, group_size: int) -> torch.Tensor:
+    """Attention of B rows over their prompt and over themselves, as one softmax. [B, H, g, d]
+
+    q       [B, H, g, d] scaled queries: H key-value heads, each read by g query heads
+    prefix  k, v [N, H, P, d] and bias [N, 1, 1, P];  suffix  k, v [B, H, S, d], bias [B, 1, 1, S]
+    slot    [B] n * group_size + member. Members that have left are empty queries, which costs
+            nothing: reading the prompt's keys once is what takes the time.
+    """
+    N, H = prefix[0].shape[:2]
+    g, d = q.shape[2:]
+    shared = q.new_zeros(N * group_size, H, g, d)
+    shared[slot] = q
+    shared = shared.view(N, group_size, H, g, d).transpose(1, 2).reshape(N, H, group_size * g, d)
+    parts = []
+    for part in partial_softmax(shared, *prefix):
+        part = part.view(N, H, group_size, g, -1).transpose(1, 2).reshape(N * group_size, H, g, -1)
+        parts.append(part[slot])
+    out_p, max_p, sum_p = parts
+    out_s, max_s, sum_s = partial_softmax(q, *suffix)
+    top = torch.maximum(max_p, max_s)
+    weight_p, weight_s = (max_p - top).exp(), (max_s - top).exp()
+    out = out_p * weight_p + out_s * weight_s
+    return (out / (sum_p * weight_p + sum_s * weight_s)).to(q.dtype)
+
+
+def partial_softmax(q, k, v, bias):
+    """The numerator, the largest score and the sum of a softmax, to be merged with another part's."""
+    scores = (q @ k.transpose(-1, -2)).float() + bias
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top).exp_()
+    return (weights.to(v.dtype) @ v).float(), top, weights.sum(-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def generate(
+    policy: Policy,
+    prompts: list[Prompt],
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    extend: Extend | None = None,
+    max_rows: int = 256,
+    progress: Callable[[int], None] = lambda finished: None,
+) -> list[list[Sample]]:
+    """Sample `group_size` responses to each prompt: a list of Samples a prompt, in order.
+
+    temperature  0 decodes greedily; log-probabilities are then those at temperature 1
+    generator    on the policy's device; all randomness comes from it
+    extend       asked once for each response that ends; see Extension. What it extends comes back
+                 as Sample.extension of the response that it extends
+    max_rows     responses decoded at once: their cache is what bounds it
+    progress     called with the number of responses that have just finished
+
+    Prompts of like length are decoded together, so that little is padded.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
+    per_batch = max(1, max_rows // group_size)
+    groups: list[list[Sample]] = [[] for _ in prompts]
+    was_training = policy.training
+    policy.eval()  # transformers keeps no cache while it checkpoints activations
+    with torch.no_grad():
+        for start in range(0, len(order), per_batch):
+            chosen = order[start : start + per_batch]
+            ask = None if extend is None else lambda n, g, s: extend(chosen[n], g, s)
+            batch = generate_batch(
+                policy, [prompts[i] for i in chosen], group_size, max_new_tokens, temperature,
+                generator, ask, progress,
+            )  # fmt: skip
+            for i, group in zip(chosen, batch):
+                groups[i] = group
+    policy.train(was_training)
+    return groups
+
+
+def generate_batch(
+    policy, prompts, group_size, max_new_tokens, temperature, generator, extend, progress
+) -> list[list[Sample]]:
+    """`generate` for prompts that fit in one batch."""
+    device = policy.device
+    eos = torch.tensor(policy.eos_ids, device=device)
+    hidden, cache = prefill(policy, prompts, group_size)
+    hidden = hidden.repeat_interleave(group_size, 0)  # [B, D]
+    rows = new_rows(prompts, group_size, max_new_tokens, device)
+    samples: list[list[Sample]] = [[None] * group_size for _ in prompts]
+    # Looking at `done` makes the host wait for the GPU; on a CPU it costs nothing.
+    check_every = 16 if device.type == "cuda" else 2
+    longest, steps = 0, 0
+    while True:
+        token, logprob = sample_token(policy, hidden, temperature, generator)
+        rows = advance(rows, token, logprob, eos, extend is not None)
+        longest, steps = min(longest + 1, max_new_tokens), steps + 1
+        if steps % check_every == 0 or longest == max_new_tokens:
+            finish(policy, rows, prompts, samples, extend, progress)
+            live = (~rows.done).nonzero()[:, 0]
+            if len(live) == 0:
+                return samples
+            if len(live) <= COMPACT_BELOW * len(rows.done):
+                rows = rows.select(live)
+                cache.select(live)
+            longest = int(rows.length.max())
+        if longest > cache.suffix_k[0].shape[2]:
+            cache.grow(min(max(64, 2 * longest), max_new_tokens))
+        at = rows.length - 1
+        token = rows.tokens.gather(1, at[:, None])[:, 0]
+        hidden = decode_step(policy, cache, token, rows.first + at, at, longest)
+
+
+def new_rows(prompts: list[Prompt], group_size: int, size: int, device) -> Rows:
+    B = len(prompts) * group_size
+    first = torch.tensor([p.next_position for p in prompts]).repeat_interleave(group_size)
+    return Rows(
+        origin=torch.arange(B, device=device),
+        first=first.to(device),
+        length=torch.zeros(B, dtype=torch.long, device=device),
+        done=torch.zeros(B, dtype=torch.bool, device=device),
+        tokens=torch.zeros(B, size, dtype=torch.long, device=device),
+        logprobs=torch.zeros(B, size, device=device),
+        sampled=torch.ones(B, size, dtype=torch.bool, device=device),
+        forced=torch.full((B, size), -1, device=device),
+    )
+
+
+def sample_token(policy: Policy, hidden, temperature: float, generator):
+    """hidden [B, D] -> a token [B] and its log-probability [B], drawn by the Gumbel-max trick.
+
+    argmax of logits - log(e), e exponential, is a draw from the softmax: no host synchronisation.
+    """
+    logits = masked_logits(hidden, policy.head_weight(), policy.banned_ids)  # [B, V]
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        logits = logits / temperature
+        noise = torch.empty_like(logits).exponential_(generator=generator).clamp_min_(1e-20)
+        token = (logits - noise.log_()).argmax(-1)
+    logprob = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+    return token, logprob
+
+
+def advance(rows: Rows, token, logprob, eos, may_force: bool) -> Rows:
+    """Write the next token of every live row, in place. A forced id takes the sampled one's place."""
+    size = rows.tokens.shape[1]
+    at = rows.length.clamp(max=size - 1)[:, None]
+    keep = rows.done[:, None]  # a finished row writes back what stands there
+    ends = torch.isin(token, eos)
+    if may_force:
+        forced = rows.forced.gather(1, at)[:, 0]
+        is_forced = forced >= 0
+        token = torch.where(is_forced, forced, token)
+        ends = ends & ~is_forced
+        sampled = torch.where(keep, rows.sampled.gather(1, at), ~is_forced[:, None])
+        rows.sampled.scatter_(1, at, sampled)
+    rows.tokens.scatter_(1, at, torch.where(keep, rows.tokens.gather(1, at), token[:, None]))
+    rows.logprobs.scatter_(1, at, torch.where(keep, rows.logprobs.gather(1, at), logprob[:, None]))
+    rows.length += ~rows.done
+    rows.done |= ends | (rows.length >= size)
+    return rows
+
+
+def finish(policy: Policy, rows: Rows, prompts, samples, extend, progress) -> None:
+    """Collect the responses that have ended; extend those that `extend` wants longer, in place."""
+    ended = (rows.done & (rows.origin >= 0)).nonzero()[:, 0]
+    if len(ended) == 0:
+        return
+    group_size = len(samples[0])
+    longest = int(rows.length[ended].max())
+    origin, length = rows.origin[ended].tolist(), rows.length[ended].tolist()
+    tokens, logprobs, sampled = (
+        x[ended, :longest].cpu() for x in (rows.tokens, rows.logprobs, rows.sampled)
+    )
+    finished = 0
+    for i, row in enumerate(ended.tolist()):
+        n, g = divmod(origin[i], group_size)
+        y = tokens[i, : length[i]].clone()
+        sample = Sample(
+            prompts[n], y, logprobs[i, : length[i]].clone(), sampled[i, : length[i]].clone(),
+            decode(policy, y), "stop" if int(y[-1]) in policy.eos_ids else "length",
+        )  # fmt: skip
+        rows.origin[row] = -1  # collected
+        if samples[n][g] is not None:
+            first = samples[n][g]
+            sample.rethought, first.extension = first.rethought, sample
+            first.rethought = None
+            continue
+        samples[n][g] = sample
+        finished += 1
+        extension = extend(n, g, sample) if extend else None
+        if extension:
+            sample.rethought = extension.kind  # moves to the extension when that is done
+            end = extension.keep + len(extension.forced)
+            rows.forced[row, extension.keep : end] = torch.tensor(
+                extension.forced, device=rows.forced.device
+            )
+            rows.sampled[row, extension.keep :] = True
+            rows.length[row] = extension.keep
+            rows.done[row] = False
+            rows.origin[row] = origin[i]
+    progress(finished)
