@@ -1,5 +1,157 @@
+"""Forced Rethinking (paper, Section 4 and appendix): the policy is made to look again.
+
+    y = y1 + trigger + y2
+
+When a response y1 has ended, a trigger such as "Wait, does it seem right?" is appended to a share q of
+the responses and the policy goes on. Where the new answer is correct, at most two a question, the whole y
+takes y1's place in its group, and an additional loss teaches the policy to say it by itself:
+
+    L = L_GRPO + c * mean of -log pi(y_t)  over the tokens of the kept ones
+
+The EOS of y1 is removed. Trigger tokens are *forced*: context for y2, never in the policy-gradient
+loss (the policy did not choose them), always in the second one (there it learns to choose them).
+
+What we do differently from the released code: the trigger is drawn without looking at the label
+(`oracle` has the code's rule, which knows whether y1 was right); a kept response is weighed against the
+group's mean *before* replacement (replacing first lifts the mean, and so pushes down siblings that
+only had no second chance); its reward is its own; every attempt is counted by what became of it.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Exact to the character (paper, appendix).
 TRIGGERS = {
     "self_questioning": "\n\nWait, does it seem right?",
     "self_correction": "\n\nWait, there might be a mistake",
     "self_verification": "\n\nWait, let's double check",
 }
+
+
+@dataclass
+class Rethinking:
+    """Who looks again, and which second looks are kept."""
+
+    fraction: float = 0.0  # q, of the responses that ended by themselves and leave room
+    quota: int = 2  # kept a question
+    trigger: str = "uniform"  # or "oracle": verification if y1 is right, correction if not
+    cutback: float = 0.0  # chance that y1 is first cut back to before its answer
+    min_tokens: int = 1  # of y2
+    max_tokens: int = 1024
+
+
+def plan_extension(
+    settings: Rethinking, sample, correct: bool, encode_trigger, cut, max_new_tokens: int, rng
+) -> tuple[int, list[int], str] | None:
+    """How a finished response goes on: (tokens of y1 kept, trigger ids, kind), or None.
+
+    encode_trigger  text -> token ids
+    cut             sample -> tokens before its answer (see `tokens_before_answer`)
+    """
+    # Drawn first and always, so that one response's luck does not depend on another's length.
+    chosen, cut_back = rng.random() < settings.fraction, rng.random() < settings.cutback
+    kind = rng.choice(list(TRIGGERS))
+    if settings.trigger == "oracle":
+        kind = "self_verification" if correct else "self_correction"
+    if not chosen or sample.finish != "stop":
+        return None
+    keep = cut(sample) if cut_back else len(sample.tokens) - 1  # without its EOS
+    forced = encode_trigger(TRIGGERS[kind])
+    if keep < 1 or keep + len(forced) + settings.min_tokens > max_new_tokens:
+        return None
+    return keep, forced, kind
+
+
+def tokens_before_answer(tokens: list[int], decode: Callable[[list[int]], str]) -> int:
+    """How many tokens stand before the last `\\boxed`; all but the EOS where there is no box.
+
+    >>> tokens_before_answer([1, 2, 3, 0], lambda ids: "".join(["", "So ", "\\\\boxed{", "5}"][i] for i in ids))
+    1
+    """
+    at = decode(tokens).rfind("\\boxed")
+    if at < 0:
+        return len(tokens) - 1
+    for keep in range(len(tokens) - 1, -1, -1):
+        if len(decode(tokens[:keep])) <= at:
+            return keep
+    return 0
+
+
+def is_kept(settings: Rethinking, extension) -> bool:
+    """A second look counts when it ended by itself, is correct, and is neither too short nor too long."""
+    forced = (~extension.mask).nonzero()[:, 0]
+    spoken = len(extension.tokens) - int(forced[-1]) - 1  # of y2
+    ended = extension.finish == "stop"
+    return ended and extension.reward > 0 and settings.min_tokens <= spoken <= settings.max_tokens
+
+
+def merge_rethought(
+    settings: Rethinking, groups: list[list], scale: str = "mean", baseline: str = "before"
+) -> tuple[list[list], Counter]:
+    """Put kept second looks in the place of their y1. Rewards are set; advantages of y1 too.
+
+    groups    lists of samples; those that were extended have `.extension`, itself with a reward
+    baseline  "before": A = (r - mean) / s with mean and s of the group as sampled, siblings untouched;
+              "after": all advantages of the group must be taken anew by the caller (the code's form)
+
+    Returns the groups and the counts: attempted, kept, tokens, and wrong_right, right_right,
+    right_wrong, wrong_wrong (y1's answer, then y's).
+
+    A group of two wrong answers, the second right after a second look:
+
+    >>> from types import SimpleNamespace as S; import torch
+    >>> again = S(tokens=[5, 9, 6], mask=torch.tensor([True, False, True]), finish="stop", reward=1.0)
+    >>> group = [S(reward=0.0, advantage=0.0, extension=None, tokens=[4]),
+    ...          S(reward=0.0, advantage=0.0, extension=again, tokens=[5])]
+    >>> merged, counts = merge_rethought(Rethinking(), [group])
+    >>> merged[0][1] is again, again.advantage, counts["wrong_right"], counts["kept"]
+    (True, 1.0, 1, 1)
+    """
+    counts: Counter = Counter()
+    merged = []
+    for group in groups:
+        rewards = [sample.reward for sample in group]
+        mean = sum(rewards) / len(rewards)
+        deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+        room = settings.quota
+        result = []
+        for sample in group:
+            again = sample.extension
+            if again is not None:
+                names = {True: "right", False: "wrong"}
+                counts[f"{names[sample.reward > 0]}_{names[again.reward > 0]}"] += 1
+                counts["attempted"] += 1
+                counts["tokens"] += int(again.mask.sum()) - len(sample.tokens) + 1
+            if again is not None and room and is_kept(settings, again):
+                room -= 1
+                counts["kept"] += 1
+                if baseline == "before":
+                    again.advantage = again.reward - mean
+                    if scale == "std" and deviation > 0:
+                        again.advantage /= deviation
+                sample = again
+            result.append(sample)
+        merged.append(result)
+    return merged, counts
+
+
+def rethinks(text: str) -> bool:
+    """Does a response contain a trigger phrase? Asked of responses in which none was forced."""
+    return any(trigger.strip() in text for trigger in TRIGGERS.values())
+
+
+def before_rethinking(text: str) -> str:
+    """What a response said before its first trigger phrase.
+
+    >>> before_rethinking("It is 5.\\n\\nWait, let's double check: 6.")
+    'It is 5.\\n\\n'
+    """
+    return text[: min((text.find(t.strip()) for t in TRIGGERS.values() if t.strip() in text), default=None)]
+
+
+def rethinking_rng(seed: int, step: int, qid: str, member: int) -> random.Random:
+    """Each response has luck of its own: it depends on nothing that happens in the batch."""
+    return random.Random(f"rethink {seed} {step} {qid} {member}")
