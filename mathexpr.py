@@ -1,0 +1,365 @@
+r"""One mathematical expression: text -> tokens -> tree. Nothing is executed, nothing is guessed.
+
+The idea: a linear tokeniser and a bounded recursive-descent parser turn the text into a small
+tree of tuples, which mathvalue.py compares. A text outside the grammar, or beyond a cap on
+length, depth or digits, is Unreadable; the caps replace timers and signals, so this works in
+threads and workers.
+
+Grammar (a tree is a Fraction, a symbol's name, or (operation, tree, ...)):
+
+    sum      := [sign] product (('+' | '-') ['-'] product)*
+    product  := power (('*' | '/' | nothing) ['-'] power)*
+    power    := primary ('!' | '%' | '°')* ['^' [sign] power]
+    primary  := number | mixed number | symbol [_index] | function [^power] operand
+              | '(' sum ')' | '{' sum '}' | '[' sum ']' | '|' sum '|' | floor | ceiling
+              | \frac arg arg | \binom arg arg | \sqrt ['[' sum ']'] arg
+
+The text is expected as answers.tidy() leaves it: one spelling for each sign and command.
+"""
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+MAX_TOKENS, MAX_DEPTH, MAX_DIGITS = 300, 40, 60
+
+Tree = Fraction | str | tuple  # a value, a symbol, (operation, tree, ...)
+
+
+class Unreadable(ValueError):
+    """The text is no expression of the grammar above, or exceeds one of the caps."""
+
+
+# ---------------------------------------------------------------------------- tokens
+
+
+class Token(NamedTuple):
+    kind: str  # "number", "word" (a run of letters), "command" (\name), "op", "end"
+    text: str
+    spaced: bool  # white space before it: "1 1/2" is not "11/2", "5 m" is not "5m"
+
+
+END = Token("end", "", False)
+
+# [0-9] and not \d: other scripts' digits are not numbers here.
+_TOKEN = re.compile(
+    r"(?P<space>\s+)"
+    r"|(?P<number>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![A-Za-z0-9]))?)"
+    r"|(?P<word>(?:sin|cos|tan|cot|sec|csc|ln|log)(?=[xy](?![A-Za-z]))|[A-Za-z]+)"
+    r"|(?P<command>\\[A-Za-z]+|\\[{}])"
+    r"|(?P<op>\*\*|[-+*/^_!%°'|(){}\[\],$€£¥₹¢])"
+)
+
+
+def scan(text: str) -> list[Token]:
+    r"""Cut a text into tokens, in linear time; Unreadable at the first foreign character.
+
+    >>> [token.text for token in scan(r"2x^{10}\pi")]
+    ['2', 'x', '^', '{', '10', '}', '\\pi']
+    """
+    tokens, at, spaced = [], 0, False
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None or len(tokens) > MAX_TOKENS:
+            raise Unreadable(text[at : at + 10])
+        at = match.end()
+        if match.lastgroup == "space":
+            spaced = True
+            continue
+        tokens.append(Token(match.lastgroup, match.group().replace("**", "^"), spaced))
+        spaced = False
+    return tokens
+
+
+# ---------------------------------------------------------------------------- parser
+
+# Our name -> mpmath's. The keys are the whole vocabulary of functions.
+FUNCTIONS = {
+    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc",
+    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot",
+    "asin": "asin", "acos": "acos", "atan": "atan",
+    "sinh": "sinh", "cosh": "cosh", "tanh": "tanh",
+    "ln": "log", "log": "log10", "lg": "log10", "exp": "exp", "abs": "fabs",
+}  # fmt: skip
+TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
+INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot"}
+PREFIXES = {*FUNCTIONS, "sqrt", "cbrt", "frac", "binom"}
+SYMBOLS = {
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa",
+    "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega",
+    "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega",
+    "pi", "infty", "ell", "hbar", "emptyset",
+}  # fmt: skip
+DECORATIONS = {"vec", "hat", "bar", "overline", "tilde", "dot", "ddot", "overrightarrow", "mathbb"}
+NAMES = {"pi": "pi", "infinity": "infty", "inf": "infty", "oo": "infty", "infty": "infty"}
+CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
+CONSTANTS = {"pi", "e", "i"}
+ENCLOSED = {"|": "abs", "\\lfloor": "floor", "\\lceil": "ceil"}
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Tree:
+    r"""Text -> tree, or Unreadable.
+
+    >>> parse(r"\frac{1}{2} + 3x")
+    ('+', ('/', Fraction(1, 1), Fraction(2, 1)), ('*', Fraction(3, 1), 'x'))
+    """
+    return parse_tokens(scan(text))
+
+
+def parse_tokens(tokens: list[Token]) -> Tree:
+    """The tree of a whole list of tokens, or Unreadable."""
+    rest = spell(tokens)[::-1]  # a stack: the next token is the last element
+    tree = _sum(rest, 0)
+    if rest:
+        raise Unreadable(rest[-1].text)
+    return tree
+
+
+def spell(tokens: list[Token]) -> list[Token]:
+    """Replace every run of letters by function names and one-letter symbols, or Unreadable.
+
+    Letters multiply only where they spell no word: xy, 2ab, mgh, a + bi; not cat, not on, and
+    a text of one word is algebra only in x, y, z. Capitals (AB, a segment) are one symbol.
+    """
+    spelled = []
+    for k, (kind, text, spaced) in enumerate(tokens):
+        before, after = tokens[k - 1] if k else END, tokens[k + 1] if k + 1 < len(tokens) else END
+        if kind != "word":
+            spelled.append(tokens[k])
+        elif text in PREFIXES or text in NAMES:
+            spelled.append(Token("command", "\\" + NAMES.get(text, text), spaced))
+        elif len(text) == 1 or (text.isupper() and len(text) <= 3 and len(tokens) > 1):
+            indexed = after.kind == "number" and not after.spaced
+            if indexed and before.kind == "number" and not spaced:
+                raise Unreadable("0x10 is no product")
+            spelled.append(tokens[k])
+        elif set(text) <= set("xyz") or (len(tokens) > 1 and _is_product(text, after.text)):
+            spelled += [Token("word", c, spaced and not i) for i, c in enumerate(text)]
+        else:
+            raise Unreadable(text)
+    return spelled
+
+
+def _is_product(word: str, following: str) -> bool:
+    lower = word.lower()
+    if lower.endswith("e") and following == "^":  # xe^x
+        lower = lower[:-1]
+    if len(word) == 2 and lower.endswith("i"):  # a + bi
+        lower = lower[:-1]
+    if lower in ("ix", "iy", "iz", "it"):  # e^{ix}
+        lower = lower[1:]
+    return len(word) <= 4 and (set(lower) <= set("abcdxyz") or not set(lower) & set("aeiou"))
+
+
+def _peek(rest: list[Token]) -> Token:
+    return rest[-1] if rest else END
+
+
+def _take(rest: list[Token], text: str) -> bool:
+    found = bool(rest) and rest[-1].text == text
+    if found:
+        rest.pop()
+    return found
+
+
+def _expect(rest: list[Token], text: str) -> None:
+    if not _take(rest, text):
+        raise Unreadable(f"no {text}")
+
+
+def _sum(rest: list[Token], depth: int, inside: str = "") -> Tree:
+    if depth > MAX_DEPTH:
+        raise Unreadable("too deep")
+    tree = _term(rest, depth, inside, ("+", "-"))
+    while _peek(rest).text in ("+", "-"):
+        operation = rest.pop().text
+        tree = (operation, tree, _term(rest, depth, inside, ("-",)))
+    return tree
+
+
+def _term(rest: list[Token], depth: int, inside: str, signs: tuple) -> Tree:
+    sign = rest.pop().text if _peek(rest).text in signs else "+"
+    tree = _product(rest, depth, inside)
+    return _negative(tree) if sign == "-" else tree
+
+
+def _negative(tree: Tree) -> Tree:
+    return -tree if isinstance(tree, Fraction) else ("neg", tree)
+
+
+def _product(rest: list[Token], depth: int, inside: str) -> Tree:
+    tree = _power(rest, depth)
+    while True:
+        if _take(rest, "*"):
+            tree = ("*", tree, _signed_power(rest, depth))
+        elif _take(rest, "/"):
+            below = _signed_power(rest, depth)
+            # 1/2x is a half of x, as people write it; but 1/xy has xy below.
+            while _symbols(below) and _juxtaposed(rest, below, inside):
+                below = ("*", below, _power(rest, depth))
+            tree = ("/", tree, below)
+        elif _juxtaposed(rest, tree, inside):
+            tree = ("*", tree, _power(rest, depth))
+        else:
+            return tree
+
+
+def _symbols(tree: Tree) -> bool:
+    return isinstance(tree, str) or (isinstance(tree, tuple) and tree[0] == "*")
+
+
+def _juxtaposed(rest: list[Token], left: Tree, inside: str) -> bool:
+    """Does a factor follow with no sign between? A number does only after a power: 2^3 5^2."""
+    token = _peek(rest)
+    if token.kind == "number":
+        return isinstance(left, tuple) and left[0] == "^"
+    if token.kind == "command":
+        return token.text not in ("\\}", "\\rfloor", "\\rceil")
+    if token.text == "|":
+        return inside != "|"
+    if token.text == "[":  # 2[x + 1] is a product, [5][0] is something else
+        return isinstance(left, Fraction)
+    return token.kind == "word" or token.text in ("(", "{")
+
+
+def _signed_power(rest: list[Token], depth: int) -> Tree:
+    return _negative(_power(rest, depth)) if _take(rest, "-") else _power(rest, depth)
+
+
+def _power(rest: list[Token], depth: int) -> Tree:
+    tree = _primary(rest, depth)
+    while True:
+        if _take(rest, "!"):
+            tree = ("factorial", tree)
+        elif _take(rest, "%"):
+            tree = ("/", tree, Fraction(100))
+        elif _take(rest, "°"):
+            tree = ("degrees", tree)
+        else:
+            break
+    if not _take(rest, "^"):
+        return tree
+    _take(rest, "+")
+    return ("^", tree, _signed_power(rest, depth + 1))
+
+
+def _primary(rest: list[Token], depth: int) -> Tree:
+    if depth > MAX_DEPTH or not rest:
+        raise Unreadable("too deep, or too short")
+    kind, text, _ = rest.pop()
+    if kind == "number":
+        return _mixed(text, rest)
+    if text in CLOSING:
+        inner = _sum(rest, depth + 1, text)
+        _expect(rest, CLOSING[text])
+        return (ENCLOSED[text], inner) if text in ENCLOSED else inner
+    if kind == "word":
+        return _symbol(text, rest)
+    name = text.removeprefix("\\")
+    if name in PREFIXES:
+        return _prefix(name, rest, depth)
+    if name in SYMBOLS:
+        return _symbol(name, rest)
+    if name in DECORATIONS:
+        return _symbol(f"{name}({_group_text(rest)})", rest)
+    raise Unreadable(text)
+
+
+def _number(text: str) -> Fraction:
+    # int() refuses long digit strings with an error of its own, and 1e999999 is a bomb.
+    if len(text) > MAX_DIGITS:
+        raise Unreadable("too many digits")
+    return Fraction(text)
+
+
+def _mixed(text: str, rest: list[Token]) -> Fraction:
+    r"""1\frac{1}{2} and 1 1/2 are three halves; 2\frac{5}{3} could mean two things: Unreadable."""
+    ahead = [token.text for token in rest[: -8 : -1]]
+    if ahead[:2] + ahead[3:5] + ahead[6:] == ["\\frac", "{", "}", "{", "}"]:
+        above, below, used = ahead[2], ahead[5], 7
+    elif ahead[1:2] == ["/"] and rest[-1].spaced and len(ahead) > 2:
+        above, below, used = ahead[0], ahead[2], 3
+    else:
+        return _number(text)
+    if not (text.isdigit() and above.isdigit() and below.isdigit()):
+        return _number(text)
+    if _number(above) >= _number(below):
+        raise Unreadable("neither a mixed number nor a clear product")
+    del rest[-used:]
+    return _number(text) + _number(above) / _number(below)
+
+
+def _symbol(name: str, rest: list[Token]) -> str:
+    """A symbol with its index and primes: x, x_1, x_{n+1}, x1 (read as x_1), f'."""
+    if _take(rest, "_"):
+        name += "_" + _group_text(rest)
+    elif _peek(rest).kind == "number" and not rest[-1].spaced and len(name) <= 3:
+        name += "_" + rest.pop().text
+    while _take(rest, "'"):
+        name += "'"
+    return name
+
+
+def _group_text(rest: list[Token]) -> str:
+    """The text of one token or of one {group}, unread: an index is a name, not arithmetic."""
+    if not rest:
+        raise Unreadable("too short")
+    words, open_groups = [], 0
+    while rest:
+        text = rest.pop().text
+        open_groups += (text == "{") - (text == "}")
+        words.append(text)
+        if open_groups <= 0:
+            break
+    return "".join(words).strip("{}")
+
+
+def _prefix(name: str, rest: list[Token], depth: int) -> Tree:
+    if name in ("frac", "binom"):
+        above = _argument(rest, depth)
+        return ("/" if name == "frac" else "binom", above, _argument(rest, depth))
+    if name in ("sqrt", "cbrt"):
+        degree = Fraction(2 if name == "sqrt" else 3)
+        if _take(rest, "["):
+            degree = _sum(rest, depth + 1)
+            _expect(rest, "]")
+        return ("^", _argument(rest, depth, False), ("/", Fraction(1), degree))
+    base, power = None, None
+    if name == "log" and _take(rest, "_"):
+        base = _argument(rest, depth)
+    if _take(rest, "^"):
+        power = _signed_power(rest, depth + 1)
+    if power == -1 and name in INVERSE:
+        name, power = INVERSE[name], None
+    inner = _operand(rest, depth + 1)
+    if name in TRIGONOMETRIC and mentions(inner, "degrees"):
+        inner = ("/", ("*", inner, "pi"), Fraction(180))
+    tree = ("/", ("ln", inner), ("ln", base)) if base is not None else (name, inner)
+    return tree if power is None else ("^", tree, power)
+
+
+def _argument(rest: list[Token], depth: int, one_digit: bool = True) -> Tree:
+    r"""What \frac, \sqrt and \binom apply to: a group, or (TeX) a single digit: \frac12."""
+    kind, text, _ = _peek(rest)
+    if kind == "number" and one_digit and len(text) > 1:
+        rest[-1] = Token("number", text[1:], False)
+        return _number(text[:1])
+    return _primary(rest, depth + 1)
+
+
+def _operand(rest: list[Token], depth: int) -> Tree:
+    """What a function applies to: sin(x), or a product without functions: sin 2x cos y."""
+    if _peek(rest).text in ("(", "{", "["):
+        return _primary(rest, depth)
+    tree = _signed_power(rest, depth)
+    while _juxtaposed(rest, tree, "|") and _peek(rest).text.removeprefix("\\") not in FUNCTIONS:
+        tree = ("*", tree, _power(rest, depth))
+    return tree
+
+
+def mentions(tree: Tree, *operations: str) -> bool:
+    return isinstance(tree, tuple) and (
+        tree[0] in operations or any(mentions(part, *operations) for part in tree[1:])
+    )

@@ -1,0 +1,283 @@
+r"""Do two expressions have one value? Exact where rational, at 40 and 80 digits elsewhere.
+
+The idea: two trees are equal when they have equal values at a handful of fixed points. For
+rational functions that is exact arithmetic. Elsewhere a difference is computed at two
+precisions: one that is rounding shrinks with the precision, a real one stays; no tolerance
+decides whether 0.333 is 1/3. Caps on the size of numbers bound the time of every step.
+
+What we do differently from graders built on a computer algebra system: no simplification, no
+sympy, no string ever parsed by anything but mathexpr.py. Equality is meant where both sides
+are defined on the real line: x^2/x = x, but sqrt(x^2) is |x| and not x.
+"""
+
+import math
+import threading
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+import mpmath
+
+from mathexpr import CONSTANTS, FUNCTIONS, Tree, mentions
+
+MAX_BITS = 8000  # of an exact number
+LOW, HIGH = 40, 80  # digits
+
+class Point(NamedTuple):
+    symbols: dict[str, Fraction]
+    mp: mpmath.ctx_mp.MPContext
+    real: bool  # True: a value off the real line is an error, as sqrt(-1) is in school
+
+
+class Undefined(ArithmeticError):
+    """No value here: a pole, off the real domain, or larger than the caps allow."""
+
+
+@lru_cache(maxsize=64)
+def _context(digits: int, thread: int) -> mpmath.ctx_mp.MPContext:
+    # mpmath.mp has one global precision; a context for each thread has its own.
+    context = mpmath.ctx_mp.MPContext()
+    context.dps = digits
+    return context
+
+
+# mpmath memoises pi, e and logarithms without a lock, in two writes: a thread between the two
+# reads garbage. Asked once at import for more digits than are used later, they never change.
+for _constant in (mpmath.libmp.mpf_pi, mpmath.libmp.mpf_e, mpmath.libmp.mpf_ln2, mpmath.libmp.mpf_ln10):
+    _constant(4000)
+
+
+def evaluate(tree: Tree, at: Point):
+    """The tree's value at a point: a Fraction while it can be, else a number of at.mp."""
+    if isinstance(tree, Fraction):
+        return tree
+    if isinstance(tree, str):
+        return _constant_or_symbol(tree, at)
+    values = [evaluate(part, at) for part in tree[1:]]
+    return _checked(_apply(tree[0], values, at), at)
+
+
+def _constant_or_symbol(name: str, at: Point):
+    if name == "pi":
+        return +at.mp.pi
+    if name == "e":
+        return +at.mp.e
+    if name == "i":
+        return at.mp.mpc(0, 1)
+    return at.symbols[name]
+
+
+def _apply(operation: str, values: list, at: Point):
+    if operation == "^":
+        return _raise(*values, at)
+    if operation == "neg":
+        return -values[0]
+    if operation == "degrees":
+        return values[0]
+    if operation in ("factorial", "binom"):
+        return _count(operation, values)
+    if operation in ("floor", "ceil") and isinstance(values[0], Fraction):
+        return Fraction(getattr(math, operation)(values[0]))
+    if operation == "abs" and isinstance(values[0], Fraction):
+        return abs(values[0])
+    if operation not in ("+", "-", "*", "/") or not all(isinstance(v, Fraction) for v in values):
+        values = [_inexact(v, at) for v in values]
+    if operation == "+":
+        return values[0] + values[1]
+    if operation == "-":
+        return values[0] - values[1]
+    if operation == "*":
+        return values[0] * values[1]
+    if operation == "/":
+        return values[0] / values[1]
+    if abs(values[0]) > 10**6:  # sin(10^4000) needs pi to 4000 digits
+        raise Undefined("too large for a function")
+    return getattr(at.mp, FUNCTIONS.get(operation, operation))(values[0])
+
+
+def _inexact(value, at: Point):
+    if isinstance(value, Fraction):
+        return at.mp.mpf(value.numerator) / value.denominator
+    return value
+
+
+def _checked(value, at: Point):
+    """Keep exact numbers small and inexact ones finite, and on the real line if so agreed."""
+    if isinstance(value, Fraction):
+        if value.numerator.bit_length() + value.denominator.bit_length() <= MAX_BITS:
+            return value
+        if not at.symbols:  # a constant must stay exact: 2^100 + 1 is not 2^100
+            raise Undefined("too large")
+        value = _inexact(value, at)
+    if not at.mp.isfinite(value):
+        raise Undefined("a pole")
+    if at.real and isinstance(value, at.mp.mpc):
+        if value.imag:
+            raise Undefined("off the real line")
+        value = value.real
+    return value
+
+
+def _raise(base, exponent, at: Point):
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
+        exact = _exact_power(base, exponent)
+        if exact is not None:
+            return exact
+        if exponent.denominator == 1 and not at.symbols:
+            raise Undefined("too large")
+        if base < 0 and exponent.denominator % 2:  # the real cube root of -8 is -2
+            sign = -1 if exponent.numerator % 2 else 1
+            return sign * _raise(-base, exponent, at)
+    base, exponent = _inexact(base, at), _inexact(exponent, at)
+    if not base:
+        raise Undefined("a power of zero")
+    if abs(exponent * at.mp.log(base)) > 10**4:
+        raise Undefined("too large")
+    return at.mp.power(base, exponent)
+
+
+def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
+    """base ** exponent where it is rational and small enough, else None."""
+    if base == 0:
+        if exponent <= 0:
+            raise Undefined("0^0 or 1/0")
+        return base
+    if abs(base) == 1 and exponent.denominator == 1:
+        return base ** (exponent.numerator % 2)
+    bits = base.numerator.bit_length() + base.denominator.bit_length()
+    if abs(exponent) * bits > MAX_BITS or exponent.denominator > 64:
+        return None
+    if exponent.denominator > 1:
+        degree, negative = exponent.denominator, base < 0
+        if negative and degree % 2 == 0:
+            return None
+        above, below = _root(abs(base.numerator), degree), _root(base.denominator, degree)
+        if above is None or below is None:
+            return None
+        base = Fraction(-above if negative else above, below)
+    return base**exponent.numerator
+
+
+def _root(n: int, degree: int) -> int | None:
+    """The exact integer root, or None (a root beyond 2^50 is left to the numeric comparison)."""
+    guess = round(math.exp(math.log(n) / degree)) if n.bit_length() < 50 * degree else 0
+    return next((r for r in (guess, guess - 1, guess + 1) if r >= 0 and r**degree == n), None)
+
+
+def _count(operation: str, values: list) -> Fraction:
+    if not all(isinstance(v, Fraction) and v.denominator == 1 and v >= 0 for v in values):
+        raise Undefined("not a count")
+    if values[0] > (200 if operation == "factorial" else 1000):
+        raise Undefined("too large")
+    count = math.factorial if operation == "factorial" else math.comb
+    return Fraction(count(*map(int, values)))
+
+
+# --------------------------------------------------------------------------- equality
+
+# Fixed points, of both signs and on both sides of 1. Every other one is positive in all
+# symbols, so that roots and logarithms have a domain in common.
+_BASES = [Fraction(*f) for f in ((3, 7), (-13, 5), (31, 9), (-5, 11), (17, 3), (8, 13))]
+_COUNTS = [Fraction(n) for n in (7, 4, 9, 5, 11, 6)]
+
+
+def symbols(tree: Tree) -> set[str]:
+    """The names of a tree's free symbols."""
+    if isinstance(tree, str):
+        return {tree} - CONSTANTS
+    return set().union(*map(symbols, tree[1:])) if isinstance(tree, tuple) else set()
+
+
+def _points(trees: tuple, real: bool, digits: int) -> list[Point]:
+    names = sorted(set().union(*map(symbols, trees)))
+    if "infty" in names or "emptyset" in names:
+        return []
+    mp = _context(digits, threading.get_ident())
+    if not names:
+        return [Point({}, mp, real)]
+    # Factorials and binomials live on whole numbers.
+    bases = _COUNTS if any(mentions(t, "factorial", "binom") for t in trees) else _BASES
+    shift = 1 if bases is _COUNTS else Fraction(1, 19)
+    return [
+        Point({n: bases[(j + 2 * k) % 6] + k * shift for k, n in enumerate(names)}, mp, real)
+        for j in range(6)
+    ]
+
+
+def _realms(trees: tuple) -> tuple[bool, ...]:
+    """Real numbers first; complex ones if i is mentioned or nothing is defined on the real line."""
+    return (False,) if any("i" in _leaves(t) for t in trees) else (True, False)
+
+
+def _leaves(tree: Tree) -> set:
+    return set().union(*map(_leaves, tree[1:])) if isinstance(tree, tuple) else {tree}
+
+
+def same_value(a: Tree, b: Tree) -> bool:
+    r"""Do two trees have one value wherever both have one?
+
+    >>> from mathexpr import parse
+    >>> same_value(parse(r"\frac{1}{\sqrt{2}}"), parse(r"\sqrt{2}/2"))
+    True
+    >>> same_value(parse("2(x+1)"), parse("2x+1"))
+    False
+    """
+    if a == b:
+        return True
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return False
+    for real in _realms((a, b)):
+        agreed = 0
+        low, high = _points((a, b), real, LOW), _points((a, b), real, HIGH)
+        for point, sharper in zip(low, high):
+            try:
+                if not _close(a, b, point, sharper):
+                    return False
+            except (ArithmeticError, ValueError):
+                continue
+            agreed += 1
+        if agreed >= 2 or (agreed and len(low) == 1):
+            return True
+    return False
+
+
+def _close(a: Tree, b: Tree, point: Point, sharper: Point) -> bool:
+    left, right = evaluate(a, point), evaluate(b, point)
+    if isinstance(left, Fraction) and isinstance(right, Fraction):
+        return left == right
+    gap, size = _gap(left, right, point)
+    if size > 1e-10 and gap > size * 1e-10:
+        return False
+    new_gap, size = _gap(evaluate(a, sharper), evaluate(b, sharper), sharper)
+    return new_gap <= size * sharper.mp.mpf(10) ** -60 or new_gap < gap * 1e-20
+
+
+def _gap(left, right, at: Point) -> tuple:
+    left, right = _inexact(left, at), _inexact(right, at)
+    return abs(left - right), max(abs(left), abs(right))
+
+
+def proportional(a: Tree, b: Tree, positive: bool) -> bool:
+    """Is a a constant non-zero multiple of b (a positive one, for inequalities)?
+
+    >>> from mathexpr import parse
+    >>> proportional(parse("2x - 10"), parse("5 - x"), positive=False)
+    True
+    """
+    for real in _realms((a, b)):
+        pairs = []
+        for point in _points((a, b), real, HIGH):
+            try:
+                pairs.append([_inexact(evaluate(tree, point), point) for tree in (a, b)])
+            except (ArithmeticError, ValueError):
+                continue
+        if len(pairs) >= 2:
+            return _one_ratio(pairs, positive)
+    return False
+
+
+def _one_ratio(pairs: list, positive: bool) -> bool:
+    a, b = pairs[0]
+    if not a or not b or (positive and (a / b).real < 0):
+        return False
+    return all(abs(x * b - y * a) <= 1e-50 * (abs(x * b) + abs(y * a)) for x, y in pairs)

@@ -1,0 +1,282 @@
+r"""Quantities: a number with a unit, a currency or a scale word; clock times; calendar dates.
+
+The idea: a unit is a tag and never arithmetic. measure() splits the tag from the end (or a
+currency from the front) of a value; the exponent of a unit belongs to the tag, so 5 cm^2 is 5
+and not 25, and nothing is converted. Synonyms share one canonical tag (m, meters, metres).
+After a plain number one ordinary word counts as a unit too (12 students).
+"""
+
+import re
+from fractions import Fraction
+
+from mathexpr import Token, Tree, Unreadable, parse_tokens, scan
+from mathvalue import symbols
+
+Unit = tuple  # ((name, exponent), ...) sorted; () is no unit
+
+
+def _table() -> dict[str, str]:
+    """Every accepted spelling -> the unit's canonical name."""
+    table = {}
+    prefixes = {"k": "kilo", "c": "centi", "m": "milli", "d": "deci", "u": "micro", "n": "nano"}
+    bases = {
+        "m": ("meter", "metre", *prefixes), "g": ("gram", "gramme", *prefixes),
+        "L": ("liter", "litre", *prefixes), "s": ("second", "sec", "m", "u", "n"),
+        "N": ("newton", "newtons", "k"), "J": ("joule", "joules", "k"),
+        "W": ("watt", "watts", "k"), "V": ("volt", "volts", "k", "m"),
+        "A": ("ampere", "amp", "m"), "Pa": ("pascal", "pascals", "k"),
+        "Hz": ("hertz", "hertzs", "k"), "mol": ("mole", "moles", "m"),
+        "C": ("coulomb", "coulombs", "u"), "cal": ("calorie", "calories", "k"),
+        "ohm": ("ohms", "Omega", "k"),
+    }  # fmt: skip
+    for short, (name, other, *allowed) in bases.items():
+        for prefix in ("", *allowed):
+            word = prefixes.get(prefix, "")
+            for spelling in (prefix + short, word + name, word + other):
+                table[spelling] = prefix + short
+    for line in _SYNONYMS.split("\n"):
+        for spelling in line.split():
+            table[spelling] = line.split()[0]
+    return {**table, "l": "L", "ml": "mL", "cl": "cL", "dl": "dL"}
+
+
+_SYNONYMS = """in inch inches
+ft foot feet
+yd yard
+mi mile
+lb pound lbs
+oz ounce
+t ton tonne
+min minute
+h hr hour
+day
+week wk
+month
+year yr
+gal gallon
+ha hectare
+acre
+K kelvin Kelvin
+F farad
+T tesla
+rad radian
+deg degree °
+celsius
+fahrenheit
+% percent pct
+eV
+MW megawatt
+MHz megahertz
+atm
+bar
+mph
+kph
+dollar $ USD usd US$
+cent ¢
+euro € EUR eur
+sterling £ GBP gbp
+yen ¥ JPY
+yuan RMB CNY
+rupee ₹ Rs INR"""
+UNITS = _table()
+CURRENCIES = {UNITS[c] for c in "$€£¥₹¢"} | {"yuan"}
+COMPOUND = {"mph": (("h", -1), ("mi", 1)), "kph": (("h", -1), ("km", 1))}
+SCALES = {
+    "dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+    "trillion": 10**12,
+}  # fmt: skip
+POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
+# Lower-case letters that people glue to a number as a unit; 2h and 3t look more like algebra.
+GLUED = {"m", "g", "s", "L", "l", "°", "%", "$", "€", "£", "¥", "₹", "¢"}
+# Words that change the number before them, or that are no noun: 5 halves is not 5.
+NO_NOUN = set(
+    "and or not to by of the times plus minus over less more than half halves third thirds quarter"
+    " quarters fourth fourths fifth fifths sixth sixths seventh eighth eighths ninth ninths tenth"
+    " tenths hundredth hundredths thousandth factorial point negative only mod choose per percent"
+    " if else elif for while with from import lambda return yield none true false nan exit quit"
+    " eval exec print pass del raise assert global max min sum int float noon midnight clock"
+    " through until till versus but nor percentage fold one two three four five six seven eight"
+    " nine ten squared cubed root sin cos tan log approximately about".split()
+)
+
+
+def measure(text: str) -> tuple[Tree, Unit]:
+    r"""A tidied text -> (tree, unit), or Unreadable.
+
+    >>> measure("5 square meters")
+    (Fraction(5, 1), (('m', 2),))
+    >>> measure("-$1.5 million")
+    (Fraction(-1500000, 1), (('dollar', 1),))
+    """
+    tokens, currency = _currency_in_front(scan(text))
+    for k in range(max(1, len(tokens) - 14), len(tokens)):
+        found = _split_at(tokens, k, currency)
+        if found:
+            return found
+    return parse_tokens(tokens), currency
+
+
+def _currency_in_front(tokens: list[Token]) -> tuple[list[Token], Unit]:
+    k = 1 if tokens and tokens[0].text == "-" else 0
+    if len(tokens) > k + 1 and UNITS.get(tokens[k].text) in CURRENCIES:
+        sign = tokens[k + 1].text if k == 0 and tokens[1].text == "-" else ""
+        if sign or tokens[k + 1].kind in ("number", "command"):
+            return tokens[:k] + tokens[k + 1 :], ((UNITS[tokens[k].text], 1),)
+        raise Unreadable("a currency without a number")
+    return tokens, ()
+
+
+def _split_at(tokens: list[Token], k: int, currency: Unit) -> tuple[Tree, Unit] | None:
+    """Value before token k, unit from there on; None where that is not the reading."""
+    token = tokens[k]
+    if not (token.kind == "word" or token.text in UNITS or token.text in ("(", "\\Omega")):
+        return None
+    scale = SCALES.get(token.text.lower(), 1)
+    unit = _unit(tokens[k + 1 :] if scale != 1 else tokens[k:]) or ()
+    if scale == 1 and not unit and not _is_empty_unit(tokens[k:]):
+        unit = _noun(tokens[k:])
+        if unit is None:
+            return None
+    elif scale != 1 and not unit and len(tokens) > k + 1 and not _is_empty_unit(tokens[k + 1 :]):
+        return None
+    try:
+        tree = parse_tokens(tokens[:k])
+    except Unreadable:
+        return None
+    short = len(token.text) == 1 and not token.spaced and token.text not in GLUED
+    if symbols(tree) and (len(token.text) == 1 and token.kind == "word" or not token.spaced):
+        return (tree, unit) if token.text in ("°", "%") else None
+    if short and scale == 1 and token.kind == "word" and len(tokens) == k + 1:
+        return None
+    if scale != 1:
+        tree = tree * scale if isinstance(tree, Fraction) else ("*", tree, Fraction(scale))
+    return tree, tuple(sorted(set(currency) | set(unit)))
+
+
+def _is_empty_unit(tokens: list[Token]) -> bool:
+    return len(tokens) == 1 and tokens[0].text in ("unit", "units")
+
+
+def _noun(tokens: list[Token]) -> Unit | None:
+    word = tokens[0].text
+    plain = len(tokens) == 1 and tokens[0].spaced and len(word) > 2 and word.islower()
+    if not plain or word in NO_NOUN:
+        return None
+    return ((word.removesuffix("s"), 1),)
+
+
+def _unit(tokens: list[Token]) -> Unit | None:
+    """m / s^2, square miles per hour, (cm), degrees Celsius -> canonical pairs; None if it is none."""
+    if len(tokens) > 2 and tokens[0].text == "(" and tokens[-1].text == ")":
+        tokens = tokens[1:-1]
+    words = [token.text for token in tokens if token.text not in ("{", "}")]
+    if words[:1] in (["°"], ["degrees"], ["degree"]) and len(words) == 2:
+        scale = {"c": "celsius", "f": "fahrenheit"}.get(words[1].lower()[:1])
+        return ((scale, 1),) if scale else None
+    pairs, sign, power, k = {}, 1, 1, 0
+    while k < len(words):
+        word, k = words[k], k + 1
+        if word in ("/", "per"):
+            sign = -1
+        elif word in POWERS:
+            power = POWERS[word]
+        elif word != "*":
+            name = _unit_name(word)
+            if name is None:
+                return None
+            exponent, k = _unit_exponent(words, k)
+            for part, times in COMPOUND.get(name, ((name, 1),)):
+                pairs[part] = pairs.get(part, 0) + sign * times * exponent * power
+            power = 1
+    if power != 1 or not pairs:
+        return None
+    return tuple(sorted((name, n) for name, n in pairs.items() if name != "unit" or n != 1))
+
+
+def _unit_name(word: str) -> str | None:
+    if word in UNITS:
+        return UNITS[word]
+    lower = word.lower() if len(word) > 1 else word
+    for spelling in (lower, lower.removesuffix("s")):
+        if spelling in UNITS and len(spelling) > 1:
+            return UNITS[spelling]
+    return "unit" if lower in ("unit", "units") else UNITS.get(word.removeprefix("\\"))
+
+
+def _unit_exponent(words: list[str], k: int) -> tuple[int, int]:
+    """The exponent written at position k, if any, and the position after it."""
+    following = words[k : k + 3]
+    if following[:1] == ["^"] and following[1:2] == ["-"] and following[2:] in (["1"], ["2"], ["3"]):
+        return -int(following[2]), k + 3
+    if following[:1] == ["^"] and following[1:2] in (["1"], ["2"], ["3"], ["4"]):
+        return int(following[1]), k + 2
+    if following[:1] in (["2"], ["3"]):
+        return int(following[0]), k + 1
+    if following[:1] in (["squared"], ["cubed"]):
+        return POWERS[following[0]], k + 1
+    return 1, k
+
+
+# --------------------------------------------------------------------- times and dates
+
+_CLOCK = re.compile(r"([0-9]{1,2})(?::([0-9]{2}))?(?::([0-9]{2}))? ?(?:([ap])\.? ?m\.?|o'? ?clock)")
+_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_MONTH = (
+    r"(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
+    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
+)
+_DAY, _YEAR = r"([0-9]{1,2})(?:st|nd|rd|th)?", r"([0-9]{4})"
+_WEEKDAY = r"(?:(?:mon|tues|wednes|thurs|fri|satur|sun)day,? )?"
+_DATES = [  # pattern, and which group holds year, month, day
+    (re.compile(f"{_WEEKDAY}{_MONTH} {_DAY}(?:,? {_YEAR})?"), (3, 1, 2)),
+    (re.compile(f"{_WEEKDAY}{_DAY} (?:of )?{_MONTH}(?:,? {_YEAR})?"), (3, 2, 1)),
+    (re.compile(f"{_MONTH},? {_YEAR}"), (2, 1, None)),
+    (re.compile(r"([0-9]{4})[-/.]([0-9]{1,2})[-/.]([0-9]{1,2})"), (1, 2, 3)),
+]
+_SLASHED = re.compile(r"([0-9]{1,2})([-/.])([0-9]{1,2})\2([0-9]{4}|[0-9]{2})")
+
+
+def clock(text: str) -> tuple | None:
+    """('clock', hour, minute, second, 'a' | 'p' | '') for a time that says it is one.
+
+    >>> clock("3:45 p.m."), clock("3:45")
+    (('clock', 3, 45, 0, 'p'), None)
+    """
+    match = _CLOCK.fullmatch(text.lower())
+    if match is None:
+        return None
+    hour, minute, second, half = match.groups()
+    return ("clock", int(hour), int(minute or 0), int(second or 0), half or "")
+
+
+def same_clock(a: tuple, b: tuple) -> bool:
+    """Equal times; a missing a.m. or p.m. agrees with either, and 15:45 is 3:45 p.m."""
+    if a[2:4] != b[2:4]:
+        return False
+    if a[4] and b[4]:
+        return a[1] == b[1] and a[4] == b[4]
+    if not a[4] and not b[4]:
+        return a[1] == b[1]
+    said, bare = (a, b) if a[4] else (b, a)
+    return bare[1] in (said[1], said[1] % 12 + (12 if said[4] == "p" else 0))
+
+
+def date(text: str) -> tuple | None:
+    """('date', year, month, day), with None for what is not said; None if it is no date.
+
+    Month against day in 3/5/2020 differs by country: such a date keeps its order as written.
+
+    >>> date("March 5th, 2020") == date("5 March 2020") == date("2020-03-05")
+    True
+    """
+    lower = text.lower()
+    slashed = _SLASHED.fullmatch(lower)
+    if slashed:
+        return ("date", "as written", *(int(slashed[k]) for k in (1, 3, 4)))
+    for pattern, where in _DATES:
+        match = pattern.fullmatch(lower)
+        if match:
+            year, month, day = (match[k] if k else None for k in where)
+            month = _MONTHS.index(month[:3]) + 1 if month[0].isalpha() else int(month)
+            return ("date", int(year) if year else None, month, int(day) if day else None)
+    return None

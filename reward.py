@@ -1,0 +1,151 @@
+r"""Is this answer right? 1.0 if the last box of the response holds the answer, else 0.0.
+
+DOCSTRING TO COME
+"""
+
+import re
+
+from answers import readings, same, tidy, words
+
+MAX_LENGTH = 1000
+_BRACE = re.compile(r"(?P<box>\\{1,2}boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+# NUL and other controls, zero-width and direction marks, lone surrogates: never in an answer.
+_FOUL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff]"
+)
+
+
+def extract_answer(response: str) -> str | None:
+    r"""The content of the last balanced \boxed{...}, stripped; None if there is none. Linear time.
+
+    >>> extract_answer(r"First \boxed{3}, no: \boxed{\frac{1}{2}}")
+    '\\frac{1}{2}'
+    """
+    if not isinstance(response, str):
+        return None
+    stack, last = [], None
+    for match in _BRACE.finditer(response):
+        if match["box"] or match["open"]:
+            stack.append(match.end() if match["box"] else None)
+        elif match["close"] and stack:
+            start = stack.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = (start, match.start())
+    return response[slice(*last)].strip() if last else None
+
+
+def reward(response: str, answer: str, choices: list[str] | None = None) -> float:
+    r"""1.0 if the response's last box is correct (see is_correct), else 0.0.
+
+    >>> reward(r"So it is \boxed{0.5}.", r"\boxed{\frac12}")
+    1.0
+    """
+    prediction = extract_answer(response)
+    return float(prediction is not None and is_correct(prediction, answer, choices))
+
+
+def is_correct(prediction: str, answer: str, choices: list[str] | None = None) -> bool:
+    r"""Does the prediction mean the same as the answer? Never raises, whatever the texts.
+
+    choices: the option texts in order from A; a letter and its text are then interchangeable.
+
+    >>> is_correct("x = 5", "5"), is_correct("dog", "B", ["cat", "dog"])
+    (True, True)
+    """
+    try:
+        return _judge(prediction, answer, choices)
+    except Exception:  # a text made to break the grader costs its writer the reward, not the run
+        return False
+
+
+def _judge(prediction: str, answer: str, choices: list[str] | None) -> bool:
+    prediction, answer = _content(prediction), _content(answer)
+    if not prediction or not answer or _FOUL.search(prediction) or _FOUL.search(answer):
+        return False
+    if max(len(prediction), len(answer)) > MAX_LENGTH:
+        return prediction == answer
+    if choices:
+        chosen, right = (_options(text, choices) for text in (prediction, answer))
+        if chosen and right:
+            return chosen == right
+    return _same_text(prediction, answer)
+
+
+def _content(text: str) -> str:
+    r"""The text without blanks around it and without a \boxed{} around it."""
+    if "\\boxed" in text:
+        boxed = extract_answer(text)
+        text = text if boxed is None else boxed
+    return text.strip()
+
+
+# -------------------------------------------------------------------- letters and options
+
+_WRAPPED = r"(?:[(\[]?\s*([A-Za-z])\s*[)\]]?)"
+_LETTER = re.compile(rf"(?:(?:option|choice|answer)\s+)?{_WRAPPED}\s*[.:)]?(?:\s+is (?:the )?"
+                     r"(?:correct|right|best)(?: (?:answer|option|choice))?)?", re.IGNORECASE)
+_LABELLED = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Za-z])\s*[.):])\s*(.+)", re.IGNORECASE)
+_SEVERAL = re.compile(r"(?:both )?\(?[A-Z]\)?(?:(?:\s*[,;&]\s*(?:and )?|\s+and\s+|\s*)\(?[A-Z]\)?)+")
+
+
+def _letter(text: str) -> tuple[str, str] | None:
+    """('B', '') for B in its usual wrappings, ('B', '12') for 'B. 12'; None for anything else."""
+    match = _LETTER.fullmatch(text)
+    if match:
+        return match[1], ""
+    match = _LABELLED.fullmatch(text)
+    if match and not _LETTER.fullmatch(match[3]):
+        return match[1] or match[2], match[3]
+    return None
+
+
+def _letters(text: str) -> frozenset[str] | None:
+    """{'A', 'C'} for 'A, C', 'A and C', 'AC', '(A)(C)'; None for anything else."""
+    if not _SEVERAL.fullmatch(text):
+        return None
+    letters = re.findall("[A-Z]", text)
+    return frozenset(letters) if len(set(letters)) == len(letters) else None
+
+
+def _options(text: str, choices: list[str]) -> frozenset[int]:
+    """Which options a text names, by letter or by their whole text; empty if that is unclear."""
+    tidied = tidy(text)
+    index = {chr(65 + k): k for k in range(min(len(choices), 26))}
+    bare = _letter(tidied)
+    if bare and bare[0] in index and not bare[1]:
+        return frozenset({index[bare[0]]})
+    exact = [k for k, choice in enumerate(choices) if words(tidy(choice)) == words(tidied)]
+    if exact:
+        return frozenset(exact if len(exact) == 1 else ())
+    if bare and bare[0].upper() in index:
+        named = frozenset({index[bare[0].upper()]})
+        return named if not bare[1] or _by_text(bare[1], choices) in (named, frozenset()) else frozenset()
+    letters = _letters(tidied)
+    by_text = _by_text(text, choices)
+    if not by_text and letters and letters <= set(index):
+        return frozenset(index[letter] for letter in letters)
+    return by_text
+
+
+def _by_text(text: str, choices: list[str]) -> frozenset[int]:
+    found = [k for k, choice in enumerate(choices) if _same_text(text, choice)]
+    return frozenset(found if len(found) == 1 else ())
+
+
+def _same_text(a: str, b: str) -> bool:
+    """Is it one answer, without options to choose from?"""
+    tidy_a, tidy_b = tidy(a), tidy(b)
+    if tidy_a == tidy_b:
+        return bool(tidy_a)
+    letter_a, letter_b = _letter(tidy_a), _letter(tidy_b)
+    if letter_a and letter_b:
+        (letter_a, text_a), (letter_b, text_b) = letter_a, letter_b
+        return letter_a == letter_b and (not text_a or not text_b or _same_text(text_a, text_b))
+    for letter, other in ((letter_a, tidy_b), (letter_b, tidy_a)):
+        if letter and letter[1]:
+            return _same_text(letter[1], other)
+    letters = _letters(tidy_a)
+    if letters and letters == _letters(tidy_b) and not (tidy_a.isalpha() and tidy_b.isalpha()):
+        return True
+    return any(same(x, y) for x in readings(a) for y in readings(b))
