@@ -19,7 +19,7 @@ first. A row that cannot be used is an error that names it, before any training,
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,26 +121,33 @@ def open_image(source) -> Image.Image:
     return image
 
 
-def check_images(questions: Iterable[Question], progress=lambda items: items) -> None:
-    """Decode every picture once. Raises UserError naming the first question whose picture fails."""
+def check_images(questions: list[Question], progress=lambda items: items) -> list[list[tuple]]:
+    """Decode every picture once; return each question's list of (width, height).
 
-    def problem(question: Question) -> str | None:
+    Raises UserError naming the first question whose picture is missing or broken.
+    """
+
+    def sizes(question: Question) -> list[tuple] | str:
+        found = []
         for source in question.images:
             name = source if isinstance(source, (str, Path)) else "(embedded picture)"
             try:
-                open_image(source)
+                found.append(open_image(source).size)
             except FileNotFoundError:
                 return f"qid {question.id}: image {name} does not exist; is images.zip unpacked?"
             # PIL reports broken files by any of these, PNG chunks even by SyntaxError.
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 return f"qid {question.id}: image {name} cannot be read ({error}); replace it"
-        return None
+        return found
 
+    results = []
     with ThreadPoolExecutor() as pool:
-        for message in progress(pool.map(problem, questions)):
-            if message:
+        for result in progress(pool.map(sizes, questions)):
+            if isinstance(result, str):
                 pool.shutdown(cancel_futures=True)
-                raise UserError(message)
+                raise UserError(result)
+            results.append(result)
+    return results
 
 
 # ---------------------------------------------------------------------------- files

@@ -22,7 +22,7 @@ R response tokens, T tokens of a packed row, K response tokens of a batch, V voc
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import MARKER, Question, UserError, open_image, prompt_text
+from tree import Trees, build_trees, pad_rows, tree_mask
 
 IMAGE_PAD = "<|image_pad|>"
 # Finite, so that 0 * NEVER is 0 and not nan in the entropy.
@@ -73,24 +74,6 @@ class Sample:
     step: int = 0  # optimiser step at which it was sampled
     rethought: str | None = None  # the kind of trigger that was forced, if one was
     extension: "Sample | None" = None  # this response, carried on after a forced trigger
-
-
-@dataclass
-class Trees:
-    """N groups as N padded rows, ready for the model. Built by `build_trees`."""
-
-    input_ids: torch.Tensor  # [N, T]
-    position_ids: torch.Tensor  # [3, N, T]
-    branch: torch.Tensor  # [N, T]: 0 = prompt, g = g-th response, -1 = padding
-    pixel_values: torch.Tensor | None  # [patches of all N, D]
-    image_grid_thw: torch.Tensor | None  # [images of all N, 3]
-    predictor: torch.Tensor  # [K]: flat index (row * T + column) of the token that predicts
-    targets: torch.Tensor  # [K]: the response token predicted there
-    lengths: list[int]  # response lengths, over trees and branches in order; they sum to K
-
-    def to(self, device) -> "Trees":
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **moved)
 
 
 class Policy(nn.Module):
@@ -205,86 +188,11 @@ def masked_logits(hidden, weight, banned_ids):
     return logits.index_fill(-1, torch.tensor(banned_ids, device=logits.device), NEVER)
 
 
-# ---------------------------------------------------------------------------- trees
-
-
-def tree_mask(branch: torch.Tensor) -> torch.Tensor:
-    """Who attends to whom, [N, T, T]: earlier tokens of the prompt and of one's own response.
-
-    >>> tree_mask(torch.tensor([[0, 0, 1, 1, 2]]))[0].int()
-    tensor([[1, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0],
-            [1, 1, 1, 0, 0],
-            [1, 1, 1, 1, 0],
-            [1, 1, 0, 0, 1]], dtype=torch.int32)
-    """
-    query, key = branch[:, :, None], branch[:, None, :]
-    t = torch.arange(branch.shape[1], device=branch.device)
-    # Padding has branch -1 and sees the padding before it: a row that sees nothing gives nan.
-    return (t[:, None] >= t[None, :]) & ((key == query) | ((key == 0) & (query >= 0)))
-
-
-def build_trees(groups: list[tuple[Prompt, list[torch.Tensor]]], pad_id: int = 0) -> Trees:
-    """Lay each (prompt, [response tokens [R], ...]) on one row; pad the rows to the longest.
-
-    The first token of every response is predicted by the last token of the prompt.
-
-    >>> ids = lambda *a: torch.tensor(a)
-    >>> q = Question("1", "?", [], "yes")
-    >>> prompt = Prompt(q, "bare", ids(7, 8), ids(0, 1).expand(3, 2), torch.zeros(0, 3), None)
-    >>> trees = build_trees([(prompt, [ids(11, 12), ids(21)])])
-    >>> trees.input_ids, trees.branch
-    (tensor([[ 7,  8, 11, 12, 21]]), tensor([[0, 0, 1, 1, 2]]))
-    >>> trees.position_ids[0], trees.predictor, trees.targets, trees.lengths
-    (tensor([[0, 1, 2, 3, 2]]), tensor([1, 2, 1]), tensor([11, 12, 21]), [2, 1])
-    """
-    T = max(len(p.input_ids) + sum(map(len, ys)) for p, ys in groups)
-    N = len(groups)
-    input_ids = torch.full((N, T), pad_id)
-    branch = torch.full((N, T), -1)
-    position_ids = torch.zeros(3, N, T, dtype=torch.long)
-    predictor, targets, lengths = [], [], []
-    for n, (prompt, responses) in enumerate(groups):
-        P = len(prompt.input_ids)
-        input_ids[n, :P] = prompt.input_ids
-        branch[n, :P] = 0
-        position_ids[:, n, :P] = prompt.position_ids
-        start, first = P, prompt.next_position
-        for g, y in enumerate(responses, 1):
-            R = len(y)
-            input_ids[n, start : start + R] = y
-            branch[n, start : start + R] = g
-            position_ids[:, n, start : start + R] = torch.arange(first, first + R)
-            at = torch.arange(start - 1, start + R - 1)
-            at[0] = P - 1
-            predictor.append(n * T + at)
-            targets.append(y)
-            lengths.append(R)
-            start += R
-    pixels = [p.pixel_values for p, _ in groups if len(p.image_grid_thw)]
-    grids = [p.image_grid_thw for p, _ in groups if len(p.image_grid_thw)]
-    return Trees(
-        input_ids, position_ids, branch,
-        torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None,
-        torch.cat(predictor), torch.cat(targets), lengths,
-    )
-
-
 def response_logprobs(policy: Policy, groups, temperature: float = 1.0):
     """Log-probabilities and entropies of all responses of all groups, each [B, R], right-padded
     with 0: B responses in order, R the longest. `groups` as `build_trees` takes them."""
     trees = build_trees(groups).to(policy.device)
     return tuple(pad_rows(x, trees.lengths) for x in policy(trees, temperature))
-
-
-def pad_rows(flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """[K] -> [B, R], each response a row, padded with 0.
-
-    >>> pad_rows(torch.tensor([1.0, 2.0, 3.0]), [2, 1])
-    tensor([[1., 2.],
-            [3., 0.]])
-    """
-    return nn.utils.rnn.pad_sequence(flat.split(lengths), batch_first=True)
 
 
 # ---------------------------------------------------------------------------- encoding
@@ -358,6 +266,15 @@ def encode(policy: Policy, question: Question, template: str = "plain") -> Promp
     image_id = policy.model.config.image_token_id
     positions = mrope_positions(input_ids, grid, image_id, merge)
     return Prompt(question, template, input_ids, positions, grid, pixels)
+
+
+def prompt_length(policy: Policy, question: Question, template: str, sizes) -> int:
+    """Tokens of a question's prompt, from its pictures' (width, height) alone; cheap beside `encode`."""
+    processor = policy.image_processor
+    patches = sum(processor.get_number_of_image_patches(height, width) for width, height in sizes)
+    text = chat_text(policy, question, template)
+    tokens = len(policy.tokenizer(text, add_special_tokens=False).input_ids)
+    return tokens - len(sizes) + patches // processor.merge_size**2
 
 
 def with_pixels(policy: Policy, prompt: Prompt) -> Prompt:

@@ -23,6 +23,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rollout import Extension
+
 # Exact to the character (paper, appendix).
 TRIGGERS = {
     "self_questioning": "\n\nWait, does it seem right?",
@@ -43,26 +45,31 @@ class Rethinking:
     max_tokens: int = 1024
 
 
-def plan_extension(
-    settings: Rethinking, sample, correct: bool, encode_trigger, cut, max_new_tokens: int, rng
-) -> tuple[int, list[int], str] | None:
-    """How a finished response goes on: (tokens of y1 kept, trigger ids, kind), or None.
+def extender(settings: Rethinking, tokenizer, grade, max_new_tokens: int, key: tuple):
+    """What `rollout.generate` asks when a response ends: shall it look again, and how?
 
-    encode_trigger  text -> token ids
-    cut             sample -> tokens before its answer (see `tokens_before_answer`)
+    grade  sample -> reward, asked only where the trigger depends on it
+    key    of the randomness, with the question's id and the member's number: one response's luck
+           depends on nothing that happens to another
     """
-    # Drawn first and always, so that one response's luck does not depend on another's length.
-    chosen, cut_back = rng.random() < settings.fraction, rng.random() < settings.cutback
-    kind = rng.choice(list(TRIGGERS))
-    if settings.trigger == "oracle":
-        kind = "self_verification" if correct else "self_correction"
-    if not chosen or sample.finish != "stop":
-        return None
-    keep = cut(sample) if cut_back else len(sample.tokens) - 1  # without its EOS
-    forced = encode_trigger(TRIGGERS[kind])
-    if keep < 1 or keep + len(forced) + settings.min_tokens > max_new_tokens:
-        return None
-    return keep, forced, kind
+
+    def extend(n: int, g: int, sample) -> Extension | None:
+        rng = random.Random(f"rethink {key} {sample.prompt.question.id} {g}")
+        chosen, cut_back = rng.random() < settings.fraction, rng.random() < settings.cutback
+        kind = rng.choice(list(TRIGGERS))
+        if not chosen or sample.finish != "stop":
+            return None
+        if settings.trigger == "oracle":
+            kind = "self_verification" if grade(sample) > 0 else "self_correction"
+        keep = len(sample.tokens) - 1  # without its EOS
+        if cut_back:
+            keep = tokens_before_answer(sample.tokens.tolist(), tokenizer.decode)
+        forced = tokenizer(TRIGGERS[kind], add_special_tokens=False).input_ids
+        if keep < 1 or keep + len(forced) + settings.min_tokens > max_new_tokens:
+            return None
+        return Extension(keep, forced, kind)
+
+    return extend if settings.fraction > 0 else None
 
 
 def tokens_before_answer(tokens: list[int], decode: Callable[[list[int]], str]) -> int:
@@ -80,12 +87,15 @@ def tokens_before_answer(tokens: list[int], decode: Callable[[list[int]], str]) 
     return 0
 
 
+def second_length(extension) -> int:
+    """Tokens of y2: what was said after the last forced one."""
+    return len(extension.tokens) - int((~extension.mask).nonzero()[-1]) - 1
+
+
 def is_kept(settings: Rethinking, extension) -> bool:
     """A second look counts when it ended by itself, is correct, and is neither too short nor too long."""
-    forced = (~extension.mask).nonzero()[:, 0]
-    spoken = len(extension.tokens) - int(forced[-1]) - 1  # of y2
-    ended = extension.finish == "stop"
-    return ended and extension.reward > 0 and settings.min_tokens <= spoken <= settings.max_tokens
+    in_window = settings.min_tokens <= second_length(extension) <= settings.max_tokens
+    return extension.finish == "stop" and extension.reward > 0 and in_window
 
 
 def merge_rethought(
@@ -124,7 +134,7 @@ def merge_rethought(
                 names = {True: "right", False: "wrong"}
                 counts[f"{names[sample.reward > 0]}_{names[again.reward > 0]}"] += 1
                 counts["attempted"] += 1
-                counts["tokens"] += int(again.mask.sum()) - len(sample.tokens) + 1
+                counts["tokens"] += second_length(again)
             if again is not None and room and is_kept(settings, again):
                 room -= 1
                 counts["kept"] += 1
@@ -150,8 +160,3 @@ def before_rethinking(text: str) -> str:
     'It is 5.\\n\\n'
     """
     return text[: min((text.find(t.strip()) for t in TRIGGERS.values() if t.strip() in text), default=None)]
-
-
-def rethinking_rng(seed: int, step: int, qid: str, member: int) -> random.Random:
-    """Each response has luck of its own: it depends on nothing that happens in the batch."""
-    return random.Random(f"rethink {seed} {step} {qid} {member}")

@@ -135,11 +135,15 @@ def draw_question(recipe: Recipe, rng: random.Random, heldout: bool, qid: str):
     return Question(qid, text, [world.draw()], path[-1], None, f"{steps} step{plural}"), path
 
 
-def toy_questions(recipe: Recipe, n: int, seed: int, heldout: bool = False) -> list[Question]:
+def toy_questions(recipe: Recipe, n: int, seed, heldout: bool = False) -> list[Question]:
     """n questions, the same ones for the same arguments."""
     side = "heldout" if heldout else "train"
-    rng = random.Random(f"{side} {seed}")
-    return [draw_question(recipe, rng, heldout, f"{side}-{seed}-{i}")[0] for i in range(n)]
+    return [question_by_id(recipe, f"{side}/{seed}/{i}") for i in range(n)]
+
+
+def question_by_id(recipe: Recipe, qid: str) -> Question:
+    """A toy question is a function of its id, "side/seed/number"."""
+    return draw_question(recipe, random.Random(qid), qid.startswith("heldout"), qid)[0]
 
 
 def slow_solution(path: list[str]) -> str:
@@ -166,6 +170,17 @@ def worked_solution(question, path, recipe: Recipe, rng: random.Random, mix) -> 
     if way == "fast":
         return [guess]
     return [guess, TRIGGERS[rng.choice(list(TRIGGERS))], "\n" + slow_solution(path)]
+
+
+def way(text: str) -> str:
+    """Which of the three ways a response takes.
+
+    >>> way("red to blue. So \\\\boxed{blue}."), way("Looks like \\\\boxed{red}.")
+    ('slow', 'fast')
+    """
+    if any(trigger in text for trigger in TRIGGERS.values()):
+        return "twice"
+    return "fast" if text.startswith("Looks like") else "slow"
 
 
 # ---------------------------------------------------------------------------- the policy

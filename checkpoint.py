@@ -1,0 +1,179 @@
+"""Checkpoints that cannot be half written, and resuming exactly.
+
+    OUT/checkpoint-STEP/
+        config.json, *.safetensors, tokenizer ...   the policy in the hub's layout: any tool loads it
+        trainer.json                                step, episode, settings: everything but tensors
+        samples.json                                what is left of the episode, and the replay buffer
+        state-RANK-of-WORLD.safetensors             each rank's fp32 weights and Adam moments
+
+A checkpoint is written under another name and renamed when it is whole, so one that can be seen is
+complete. Nothing is pickled: a checkpoint from elsewhere can do no harm by being read.
+
+Parameters are split over ranks along their first dimension, in order. A run with another number of ranks
+therefore finds any row it needs by counting through the old files (`read_rows`).
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import parallel
+from data import UserError
+from model import Policy, Sample, save_policy
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's contents: a reader sees the old or the new, never a part."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def to_json(value) -> str:
+    return json.dumps(value, indent=1)
+
+
+def pack_sample(sample: Sample) -> dict:
+    """A Sample as JSON holds it. float32 numbers survive the way through decimal exactly."""
+    row = {k: v for k, v in vars(sample).items() if k not in ("prompt", "extension")}
+    row |= {k: row[k].tolist() for k in ("tokens", "logprobs", "mask")}
+    return row | {"qid": sample.prompt.question.id}
+
+
+def unpack_sample(row: dict, prompts: dict) -> Sample:
+    """The Sample that `pack_sample` wrote; `prompts` maps question ids to Prompts."""
+    row = dict(row)
+    prompt = prompts[row.pop("qid")]
+    row["tokens"] = torch.tensor(row["tokens"], dtype=torch.long)
+    row["logprobs"] = torch.tensor(row["logprobs"], dtype=torch.float32)
+    row["mask"] = torch.tensor(row["mask"], dtype=torch.bool)
+    return Sample(prompt=prompt, **row)
+
+
+def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """This rank's part of the weights and of the optimiser, by name."""
+    tensors = {}
+    for name, parameter in policy.named_parameters():
+        tensors[f"param/{name}"] = parallel.local(parameter.detach()).contiguous()
+        for moment in MOMENTS:
+            state = optimizer.state.get(parameter)
+            if state:
+                tensors[f"{moment}/{name}"] = parallel.local(state[moment]).contiguous()
+    return tensors
+
+
+def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_last: int) -> None:
+    """Write OUT/checkpoint-STEP on all ranks together, then drop the oldest beyond `keep_last`.
+
+    trainer  JSON-able, with "step";  samples  {"fresh": [Sample], "buffer": [Sample]}
+    """
+    final = directory / f"checkpoint-{trainer['step']}"
+    unfinished = directory / f"unfinished-{trainer['step']}"
+    first = parallel.rank() == 0
+    if first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    parallel.barrier()
+    rank, world = parallel.rank(), parallel.world()
+    save_file(state_tensors(policy, optimizer), unfinished / f"state-{rank}-of-{world}.safetensors")
+    whole = {}
+    dtype = torch.bfloat16 if policy.device.type == "cuda" else torch.float32
+    for name, tensor in policy.model.state_dict().items():
+        tensor = parallel.whole(tensor)  # every rank takes part; the first keeps it
+        if first:
+            whole[name] = tensor.to("cpu", dtype)
+    if first:
+        save_policy(policy, unfinished, whole)
+        packed = {name: [pack_sample(s) for s in part] for name, part in samples.items()}
+        (unfinished / "samples.json").write_text(json.dumps(packed))
+        (unfinished / "trainer.json").write_text(to_json(trainer | {"world": world}))
+    parallel.barrier()
+    if first:
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        for old in list_checkpoints(directory)[:-keep_last]:
+            shutil.rmtree(old)
+    parallel.barrier()
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """OUT's checkpoints, oldest first."""
+    found = [p for p in directory.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+
+
+def read_rows(files: list, name: str, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) of a tensor whose first dimension is laid out over `files` in order."""
+    parts, offset = [], 0
+    for file in files:
+        piece = file.get_slice(name)
+        shape = piece.get_shape()
+        if not shape:
+            return file.get_tensor(name)
+        low, high = max(start - offset, 0), min(stop - offset, shape[0])
+        if low < high:
+            parts.append(piece[low:high])
+        offset += shape[0]
+    return torch.cat(parts) if parts else piece[0:0]
+
+
+def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict:
+    """Restore weights and optimiser, whatever the number of ranks was. Returns trainer.json.
+
+    Raises UserError where the checkpoint is of another model or lacks a file.
+    """
+    trainer = json.loads((directory / "trainer.json").read_text())
+    paths = [
+        directory / f"state-{r}-of-{trainer['world']}.safetensors" for r in range(trainer["world"])
+    ]
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise UserError(f"{missing[0]}: missing; the checkpoint is not whole, resume an older one")
+    files = [safe_open(path, framework="pt") for path in paths]
+    names = set(files[0].keys())
+    for name, parameter in policy.named_parameters():
+        mine = parallel.local(parameter)
+        start = first_row(parameter)
+        stop = start + (mine.shape[0] if mine.ndim else 0)
+        if f"param/{name}" not in names:
+            raise UserError(f"{directory}: no weights for {name}; it is a checkpoint of another model")
+        with torch.no_grad():
+            mine.copy_(read_rows(files, f"param/{name}", start, stop))
+        if trainer["adam_step"] == 0:
+            continue
+        moments = {}
+        for moment in MOMENTS:
+            moments[moment] = torch.zeros_like(parameter)
+            values = read_rows(files, f"{moment}/{name}", start, stop)
+            parallel.local(moments[moment]).copy_(values)
+        optimizer.state[parameter] = moments | {"step": torch.tensor(float(trainer["adam_step"]))}
+    return trainer
+
+
+def read_samples(directory: Path) -> dict[str, list[dict]]:
+    return json.loads((directory / "samples.json").read_text())
+
+
+def first_row(parameter: torch.Tensor) -> int:
+    """Where this rank's part of a parameter begins: FSDP2 splits as torch.chunk does."""
+    if parallel.local(parameter) is parameter or parameter.ndim == 0:
+        return 0
+    per_rank = -(-parameter.shape[0] // parallel.world())
+    return min(per_rank * parallel.rank(), parameter.shape[0])
+
+
+def explain_os_error(error: OSError, directory: Path) -> UserError:
+    """A full or read-only disk, said in one line."""
+    reasons = {errno.ENOSPC: "no space left", errno.EACCES: "no right to write",
+               errno.EROFS: "read-only file system", errno.ENOTDIR: "not a directory",
+               errno.EEXIST: "a file stands in the way"}  # fmt: skip
+    reason = reasons.get(error.errno, error.strerror or str(error))
+    return UserError(f"--out {directory}: {reason}; choose another place or make room")

@@ -1,0 +1,159 @@
+"""The settings of a training run: one dataclass that is also the command line.
+
+Every field is a flag of the same name. A preset changes some defaults; a flag on the command line
+wins over both. The help of each field says what the paper [P] or its released code [C] uses.
+"""
+
+import argparse
+from dataclasses import asdict, dataclass, field, fields
+
+from data import TEMPLATES, UserError
+
+
+def flag(default, help: str, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    preset: str = flag("toy", "defaults to start from", ("toy", "7b", "72b"))
+    model: str = flag("toy", "toy, a directory, or a hub id of a Qwen2-VL or Qwen2.5-VL")
+    data: str = flag("toy", "toy, or a .parquet or .jsonl file in ViRL39K's layout")
+    toy_level: str = flag("easy", "difficulty of the toy world", ("easy", "hard"))
+    pass_rate_column: str = flag("", "keep questions by this column, such as PassRate_7BBase")
+    pass_rate_min: float = flag(0.01, "lowest pass rate kept [P: non-zero pass@8]")
+    pass_rate_max: float = flag(1.0, "highest pass rate kept")
+    heldout: int = flag(128, "questions kept out of training, to measure on; 0: none")
+    template: str = flag("bare", "prompt [P: plain in stage 1, rethink in stage 2]", tuple(TEMPLATES))
+    min_pixels: int = flag(0, "least area of a resized picture; 0: the checkpoint's [C: 256*28*28]")
+    max_pixels: int = flag(0, "largest area of a picture; 0: the checkpoint's [C: 1280*28*28]")
+    max_prompt_tokens: int = flag(4096, "questions with a longer prompt are dropped and counted")
+
+    out: str = flag("", "directory of the run; default: runs/PRESET, numbered if taken")
+    steps: int = flag(60, "optimiser steps; 0: `passes` over the data")
+    passes: int = flag(3, "passes over the data when steps is 0 [P: at most 3]")
+    seed: int = flag(0, "all randomness is a function of (seed, step, rank)")
+    save_every: int = flag(50, "steps between checkpoints; the last step always writes one")
+    keep_last: int = flag(2, "checkpoints kept")
+    eval_every: int = flag(20, "steps between measurements on held-out questions; 0: first and last")
+    resume: bool = flag(False, "go on from the newest checkpoint in --out")
+
+    episode_queries: int = flag(32, "questions sampled with frozen weights [P: 1024]")
+    group_size: int = flag(8, "responses a question, G [P: 8]")
+    batch_size: int = flag(128, "responses an optimiser step [P: 512]")
+    max_new_tokens: int = flag(48, "longest response [C: 2048]")
+    temperature: float = flag(1.0, "of sampling and of the log-probabilities [P: 1.0]")
+    rollout_rows: int = flag(256, "responses decoded at once on a rank: their KV cache must fit")
+
+    lr: float = flag(1e-4, "peak learning rate of AdamW [C: 1e-6]")
+    warmup: float = flag(0.03, "share of the steps that the learning rate rises [C: 0.03]")
+    final_lr: float = flag(0.5, "what the cosine ends at, as a share of the peak [C: 0.5]")
+    weight_decay: float = flag(0.0, "of AdamW [C: 0]")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm [C: 1.0]")
+    micro_batch_tokens: int = flag(8192, "tokens of a forward pass, padding included")
+    gradient_checkpointing: bool = flag(False, "compute activations again in the backward pass [C: true]")
+
+    advantage: str = flag("mean", "divide r - mean by the group's std? [P: std] [C: mean]", ("mean", "std"))
+    average: str = flag("token", "mean over all tokens, or over responses of their means [P: sequence]",
+                        ("token", "sequence"))  # fmt: skip
+    clip_low: float = flag(0.2, "how far below 1 the ratio may fall [C: 0.2]")
+    clip_high: float = flag(0.35, "how far above 1 the ratio may rise [C: 0.35]")
+    recompute_logprobs: bool = flag(False, "take logp_old from the training forward pass [C: true]")
+
+    ssr: str = flag("replay", "Selective Sample Replay, drop zero advantages, or neither",
+                    ("replay", "filter", "off"))  # fmt: skip
+    ssr_alpha: float = flag(1.0, "draw in proportion to |A|^alpha [P: not given] [C: 1]")
+    ssr_replacement: bool = flag(True, "put each draw back [P: not said] [C: true]")
+
+    rethink_fraction: float = flag(0.0, "share of responses forced to look again, q [C: about 0.65]")
+    rethink_quota: int = flag(2, "second looks kept a question [P: 2]")
+    rethink_sft_coef: float = flag(0.05, "weight of the loss on kept second looks [C: 0.05]")
+    rethink_sft_on: str = flag("all", "that loss on y1 + trigger + y2, or on trigger + y2",
+                               ("all", "second"))  # fmt: skip
+    rethink_trigger: str = flag("uniform", "drawn blindly, or by whether y1 was right [C: oracle]",
+                                ("uniform", "oracle"))  # fmt: skip
+    rethink_cutback: float = flag(0.0, "chance to cut y1 back before its answer [C: 0.5]")
+    rethink_min_tokens: int = flag(1, "least tokens of a kept y2 [C: 30]")
+    rethink_max_tokens: int = flag(1024, "most tokens of a kept y2 [C: 1024]")
+    rethink_baseline: str = flag("before", "group mean taken before or after replacement [C: after]",
+                                 ("before", "after"))  # fmt: skip
+
+
+LARGE = {
+    "template": "plain", "min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28, "steps": 0,
+    "episode_queries": 1024, "batch_size": 512, "max_new_tokens": 2048, "lr": 1e-6, "save_every": 16,
+    "eval_every": 16, "heldout": 256, "micro_batch_tokens": 24576, "gradient_checkpointing": True,
+    "rethink_min_tokens": 30, "rollout_rows": 256,
+}  # fmt: skip
+
+PRESETS = {
+    "toy": {},
+    "7b": LARGE | {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "pass_rate_column": "PassRate_7BBase"},
+    "72b": LARGE | {"model": "Qwen/Qwen2.5-VL-72B-Instruct", "rollout_rows": 128,
+                    "pass_rate_column": "PassRate_32BTrained"},
+}  # fmt: skip
+
+
+def parse(argv: list[str]) -> Config:
+    """Flags -> Config. Raises UserError for an unknown flag or value, and for values that clash.
+
+    >>> parse(["--lr", "0.001", "--resume"]).lr
+    0.001
+    """
+    parser = argparse.ArgumentParser(
+        "train.py", description="Teach a Qwen vision-language model to think slowly.",
+        usage="python train.py [--FIELD VALUE ...]", allow_abbrev=False,
+    )  # fmt: skip
+
+    def fail(message):
+        raise UserError(f"{message}; see python train.py --help")
+
+    parser.error = fail
+    for f in fields(Config):
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        options = {"help": text, "choices": f.metadata["choices"], "default": argparse.SUPPRESS}
+        if f.type is bool:  # --flag, --flag true, --flag false
+            options |= {"type": read_bool, "nargs": "?", "const": True, "metavar": "true|false"}
+        else:
+            options |= {"type": f.type}
+        parser.add_argument(f"--{f.name}", **options)
+    given = vars(parser.parse_args(argv))
+    preset = PRESETS[given.get("preset", "toy")]
+    config = Config(**(preset | given))
+    check(config)
+    return config
+
+
+def read_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def check(config: Config) -> None:
+    """Raise UserError where a value is out of range or two do not fit together."""
+    at_least = {
+        "steps": 0, "passes": 1, "save_every": 1, "keep_last": 1, "eval_every": 0, "heldout": 0,
+        "episode_queries": 1, "group_size": 2, "batch_size": 1, "max_new_tokens": 1, "lr": 0,
+        "rollout_rows": 1, "micro_batch_tokens": 1, "max_prompt_tokens": 1, "ssr_alpha": 0,
+        "warmup": 0, "final_lr": 0, "max_grad_norm": 0, "clip_low": 0, "clip_high": 0, "weight_decay": 0,
+        "rethink_quota": 0, "rethink_sft_coef": 0, "rethink_min_tokens": 0, "rethink_max_tokens": 1,
+        "min_pixels": 0, "max_pixels": 0,
+    }  # fmt: skip
+    values = asdict(config)
+    for name, low in at_least.items():
+        if not values[name] >= low:
+            raise UserError(f"--{name} {values[name]}: must be at least {low}")
+    for name in ("rethink_fraction", "rethink_cutback", "warmup", "final_lr", "clip_low"):
+        if not 0 <= values[name] <= 1:
+            raise UserError(f"--{name} {values[name]}: must lie between 0 and 1")
+    if not config.temperature > 0:
+        raise UserError(f"--temperature {config.temperature}: must be above 0 to sample a group")
+    responses = config.episode_queries * config.group_size
+    if responses % config.batch_size:
+        raise UserError(
+            f"--batch_size {config.batch_size} does not divide the {responses} responses of an episode "
+            f"(--episode_queries {config.episode_queries} x --group_size {config.group_size})"
+        )
+    if (config.model == "toy") != (config.data == "toy") and config.model == "toy":
+        raise UserError("--model toy reads the toy world only: give --model a Qwen2.5-VL with --data")

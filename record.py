@@ -1,0 +1,103 @@
+"""What a run writes down: metrics.jsonl, samples.jsonl, and tensorboard where it is installed."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+from checkpoint import write_atomically
+from data import open_image
+
+
+class Recorder:
+    """Appends to OUT's files; off rank 0 it does nothing, so that the loop needs no `if`."""
+
+    def __init__(self, out: Path, active: bool, resume_step: int | None = None):
+        self.out, self.active, self.board = out, active, None
+        if not active:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            forget_after(out / name, -1 if resume_step is None else resume_step)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out))
+        except ImportError:
+            pass  # optional: metrics.jsonl has the same numbers
+
+    def metrics(self, row: dict) -> None:
+        """One line of metrics.jsonl. Floats are written exactly: a resumed run can be compared."""
+        if not self.active:
+            return
+        self.append("metrics.jsonl", row)
+        if self.board:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, row["step"])
+
+    def samples(self, step: int, groups: list, tokenizer) -> None:
+        """Rollouts to look at: question, picture and every response of these groups."""
+        for group in groups if self.active else []:
+            question = group[0].prompt.question
+            self.append("samples.jsonl", {
+                "step": step,
+                "question": {
+                    "id": question.id, "text": question.text, "answer": question.answer,
+                    "images": [thumbnail(source) for source in question.images],
+                },
+                "responses": [describe(sample, tokenizer) for sample in group],
+            })  # fmt: skip
+
+    def summary(self, step: int, total: int, command: str) -> str:
+        """The last line of a run: what was learnt, where it is, and how to go on."""
+        with open(self.out / "metrics.jsonl", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        heldout = [row["heldout_accuracy"] for row in rows if "heldout_accuracy" in row]
+        learnt = f"held-out accuracy {heldout[0]:.2f} -> {heldout[-1]:.2f}; " if heldout else ""
+        where = f"checkpoint: {self.out}/checkpoint-{step}"
+        if step < total:
+            how = f"go on with: python {command} --resume --out {self.out}, and the flags of before"
+            return f"stopped after step {step} of {total}; {where}; {how}"
+        return f"{step} steps; {learnt}{where}"
+
+    def append(self, name: str, row: dict) -> None:
+        with open(self.out / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps: the run that is resumed writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            pass  # the last line of a run that was killed while it wrote
+    write_atomically(path, "".join(kept))
+
+
+def describe(sample, tokenizer) -> dict:
+    """A response for samples.jsonl. `pieces` alternates [text, forced?]: what was sampled, what was not."""
+    pieces, mask = [], sample.mask.tolist()
+    start = 0
+    for i in range(1, len(mask) + 1):
+        if i == len(mask) or mask[i] != mask[start]:
+            pieces.append([tokenizer.decode(sample.tokens[start:i]), not mask[start]])
+            start = i
+    return {
+        "text": sample.text, "pieces": pieces, "reward": sample.reward,
+        "advantage": sample.advantage, "finish": sample.finish, "tokens": len(mask),
+        "rethought": sample.rethought,
+    }  # fmt: skip
+
+
+def thumbnail(source, side: int = 336) -> str:
+    """A picture as a data URI of at most `side` pixels, to be shown in a page."""
+    image = open_image(source)
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

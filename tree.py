@@ -1,0 +1,159 @@
+"""A group is a tree: one prompt, G branches, one row.
+
+    [ prompt | y_1 | y_2 | ... | y_G ]        T = P + R_1 + ... + R_G tokens instead of G (P + R)
+
+G responses to one question share a prompt that is mostly image tokens. On one row it runs once, forward
+and backward. Three things make the row equal to G separate ones: a mask (each response sees the prompt
+and itself), positions (every response starts right after the prompt), and the first token of every
+response being predicted by the last token of the prompt.
+
+A sample that replay has drawn k times is one branch whose loss counts k times: the same gradient for
+a k-th of the work. `plan_micro_batches` cuts an optimiser batch into micro-batches for all ranks. It is a
+pure function of the lengths, so every rank computes the whole plan and none has to ask.
+
+Letters: N trees, G branches, P prompt tokens, R response tokens, T tokens of a row, K response
+tokens of all rows, D features.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass
+class Trees:
+    """N groups as N padded rows, ready for the model. Built by `build_trees`."""
+
+    input_ids: torch.Tensor  # [N, T]
+    position_ids: torch.Tensor  # [3, N, T]
+    branch: torch.Tensor  # [N, T]: 0 = prompt, g = g-th response, -1 = padding
+    pixel_values: torch.Tensor | None  # [patches of all N, D]
+    image_grid_thw: torch.Tensor | None  # [images of all N, 3]
+    predictor: torch.Tensor  # [K]: flat index (row * T + column) of the token that predicts
+    targets: torch.Tensor  # [K]: the response token predicted there
+    lengths: list[int]  # response lengths, over trees and branches in order; they sum to K
+
+    def to(self, device) -> "Trees":
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
+
+
+def tree_mask(branch: torch.Tensor) -> torch.Tensor:
+    """Who attends to whom, [N, T, T]: earlier tokens of the prompt and of one's own response.
+
+    >>> tree_mask(torch.tensor([[0, 0, 1, 1, 2]]))[0].int()
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0],
+            [1, 1, 0, 0, 1]], dtype=torch.int32)
+    """
+    query, key = branch[:, :, None], branch[:, None, :]
+    t = torch.arange(branch.shape[1], device=branch.device)
+    # Padding has branch -1 and sees the padding before it: a row that sees nothing gives nan.
+    return (t[:, None] >= t[None, :]) & ((key == query) | ((key == 0) & (query >= 0)))
+
+
+def build_trees(groups: list[tuple[object, list[torch.Tensor]]], pad_id: int = 0) -> Trees:
+    """Lay each (Prompt, [response tokens [R], ...]) on one row; pad the rows to the longest.
+
+    The first token of every response is predicted by the last token of the prompt.
+
+    >>> from types import SimpleNamespace as S
+    >>> ids = lambda *a: torch.tensor(a)
+    >>> prompt = S(input_ids=ids(7, 8), position_ids=ids(0, 1).expand(3, 2), next_position=2,
+    ...            image_grid_thw=torch.zeros(0, 3))
+    >>> trees = build_trees([(prompt, [ids(11, 12), ids(21)])])
+    >>> trees.input_ids, trees.branch
+    (tensor([[ 7,  8, 11, 12, 21]]), tensor([[0, 0, 1, 1, 2]]))
+    >>> trees.position_ids[0], trees.predictor, trees.targets, trees.lengths
+    (tensor([[0, 1, 2, 3, 2]]), tensor([1, 2, 1]), tensor([11, 12, 21]), [2, 1])
+    """
+    T = max(len(p.input_ids) + sum(map(len, ys)) for p, ys in groups)
+    N = len(groups)
+    input_ids = torch.full((N, T), pad_id)
+    branch = torch.full((N, T), -1)
+    position_ids = torch.zeros(3, N, T, dtype=torch.long)
+    predictor, targets, lengths = [], [], []
+    for n, (prompt, responses) in enumerate(groups):
+        P = len(prompt.input_ids)
+        input_ids[n, :P] = prompt.input_ids
+        branch[n, :P] = 0
+        position_ids[:, n, :P] = prompt.position_ids
+        start, first = P, prompt.next_position
+        for g, y in enumerate(responses, 1):
+            R = len(y)
+            input_ids[n, start : start + R] = y
+            branch[n, start : start + R] = g
+            position_ids[:, n, start : start + R] = torch.arange(first, first + R)
+            at = torch.arange(start - 1, start + R - 1)
+            at[0] = P - 1
+            predictor.append(n * T + at)
+            targets.append(y)
+            lengths.append(R)
+            start += R
+    pixels = [p.pixel_values for p, _ in groups if len(p.image_grid_thw)]
+    grids = [p.image_grid_thw for p, _ in groups if len(p.image_grid_thw)]
+    return Trees(
+        input_ids, position_ids, branch,
+        torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None,
+        torch.cat(predictor), torch.cat(targets), lengths,
+    )
+
+
+def pad_rows(flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """[K] -> [B, R], each response a row, padded with 0.
+
+    >>> pad_rows(torch.tensor([1.0, 2.0, 3.0]), [2, 1])
+    tensor([[1., 2.],
+            [3., 0.]])
+    """
+    return torch.nn.utils.rnn.pad_sequence(flat.split(lengths), batch_first=True)
+
+
+def plan_micro_batches(
+    branches: list[tuple[str, int, int]], ranks: int, budget: int
+) -> list[list[list[list[int]]]]:
+    """Who trains what: for each rank its micro-batches, each a list of trees of branch indices.
+
+    branches  (question id, prompt length, response length) a branch
+    ranks     how many share the work; each gets about the same number of tokens
+    budget    tokens a micro-batch, padding included. A group that is longer is cut into several
+              trees; one that is longer with a single branch gets a micro-batch of its own.
+
+    Ranks may get different numbers of micro-batches: the caller fills up with empty ones.
+
+    >>> branches = [("a", 10, 4), ("b", 10, 5), ("a", 10, 6), ("c", 10, 40)]
+    >>> plan_micro_batches(branches, ranks=2, budget=40)
+    [[[[3]]], [[[0, 2], [1]]]]
+    """
+    by_question: dict[str, list[int]] = {}
+    for i, (question, _, _) in enumerate(branches):
+        by_question.setdefault(question, []).append(i)
+    trees = []  # (tokens of the row, branch indices)
+    for members in by_question.values():
+        prompt = branches[members[0]][1]
+        row, length = [], prompt
+        for i in members:
+            if row and length + branches[i][2] > budget:
+                trees.append((length, row))
+                row, length = [], prompt
+            row.append(i)
+            length += branches[i][2]
+        trees.append((length, row))
+    trees.sort(key=lambda tree: -tree[0])
+    shares, loads = [[] for _ in range(ranks)], [0] * ranks
+    for tree in trees:
+        lightest = loads.index(min(loads))
+        shares[lightest].append(tree)
+        loads[lightest] += tree[0]
+    plan = []
+    for share in shares:
+        micro_batches = []
+        for length, row in share:  # longest first: the first row of a micro-batch is its width
+            if not micro_batches or (len(micro_batches[-1]) + 1) * width > budget:
+                micro_batches.append([])
+                width = length
+            micro_batches[-1].append(row)
+        plan.append(micro_batches)
+    return plan
