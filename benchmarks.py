@@ -1,0 +1,433 @@
+"""Seven benchmarks as their authors publish them: rows to Questions, and how each is marked.
+
+The paper evaluates on MathVista, MathVerse, MathVision, MMMU, MMMU-Pro, EMMA and MEGA-Bench core
+(Section 4.2, Tables 1 and 2). Each has one reader here: from a row of its published schema to an
+`Item`, which is the Question to ask, the rule that marks the answer found in a response, the tables
+it is filed in, its cluster (questions that are not independent) and its stratum (the headline is
+the mean over strata: one for a plain average, the tasks for MEGA-Bench).
+
+What we do differently: pictures come first and the text follows, as in the paper's evaluation, and
+a picture that the text names ("<image 2>") is called [Image 2]; options are laid out as in the
+training data; every rule is a rule (no language model extracts or judges), so MathVerse's free-form
+half and MEGA-Bench are labelled with what is covered.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import megabench
+from reward import is_correct
+
+from data import MARKER, Question, parse_choices, place_markers
+from rules import LETTERS, choose, extract, letters, literal, normal, same_quantity, value
+
+
+@dataclass
+class Item:
+    """A Question, and all that its benchmark needs to mark and to file a response to it."""
+
+    question: Question
+    rule: Callable[[str], float]  # what was found in a response -> its mark, 0 to 1
+    groups: list[str]  # the table rows it counts in
+    cluster: str = ""  # items that stand or fall together; "" is a cluster of its own
+    stratum: str = ""
+    template: str = ""  # "" takes the one the user chose
+    unsupported: str = ""  # why its whole stratum cannot be marked
+    unaskable: str = ""  # why its whole stratum cannot be shown to a model of ours
+    extract: Callable[[str], str | None] = extract
+    place: str = ""  # file and row, for error messages
+
+
+@dataclass
+class Benchmark:
+    """What a benchmark's rows mean, and which files of its repository on the hub hold them."""
+
+    read: Callable[[dict], Item]
+    hub: str
+    split: str
+    files: str  # pattern of paths in the repository
+    size: int
+    covers: str  # what the rules can mark
+    beside: str = "(?!)"  # matches paths of another setting or variant: not to be read
+
+
+# ---------------------------------------------------------------------------- parts of a reader
+
+
+def picture(stored):
+    """Bytes, a path, or None, from {"bytes", "path"} (parquet) or a path (jsonl)."""
+    if isinstance(stored, dict):
+        return stored.get("bytes") or stored.get("path")
+    return stored or None
+
+
+def numbered_pictures(row: dict) -> dict[int, object]:
+    """The pictures in columns image_1, image_2, ... that are there, by number."""
+    numbers = sorted(int(name[6:]) for name in row if re.fullmatch("image_[0-9]+", name))
+    found = {number: picture(row[f"image_{number}"]) for number in numbers}
+    return {number: stored for number, stored in found.items() if stored is not None}
+
+
+def name_pictures(text: str, numbers: list[int]) -> str:
+    """Replace numbered tags by the place of their picture among those shown.
+
+    The number counts, not the order of mention: MMMU-Pro shuffles options, so <image 3> may be
+    met before <image 1>, and still means the column image_3.
+
+    >>> name_pictures("Is <image 3> like <image_1>?", [1, 3])
+    'Is [Image 2] like [Image 1]?'
+    """
+
+    def name(tag: re.Match) -> str:
+        number = int(tag[1])
+        return f"[Image {numbers.index(number) + 1 if number in numbers else number}]"
+
+    return re.sub(r"<image[ _]?([0-9]+)>", name, text)
+
+
+def ask(text: str, pictures: list) -> str:
+    """The text of a Question: one marker a picture, all before the words."""
+    return place_markers(text.replace(MARKER, "").strip(), len(pictures))
+
+
+def with_choices(text: str, choices: list[str]) -> str:
+    """Options under a question, as ViRL39K lays them out.
+
+    >>> print(with_choices("Which?", ["3 cm", "4 cm"]))
+    Which?
+    Choices:
+    (A) 3 cm
+    (B) 4 cm
+    """
+    lines = [f"({LETTERS[i]}) {option}" for i, option in enumerate(choices)]
+    return "\n".join([text, "Choices:", *lines]) if choices else text
+
+
+def gold_text(row: dict) -> str:
+    answer = str(row["answer"] if row["answer"] is not None else "").strip()
+    if answer in ("", "?"):
+        raise ValueError("no answer; the answers of some test splits are withheld")
+    return answer
+
+
+def pick(gold: str, choices: list[str]) -> Callable[[str], bool]:
+    """The rule of a multiple-choice question whose gold answer is a letter, perhaps dressed."""
+    letter = letters(gold) or choose(gold, choices) or ""
+    if len(letter) != 1:
+        raise ValueError(f"the answer {gold!r} is not the letter of an option")
+    return lambda text: choose(text, choices) == letter
+
+
+def close(text: str, gold: str, decimals: int, relative: float = 0.0) -> bool:
+    """Equal numbers after rounding both, or within a relative tolerance."""
+    ours, theirs = value(text), value(gold)
+    if ours is None or theirs is None:
+        return False
+    if round(ours, decimals) == round(theirs, decimals):
+        return True
+    return abs(ours - theirs) <= relative * abs(theirs)
+
+
+# ---------------------------------------------------------------------------- MathVista
+
+
+def mathvista(row: dict) -> Item:
+    """AI4Math/MathVista. The gold answer of a choice is its text, never a letter."""
+    gold, choices, kind = gold_text(row), row.get("choices"), row["answer_type"]
+    if choices and gold not in choices:
+        raise ValueError(f"the answer {gold!r} is none of the choices")
+    target = value(gold)
+
+    def chosen(text):
+        letter = choose(text, choices)
+        place = LETTERS.index(letter) if letter else len(choices)
+        return place < len(choices) and choices[place] == gold
+
+    def integer(text):  # 3.0 is 3; 3.9 is not, though the official scorer cuts it to 3
+        number = value(text)
+        return is_correct(text, gold) if number is None else number == target
+
+    def rounded(text):  # to the column's precision; half a unit of the last place is allowed
+        number, half = value(text), Fraction(1, 2 * 10 ** int(row.get("precision") or 0))
+        return number is not None and abs(number - target) <= half
+
+    def listed(text):
+        return _equal_lists(text, gold)
+
+    def other(text):
+        return is_correct(text, gold)
+
+    by_type = {"list": listed}
+    if target is not None:
+        by_type |= {"integer": integer, "float": rounded}
+    images = [picture(row.get("decoded_image")) or picture(row["image"])]
+    query = row.get("query") or with_choices(row["question"], choices or [])
+    meta = row.get("metadata") or {}
+    groups = [row["question_type"], kind]
+    groups += [meta.get(name) or "" for name in ("task", "category", "context", "grade")]
+    question = Question(
+        row["pid"], ask(query, images), images, gold, choices or None, meta.get("task") or ""
+    )
+    rule = chosen if choices else by_type.get(kind, other)
+    return Item(question, rule, groups + list(meta.get("skills") or []))
+
+
+def _equal_lists(text: str, gold: str) -> bool:
+    try:
+        ours, theirs = literal(text.replace("\\left", "").replace("\\right", "")), literal(gold)
+    except ValueError:
+        return False
+    return isinstance(ours, (list, tuple)) and list(ours) == list(theirs)
+
+
+# ---------------------------------------------------------------------------- MathVerse
+
+
+def mathverse(row: dict) -> Item:
+    """AI4Math/MathVerse: 788 problems in five versions, so a problem is a cluster.
+
+    Options stand inside the question. In the Vision Only version the question is empty (it is drawn
+    in the picture) and question_for_eval holds its text.
+    """
+    gold, version = gold_text(row), row["problem_version"]
+    meta = row.get("metadata") or {}
+    words = row["question"] or row.get("question_for_eval") or ""
+    choices = parse_choices(words) or []
+    images = [picture(row["image"])]
+    query = row.get("query_cot") or row["question"] or "Answer the question in the picture."
+
+    free = row["question_type"] != "multi-choice"
+    letter = "" if free else letters(gold) or choose(gold, choices) or ""
+
+    def rule(text):
+        if len(letter) == 1:
+            return choose(text, choices) == letter
+        if letter:  # of 436 choices, ten golds are odd: "C\nD", "False", a bearing
+            return letters(text) == letter
+        return same_quantity(text, gold)
+
+    groups = [version, row["question_type"], meta.get("subject") or "", meta.get("subfield") or ""]
+    question = Question(
+        row["sample_index"], ask(query, images), images, gold, choices or None, version
+    )
+    return Item(question, rule, groups, cluster=row["problem_index"])
+
+
+# ---------------------------------------------------------------------------- MathVision
+
+
+def mathvision(row: dict) -> Item:
+    """MathLLMs/MathVision. One merged picture, however many tags the text has.
+
+    A box that is a letter is a letter, even where it is also some option's value. Free-form answers
+    are equal when their values are after rounding both to two decimals, the official tolerance.
+    """
+    choices = [str(option) for option in literal(row.get("options")) or []]
+    gold = gold_text(row)
+    images = [picture(row.get("decoded_image")) or picture(row["image"])]
+    # Golds come in dollars or a box, and one lost the backslash and the f of its \frac.
+    clean = gold.replace("\x0crac", "\\frac").replace("{degrees}", "").strip("$ ")
+    clean = extract(clean) if "\\boxed" in clean else clean
+    drawn = choices == list("ABCDE")  # the options are in the picture: print no list
+
+    def free(text):
+        return is_correct(text, clean) or close(text, clean, decimals=2)
+
+    text = re.sub(r"<image[ _]?[0-9]+>", "", row["question"])
+    shown = [re.sub(r"<image[ _]?[0-9]+>", "", option).strip() for option in choices]
+    text = text.strip() if drawn else with_choices(text.strip(), shown)
+    question = Question(
+        str(row["id"]), ask(text, images), images, gold, choices or None, row["subject"]
+    )
+    groups = ["multiple choice" if choices else "free form", row["subject"]]
+    groups += [f"level {row['level']}"] if row.get("level") is not None else []
+    return Item(question, pick(clean, choices) if choices else free, groups)
+
+
+# ---------------------------------------------------------------------------- MMMU
+
+DOMAINS = {
+    "Art and Design": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Health and Medicine": "Basic_Medical_Science Clinical_Medicine "
+    "Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
+    "Humanities and Social Science": "History Literature Psychology Sociology",
+    "Tech and Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics "
+    "Energy_and_Power Materials Mechanical_Engineering",
+}
+DOMAIN = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
+
+
+def mmmu(row: dict) -> Item:
+    """MMMU/MMMU. Options are a list printed as text; so is a gold answer with several aliases.
+
+    An open question is right when it equals an alias: as text, as an expression, or as a number to
+    two decimals or 1 %.
+    """
+    subject = "_".join(row["id"].split("_")[1:-1])
+    choices = [str(option) for option in literal(row.get("options")) or []]
+    gold, pictures = gold_text(row), numbered_pictures(row)
+    aliases = [str(alias) for alias in literal(gold)] if gold.startswith("[") else [gold]
+
+    def open_answer(text):
+        return any(
+            normal(text) == normal(alias)
+            or is_correct(text, alias)
+            or close(text, alias, decimals=2, relative=0.01)
+            for alias in aliases
+        )
+
+    kind = row["question_type"]
+    text = with_choices(row["question"], choices if kind == "multiple-choice" else [])
+    text = name_pictures(text, list(pictures))
+    images = list(pictures.values())
+    rule = pick(gold, choices) if kind == "multiple-choice" else open_answer
+    question = Question(row["id"], ask(text, images), images, gold, choices or None, subject)
+    return Item(question, rule, [kind, DOMAIN.get(subject, "other"), subject])
+
+
+# ---------------------------------------------------------------------------- MMMU-Pro
+
+
+def mmmu_pro(row: dict) -> Item:
+    """MMMU/MMMU_Pro, settings "standard (10 options)" and "vision"; 1 to 12 options.
+
+    All ids occur in both settings, so ours are standard:ID and vision:ID; the headline is the mean
+    of the two, and a question asked twice is one cluster.
+    """
+    setting = "standard" if row.get("question") is not None else "vision"
+    choices = [str(option) for option in literal(row["options"])]
+    gold = gold_text(row)
+    if setting == "standard":
+        pictures = numbered_pictures(row)
+        text = name_pictures(with_choices(row["question"], choices), list(pictures))
+        images = list(pictures.values())
+    else:  # the options are drawn too
+        images = [picture(row["image"])]
+        text = "Write out the multiple-choice question in the image and then solve it."
+    name = f"{setting}:{row['id']}"
+    question = Question(name, ask(text, images), images, gold, choices, row["subject"])
+    groups = [setting, row["subject"]]
+    return Item(question, pick(gold, choices), groups, cluster=row["id"], stratum=setting)
+
+
+# ---------------------------------------------------------------------------- EMMA
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+WORDS += ["eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen"]
+WORDS += ["eighteen", "nineteen", "twenty"]
+
+
+def emma(row: dict) -> Item:
+    """luckychao/EMMA and EMMA-mini. The type's case varies; the tags have an underscore.
+
+    Open answers: equal expressions, equal to two decimals, or a number word (EMMA's own rule).
+    """
+    kind = row["type"].strip().lower()
+    choices = [str(option) for option in literal(row.get("options")) or []]
+    gold, pictures = gold_text(row), numbered_pictures(row)
+
+    def open_answer(text):
+        word = normal(text)
+        text = str(WORDS.index(word)) if word in WORDS else text
+        same = word == normal(gold) or is_correct(text, gold)
+        return same or close(text, gold, decimals=2)
+
+    text = "\n".join(part.strip() for part in (row.get("context"), row["question"]) if part)
+    text = with_choices(text, choices if kind == "multiple choice" else [])
+    text = name_pictures(text, list(pictures))
+    images = list(pictures.values())
+    rule = (
+        pick(gold.upper() if len(gold) == 1 else gold, choices)
+        if kind == "multiple choice"
+        else open_answer
+    )
+    question = Question(
+        row["pid"], ask(text, images), images, gold, choices or None, row["subject"]
+    )
+    # Coding questions have several categories; one group each.
+    parts = [row.get("task") or "", *(row.get("category") or "").split(";")]
+    groups = [
+        kind,
+        row["subject"],
+        *(f"{row['subject']}: {part.strip()}" for part in parts if part),
+    ]
+    return Item(question, rule, groups)
+
+
+# ---------------------------------------------------------------------------- MEGA-Bench
+
+
+def megabench_item(row: dict) -> Item:
+    """TIGER-Lab/MEGA-Bench core: 440 tasks, each with its own metrics (megabench.py).
+
+    Every column is text, dicts and lists printed. Media are relative paths, in the order in which
+    the placeholders of description, example and query take them. The headline is the unweighted
+    mean over tasks; a task with any metric that is not supported is left out whole.
+    """
+    task = row["task_name"]
+    info, answer = literal(row["metric_info"]), literal(row["answer"])
+    if not isinstance(info, dict) or not isinstance(answer, dict):
+        raise TypeError("metric_info and answer must be printed dicts")
+    columns = ("global_media", "example_media", "query_media")
+    media = [path for column in columns for path in literal(row[column] or "[]")]
+    parts = (row["task_description"], row["example_text"], row["query_text"])
+    text = "\n".join(part for part in parts if part)
+    unaskable = "video" if "<video>" in text else ""
+    if not unaskable and text.count(MARKER) > len(media):
+        unaskable = "more placeholders than pictures"
+    text = text if unaskable else place_markers(text, len(media))
+    gold = str(next(iter(answer.values()))) if len(answer) == 1 else str(answer)
+    return Item(
+        Question(str(row["id"]), text, media, gold, None, task),
+        lambda found: megabench.score(found, answer, info),
+        groups=[row.get("application") or "", row.get("output_format") or ""],
+        cluster=task,
+        stratum=task,
+        template="bare",  # every task says how to answer
+        unsupported=", ".join(sorted(megabench.unsupported(info, answer))),
+        unaskable=unaskable,
+        extract=lambda response: megabench.extract(response, info),
+    )
+
+
+# ---------------------------------------------------------------------------- the table
+
+BENCHMARKS = {
+    "mathvista": Benchmark(
+        mathvista, "AI4Math/MathVista", "testmini", "data/testmini-*", 1000,
+        covers="all: 540 choices, 418 integers, 40 decimals, 2 lists",
+    ),
+    "mathverse": Benchmark(
+        mathverse, "AI4Math/MathVerse", "testmini", "testmini.parquet", 3940, beside="text_only",
+        covers="2180 choices; about two thirds of the 1760 free-form answers",
+    ),
+    "mathvision": Benchmark(
+        mathvision, "MathLLMs/MathVision", "test", "data/test-*", 3040,
+        covers="all: 1532 choices, 1508 expressions",
+    ),
+    "mmmu": Benchmark(
+        mmmu, "MMMU/MMMU", "validation", "*/validation-*", 900,
+        covers="847 choices; 53 open answers, by alias or number",
+    ),
+    "mmmu_pro": Benchmark(
+        mmmu_pro, "MMMU/MMMU_Pro", "test", "*/test-*", 3460, beside="4 options",
+        covers="all: 1730 choices in each of two settings",
+    ),
+    "emma": Benchmark(
+        emma, "luckychao/EMMA", "test", "*/test-*", 2788, beside="mini",
+        covers="all: 2002 choices, 786 short answers",
+    ),
+    "emma_mini": Benchmark(
+        emma, "luckychao/EMMA-mini", "test", "*/test-*", 400,
+        covers="all: 341 choices, 59 short answers",
+    ),
+    "megabench": Benchmark(
+        megabench_item, "TIGER-Lab/MEGA-Bench", "test", "core/test-*", 6531,
+        beside="(^|/)open|single_image",
+        covers="tasks whose every metric runs without a judge, a network or foreign code",
+    ),
+}  # fmt: skip

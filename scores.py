@@ -1,0 +1,285 @@
+"""From marked responses to numbers one can compare: intervals, pass@k, paired tests, tables.
+
+A benchmark's headline is the mean over its strata of the mean in each (benchmarks.py says what a
+stratum is), and it is given with a 95 % interval, because most differences that are reported on
+these benchmarks are smaller than one. Questions that stand or fall together (five versions of one
+problem in MathVerse, the samples of a task in MEGA-Bench) are a cluster: the interval is as wide as
+if clusters, not questions, had been drawn.
+
+What we do differently from the common kits: unanswered, truncated and missing responses are wrong
+and are counted beside the score; two models are compared question by question; and published
+numbers (paper, Tables 1 and 2) stand beside ours, because only the same rules make them comparable.
+"""
+
+import json
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from benchmarks import BENCHMARKS, Item
+from data import UserError
+from rules import choose, normal
+
+MODELS = ("Qwen2.5-VL-7B", "VL-Rethinker-7B", "Qwen2.5-VL-32B", "VL-Rethinker-32B",
+          "Qwen2.5-VL-72B", "VL-Rethinker-72B")  # fmt: skip
+PUBLISHED = {  # the paper's greedy accuracy in %, one column a model
+    "mathvista": (68.2, 74.9, 74.7, 78.8, 74.8, 80.4),
+    "mathverse": (46.3, 54.2, 48.5, 56.9, 57.2, 63.5),
+    "mathvision": (25.1, 32.3, 38.4, 40.5, 38.1, 44.9),
+    "mmmu": (54.3, 56.7, 59.4, 65.6, 67.0, 68.8),
+    "mmmu_pro": (36.9, 41.7, 49.5, 50.6, 51.6, 55.9),
+    "emma": (21.5, 29.7, 31.1, 37.9, 34.1, 38.5),
+    "megabench": (35.0, 37.2, 13.3, 19.9, 49.0, 51.3),
+}
+
+# ---------------------------------------------------------------------------- one response
+
+
+def mark(item: Item, answer: dict | None) -> dict:
+    """One line of OUT/NAME.jsonl, from "response" and, where known, "finish" and "tokens"."""
+    answer = answer or {"response": None, "finish": "missing"}
+    response = answer["response"]
+    extracted = None if response is None else item.extract(response)
+    score = 0.0 if extracted is None else float(item.rule(extracted))
+    line = {
+        "id": item.question.id, "response": response, "extracted": extracted,
+        "gold": item.question.answer, "correct": score > 1 - 1e-9,
+        "finish": answer.get("finish"), "tokens": answer.get("tokens"),
+        "category": item.question.category,
+    }  # fmt: skip
+    if 0 < score < 1:  # some tasks of MEGA-Bench give partial credit
+        line["score"] = score
+    if item.cluster:
+        line["cluster"] = item.cluster
+    return line
+
+
+def credit(line: dict) -> float:
+    return float(line.get("score", line["correct"]))
+
+
+# ---------------------------------------------------------------------------- estimates
+
+
+def headline(items: list[Item], values: list[float]) -> float:
+    """The mean over strata of the mean in each."""
+    return sum(weight * value for weight, value in zip(_weights(items), values, strict=True))
+
+
+def _weights(items: list[Item]) -> list[float]:
+    sizes = Counter(item.stratum for item in items)
+    return [1 / (len(sizes) * sizes[item.stratum]) for item in items]
+
+
+def interval(items: list[Item], values: list[float]) -> tuple[float, float]:
+    """95 % interval of the headline: Wilson's, for as many questions as the clusters are worth.
+
+    Without clusters that number is n, and this is Wilson's interval, which behaves at 0 and 1.
+    """
+    mean = headline(items, values)
+    spread: dict[str, float] = defaultdict(float)
+    for item, weight, value in zip(items, _weights(items), values, strict=True):
+        spread[item.cluster or item.question.id] += weight * (value - mean)
+    variance = sum(part * part for part in spread.values())
+    worth = mean * (1 - mean) / variance if variance > 1e-12 else len(spread)
+    z = 1.959964
+    centre = (mean + z * z / (2 * worth)) / (1 + z * z / worth)
+    half = z / (1 + z * z / worth) * math.sqrt(mean * (1 - mean) / worth + (z / (2 * worth)) ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at(k: int, samples: int, correct: int) -> float:
+    """The chance that one of k is right, k drawn without replacement from `samples` (unbiased).
+
+    >>> pass_at(1, 4, 1), pass_at(4, 4, 1)
+    (0.25, 1.0)
+    """
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def majority(item: Item, lines: list[dict]) -> float:
+    """Credit of the answer given most often, the earliest of equals; no answer is no vote."""
+    votes: Counter[str] = Counter()
+    credits: dict[str, float] = {}
+    for line in lines:
+        if line["extracted"] is None:
+            continue
+        vote = normal(line["extracted"])
+        if item.question.choices:
+            vote = choose(line["extracted"], item.question.choices) or vote
+        votes[vote] += 1
+        credits.setdefault(vote, credit(line))
+    return credits[votes.most_common(1)[0][0]] if votes else 0.0
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided exact p that wins and losses are equally likely; with right and wrong, McNemar's.
+
+    >>> round(sign_test(8, 1), 4)
+    0.0391
+    """
+    n = wins + losses
+    tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1))
+    return float(min(1.0, 2 * tail / 2**n)) if n else 1.0
+
+
+# ---------------------------------------------------------------------------- a benchmark
+
+
+def summarise(
+    name: str, items: list[Item], left_out: list[Item], marked: dict[str, list[dict]], samples: int
+) -> dict:
+    """The entry of a benchmark in summary.json, from its lines by question id."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, item in enumerate(items):
+        for group in dict.fromkeys(item.groups):
+            if group:
+                groups[group].append(i)
+    by_item = [marked[item.question.id] for item in items]
+    values = [sum(map(credit, lines)) / len(lines) for lines in by_item]
+    lines = [line for lines in by_item for line in lines]
+
+    def part(chosen: list[int]) -> dict:
+        accuracy = headline([items[i] for i in chosen], [values[i] for i in chosen])
+        return {"accuracy": round(accuracy, 6), "n": len(chosen)}
+
+    summary = {
+        "accuracy": round(headline(items, values), 6),
+        "n": len(items),
+        "ci95": [round(bound, 6) for bound in interval(items, values)],
+        "no_answer": sum(x["response"] is not None and x["extracted"] is None for x in lines),
+        "truncated": sum(x["finish"] == "length" for x in lines),
+        "missing": sum(x["response"] is None for x in lines),
+        "label": label(name, items, left_out),
+        "groups": {group: part(chosen) for group, chosen in groups.items()},
+    }
+    if samples > 1:
+        summary[f"mean@{samples}"] = summary["accuracy"]
+        right = [sum(line["correct"] for line in lines) for lines in by_item]
+        for k in (k for k in range(1, samples + 1) if k in (1, samples) or k & (k - 1) == 0):
+            chances = [pass_at(k, samples, correct) for correct in right]
+            summary[f"pass@{k}"] = round(headline(items, chances), 6)
+        voted = [majority(item, lines) for item, lines in zip(items, by_item, strict=True)]
+        summary[f"maj@{samples}"] = round(headline(items, voted), 6)
+    if name == "megabench":
+        tasks = {item.stratum for item in items}
+        summary |= {
+            "tasks_scored": len(tasks),
+            "tasks_total": len(tasks | {item.stratum for item in left_out}),
+            "samples_scored": len(items),
+            "samples_total": len(items) + len(left_out),
+            "unsupported": len(left_out),
+            "unsupported_metrics": dict(Counter(x.unsupported or x.unaskable for x in left_out)),
+            "micro": round(sum(values) / len(values), 6),
+        }
+    if name in PUBLISHED:
+        summary["published"] = dict(zip(MODELS, PUBLISHED[name], strict=True))
+    return summary
+
+
+def label(name: str, items: list[Item], left_out: list[Item]) -> str:
+    """What the number is a number of: never "core" where it is a part of core."""
+    if name not in BENCHMARKS:
+        return "held-out toy questions" if name == "toy" else name
+    n, size = len(items) + len(left_out), BENCHMARKS[name].size
+    words = []
+    if name == "megabench":
+        tasks, out = ({item.stratum for item in part} for part in (items, left_out))
+        words += [f"core ({len(tasks)}/{len(tasks | out)} tasks, {len(items)}/{n} samples)"]
+    elif name == "mmmu_pro":
+        words += [" + ".join(sorted({item.stratum for item in items}))]
+    elif name == "mathverse":
+        words += ["rule-based"]
+    words += [BENCHMARKS[name].split]
+    if n != size:
+        mini = " (the size of EMMA-mini)" if name == "emma" and n == 400 else ""
+        words += [f"partial: {n} of {size}{mini}"]
+    return ", ".join(words)
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def table(summaries: dict[str, dict]) -> str:
+    """A table to paste: a line a benchmark, the published numbers, then every group."""
+    rows = [("benchmark", "accuracy", "95 %", "n", "no answer", "truncated", "missing", "what")]
+    for name, s in summaries.items():
+        low, high = (f"{100 * bound:.1f}" for bound in s["ci95"])
+        counts = [str(s[key]) for key in ("n", "no_answer", "truncated", "missing")]
+        rows.append((name, f"{100 * s['accuracy']:.1f}", f"{low}-{high}", *counts, s["label"]))
+    blocks = [_aligned(rows)]
+    published = [(name, s["published"]) for name, s in summaries.items() if "published" in s]
+    if published:
+        rows = [("published, %", *MODELS)]
+        rows += [(name, *(f"{number:.1f}" for number in row.values())) for name, row in published]
+        blocks.append(_aligned(rows))
+    for name, s in summaries.items():
+        several = [f"{key} {100 * s[key]:.1f}" for key in s if key.split("@")[0] in ("pass", "maj")]
+        rows = [(name, "accuracy", "n")]
+        rows += [(g, f"{100 * v['accuracy']:.1f}", str(v["n"])) for g, v in s["groups"].items()]
+        blocks.append("\n".join([_aligned(rows), *several]))
+    return "\n\n".join(blocks)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    # Words to the left, numbers to the right, under each other.
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 or (i == 7 and len(row) == 8) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- two results
+
+
+def read_result(path: str) -> dict[str, tuple[float, str]]:
+    """OUT/NAME.jsonl -> {id: (mean credit over samples, cluster)}."""
+    credits, clusters = defaultdict(list), {}
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give two OUT/NAME.jsonl") from None
+    for number, row in enumerate(text.splitlines(), 1):
+        try:
+            line = json.loads(row)
+            credits[line["id"]].append(credit(line))
+            clusters[line["id"]] = line.get("cluster", line["id"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number}: not a line of an OUT/NAME.jsonl") from None
+    return {id_: (sum(c) / len(c), clusters[id_]) for id_, c in credits.items()}
+
+
+def compare(path_a: str, path_b: str) -> str:
+    """A paired comparison of two result files on the questions that both have."""
+    a, b = read_result(path_a), read_result(path_b)
+    shared = [id_ for id_ in a if id_ in b]
+    if not shared:
+        raise UserError(
+            f"{path_a} and {path_b} have no id in common; compare one benchmark's files"
+        )
+    n = len(shared)
+    differences = {id_: b[id_][0] - a[id_][0] for id_ in shared}
+    mean = sum(differences.values()) / n
+    spread: dict[str, float] = defaultdict(float)
+    for id_, difference in differences.items():
+        spread[a[id_][1]] += difference - mean
+    half = 1.96 * math.sqrt(sum(part * part for part in spread.values())) / n
+    wins = sum(d > 0 for d in differences.values())
+    losses = sum(d < 0 for d in differences.values())
+    p = sign_test(wins, losses)
+    rows = [("", "accuracy", "n")]
+    for name, path, result in (("A", path_a, a), ("B", path_b, b)):
+        accuracy = sum(result[id_][0] for id_ in shared) / n
+        rows.append((f"{name}  {path}", f"{100 * accuracy:.1f}", str(n)))
+    alone = len(a) + len(b) - 2 * n
+    return "\n".join([
+        _aligned(rows),
+        f"B - A = {100 * mean:+.1f} +- {100 * half:.1f} points (95 %)",
+        f"B better on {wins}, A on {losses}, equal on {n - wins - losses}; McNemar p = {p:.3g}",
+        *([f"{alone} questions are in one file only and left out"] if alone else []),
+    ])  # fmt: skip

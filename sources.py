@@ -1,0 +1,161 @@
+"""Where a benchmark's rows come from: a file, a directory, or the hub.
+
+A snapshot of the hub works as it is, and so does any directory with the published files: it is
+searched recursively, and of the files in it those of the benchmark's split are read (MMMU has 30
+folders with dev, test and validation each; only validation counts). Pictures are bytes inside a
+parquet file, or paths looked for beside the file and in the two folders above it.
+
+What we do differently from the common kits: no file is converted, no mirror is asked, and an id
+that comes twice, a row of another schema and a picture that cannot be read are errors that name
+file and row, where a skipped row would quietly change the denominator.
+"""
+
+import io
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks import BENCHMARKS, Benchmark, Item
+from data import UserError, open_image, read_rows
+
+SPLITS = {"train", "dev", "validation", "val", "test", "testmini"}
+
+
+def is_wanted(benchmark: Benchmark, path: str) -> bool:
+    """Whether a file of a directory holds the benchmark's split, judged by its path.
+
+    >>> mmmu = BENCHMARKS["mmmu"]
+    >>> is_wanted(mmmu, "Art/dev-00000.parquet"), is_wanted(mmmu, "Art/validation-00000.parquet")
+    (False, True)
+    """
+    if re.search(benchmark.beside, path) or any(part.startswith(".") for part in path.split("/")):
+        return False
+    words = set(re.split(r"[^a-z]+", path.rsplit(".", 1)[0].lower())) & SPLITS
+    return not words or benchmark.split in {"validation" if w == "val" else w for w in words}
+
+
+def find_files(name: str, path: Path) -> list[Path]:
+    """The files to read: the one given, or all of a directory that hold the benchmark's split."""
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    for suffix in (".parquet", ".jsonl"):
+        found = sorted(file for file in path.rglob(f"*{suffix}") if file.is_file())
+        wanted = [
+            file for file in found if is_wanted(BENCHMARKS[name], file.relative_to(path).as_posix())
+        ]
+        if wanted:
+            return wanted
+        if found:
+            raise UserError(
+                f"{path}: no {suffix} file of {name}'s {BENCHMARKS[name].split} split among "
+                f"{len(found)}, the first {found[0].name}; name the file to read it all the same"
+            )
+    raise UserError(f"{path}: holds no .parquet and no .jsonl file")
+
+
+def download(name: str, hub: str) -> Path:
+    """The benchmark's files from a data set on the hub, through its cache."""
+    import huggingface_hub
+
+    wanted = BENCHMARKS[name].files if hub == BENCHMARKS[name].hub else None
+    try:
+        folder = huggingface_hub.snapshot_download(hub, repo_type="dataset", allow_patterns=wanted)
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{hub}: cannot be had from the hub ({reason}); give --data a file or a directory"
+        ) from None
+    return Path(folder)
+
+
+def find_data(name: str, data: str, several: bool) -> Path:
+    """Where a benchmark's files are: a file, a directory, a hub id, or its own hub id by default.
+
+    A directory may hold one folder (or file) a benchmark, named as on the hub: MathVista, MMMU_Pro.
+    """
+    path = Path(data)
+    if not data or (not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", data)):
+        return download(name, data or BENCHMARKS[name].hub)
+    plain = re.sub("[^a-z]", "", BENCHMARKS[name].hub.split("/")[1].lower())
+    for child in sorted(path.iterdir()) if path.is_dir() else []:
+        if re.sub("[^a-z]", "", child.stem.lower().split("--")[-1]) == plain:
+            return child
+    if several:
+        raise UserError(f"{path}: no folder of {name} in it; several benchmarks need one each")
+    return path
+
+
+def find_picture(stored, folder: Path):
+    """Published paths are relative to the file, or to a folder above it (hub snapshots)."""
+    if not isinstance(stored, str):
+        return stored
+    for base in (folder, *folder.parents[:2]):
+        if (base / stored).is_file():
+            return base / stored
+    return folder / stored
+
+
+def load(name: str, data: str, several: bool = False) -> list[Item]:
+    """All items of a benchmark. Raises UserError naming file and row for what cannot be read."""
+    items, places = [], {}
+    for file in find_files(name, find_data(name, data, several)):
+        for place, row in read_rows(file):
+            try:
+                item = BENCHMARKS[name].read(row)
+            except KeyError as error:
+                columns = ", ".join(row)
+                raise UserError(
+                    f"{place}: no column {error} of {name}'s published files; it has: {columns}"
+                ) from None
+            except (ValueError, TypeError, AttributeError) as error:
+                raise UserError(f"{place}: not a row of {name} ({error})") from None
+            item.place, question = place, item.question
+            question.id = str(question.id)
+            if question.id in places:
+                raise UserError(
+                    f"{place}: duplicate id {question.id!r}, first at {places[question.id]}; "
+                    "is a file there twice?"
+                )
+            places[question.id] = place
+            question.images = [find_picture(stored, file.parent) for stored in question.images]
+            if None in question.images:
+                raise UserError(f"{place} (id {question.id}): no picture")
+            items.append(item)
+    if not items:
+        raise UserError(f"{data or BENCHMARKS[name].hub}: no rows")
+    return items
+
+
+def check_pictures(items: Iterable[Item], will_be_seen: bool) -> None:
+    """Raises UserError naming the first item with a broken picture.
+
+    Pictures that a model will see must be there and are decoded; to mark responses only, those that
+    are there are checked as far as that is quick.
+    """
+    for item in items:
+        for source in item.question.images:
+            if not will_be_seen and not isinstance(source, bytes) and not source.is_file():
+                continue
+            try:
+                if will_be_seen:
+                    open_image(source)
+                else:
+                    with Image.open(
+                        io.BytesIO(source) if isinstance(source, bytes) else source
+                    ) as it:
+                        it.verify()
+            except FileNotFoundError:
+                raise UserError(
+                    f"{item.place} (id {item.question.id}): picture {source} does not exist; "
+                    "unpack the archive of pictures beside the data file"
+                ) from None
+            # PIL reports broken files by any of these, PNG chunks even by SyntaxError.
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                what = "embedded picture" if isinstance(source, bytes) else f"picture {source}"
+                raise UserError(
+                    f"{item.place} (id {item.question.id}): {what} cannot be read ({error})"
+                ) from None
