@@ -97,7 +97,8 @@ _SMALL_RULES = [
         (r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
         (r"\\\{ *\\\}", r"\\emptyset"),
         (r"° ?([CF])\b", r" ° \1"),
-        (r"\*\*(?=[A-Za-z(])|(?<=[A-Za-z.)])\*\*$", ""),  # bold in Markdown
+        (r"^\*\*(.+)\*\*$", r"\1"),  # bold in Markdown
+        (r"^(['\"])(.*)\1$", r"\2"),
         (r" +", " "),
     )
 ]
@@ -182,6 +183,7 @@ _PAIRS = {("(", ")"), ("(", "]"), ("[", ")"), ("[", "]"), ("\\langle", "\\rangle
 _MATRIX = re.compile(
     r"\\begin\{([bpvBV]?matrix|array)\}(?:\{[lcr| ]*\})?((?:(?!\\begin|\\end).)*)\\end\{\1\}"
 )
+_CHAIN = re.compile(r"[A-Z][a-z]?(?:-[A-Z][a-z]?)+")  # H-O-H, and not a difference
 _BUILDER = re.compile(r"[a-z] ?(?:\\in ?\\mathbb ?\{R\} ?)?(?:\\mid|\||:)(.+)")
 _NAME = (
     r"(?:[A-Za-z][A-Za-z]*|\\[A-Za-z]+(?:\{[A-Za-z ]*\})?)(?: ?_ ?(?:\{[^{}]*\}|[0-9A-Za-z]))?'*"
@@ -240,6 +242,8 @@ def read(text: str, nesting: int = 0) -> tuple:
     simple = clock(text) or date(text)
     if simple:
         return simple
+    if _CHAIN.fullmatch(text):
+        return ("words", text)
     try:
         return _structure(text, nesting) or ("value", *measure(text))
     except (Unreadable, ArithmeticError):
@@ -397,7 +401,7 @@ _HUNDRED = parse("100")
 
 def _same_list(a: tuple, b: tuple) -> bool:
     """Equal counts, any order. And is not or, except between values (5 and -5, 5 or -5)."""
-    if {a[2], b[2]} == {"and", "or"} and any(i[0] != "value" for i in a[1] if not _is_equation(i)):
+    if {a[2], b[2]} == {"and", "or"} and not all(map(_is_solution, a[1])):
         return False
     return _same_bag(a[1], b[1], same)
 
@@ -422,8 +426,10 @@ def _same_matrix(a: tuple, b: tuple) -> bool:
     return a[1] == b[1] and len(a[2]) == len(b[2]) and all(map(_same_row, a[2], b[2]))
 
 
-def _is_equation(item: tuple) -> bool:
-    return item[0] == "relation" and set(item[1]) == {"="}
+def _is_solution(item: tuple) -> bool:
+    if item[0] == "relation":
+        return set(item[1]) == {"="}
+    return item[0] == "value" and not symbols(item[1])
 
 
 def _is_inequality(item: tuple) -> bool:

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import megabench
-from reward import is_correct
-
 from data import MARKER, Question, parse_choices, place_markers
+from reward import is_correct
 from rules import LETTERS, choose, extract, letters, literal, normal, same_quantity, value
 
 

@@ -216,7 +216,7 @@ def _juxtaposed(rest: list[Token], left: Tree, inside: str) -> bool:
     if token.kind == "number":
         return isinstance(left, tuple) and left[0] == "^"
     if token.kind == "command":
-        return token.text not in ("\\}", "\\rfloor", "\\rceil")
+        return token.text not in ("\\}", "\\rfloor", "\\rceil", "\\over")
     if token.text == "|":
         return inside != "|"
     if token.text == "[":  # 2[x + 1] is a product, [5][0] is something else
@@ -253,6 +253,8 @@ def _primary(rest: list[Token], depth: int) -> Tree:
         return _mixed(text, rest)
     if text in CLOSING:
         inner = _sum(rest, depth + 1, text)
+        if text == "{" and _take(rest, "\\over"):
+            inner = ("/", inner, _sum(rest, depth + 1, text))
         _expect(rest, CLOSING[text])
         return (ENCLOSED[text], inner) if text in ENCLOSED else inner
     if kind == "word":

@@ -9,7 +9,7 @@ After a plain number one ordinary word counts as a unit too (12 students).
 import re
 from fractions import Fraction
 
-from mathexpr import Token, Tree, Unreadable, parse_tokens, scan
+from mathexpr import FUNCTIONS, Token, Tree, Unreadable, parse_tokens, scan
 from mathvalue import symbols
 
 Unit = tuple  # ((name, exponent), ...) sorted; () is no unit
@@ -86,6 +86,7 @@ SCALES = {
     "trillion": 10**12,
 }  # fmt: skip
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
+_SILENT = {"{", "}", "old", "long", "tall", "wide", "high", "deep"}
 # Lower-case letters that people glue to a number as a unit; 2h and 3t look more like algebra.
 GLUED = {"m", "g", "s", "L", "l", "°", "%", "$", "€", "£", "¥", "₹", "¢"}
 # Words that change the number before them, or that are no noun: 5 halves is not 5.
@@ -135,13 +136,17 @@ def _split_at(tokens: list[Token], k: int, currency: Unit) -> tuple[Tree, Unit] 
     unit = _unit(tokens[k + 1 :] if scale != 1 else tokens[k:]) or ()
     if scale == 1 and not unit and not _is_empty_unit(tokens[k:]):
         unit = _noun(tokens[k:])
-        if unit is None:
+        if unit is None or any(t.kind == "word" for t in tokens[:k]):
             return None
     elif scale != 1 and not unit and len(tokens) > k + 1 and not _is_empty_unit(tokens[k + 1 :]):
         return None
     try:
         tree = parse_tokens(tokens[:k])
     except Unreadable:
+        return None
+    if token.text == "°" and any(t.text.removeprefix("\\") in FUNCTIONS for t in tokens[:k]):
+        return None  # \sin 30° is a half
+    if symbols(tree) and not any(t.kind == "number" for t in tokens[:k]):
         return None
     short = len(token.text) == 1 and not token.spaced and token.text not in GLUED
     if symbols(tree) and (len(token.text) == 1 and token.kind == "word" or not token.spaced):
@@ -169,7 +174,7 @@ def _unit(tokens: list[Token]) -> Unit | None:
     """m / s^2, square miles per hour, (cm), degrees Celsius -> canonical pairs; None if it is none."""
     if len(tokens) > 2 and tokens[0].text == "(" and tokens[-1].text == ")":
         tokens = tokens[1:-1]
-    words = [token.text for token in tokens if token.text not in ("{", "}")]
+    words = [token.text for token in tokens if token.text not in _SILENT]
     if words[:1] in (["°"], ["degrees"], ["degree"]) and len(words) == 2:
         scale = {"c": "celsius", "f": "fahrenheit"}.get(words[1].lower()[:1])
         return ((scale, 1),) if scale else None

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
@@ -34,6 +35,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data import MARKER, Question, UserError, open_image, prompt_text
 from tree import Trees, build_trees, pad_rows, tree_mask
+
+# Its bars for reading and writing files would break ours in two.
+transformers.utils.logging.disable_progress_bar()
 
 IMAGE_PAD = "<|image_pad|>"
 # Finite, so that 0 * NEVER is 0 and not nan in the entropy.

@@ -38,9 +38,9 @@ def start() -> torch.device:
     elif cuda:
         # One GPU shards over itself: fp32 weights with bf16 compute come by the same path.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    elif not os.environ.get("OMP_NUM_THREADS") or "TORCHELASTIC_RUN_ID" in os.environ:
-        # torchrun gives each process one thread; alone on a machine, a process takes them all.
-        torch.set_num_threads(os.cpu_count() or 1)
+    # torchrun gives each of several processes a single thread; they share the cores instead.
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     return device
 
 

@@ -65,10 +65,10 @@ def _judge(prediction: str, answer: str, choices: list[str] | None) -> bool:
         return False
     if max(len(prediction), len(answer)) > MAX_LENGTH:
         return prediction == answer
-    if choices:
+    if choices and tidy(prediction) != tidy(answer):
         chosen, right = (_options(text, choices) for text in (prediction, answer))
-        if chosen and right:
-            return chosen == right
+        if chosen is not None and right is not None:
+            return bool(chosen) and chosen == right
     return _same_text(prediction, answer)
 
 
@@ -85,7 +85,7 @@ def _content(text: str) -> str:
 _WRAPPED = r"(?:[(\[]?\s*([A-Za-z])\s*[)\]]?)"
 _LETTER = re.compile(rf"(?:(?:option|choice|answer)\s+)?{_WRAPPED}\s*[.:)]?(?:\s+is (?:the )?"
                      r"(?:correct|right|best)(?: (?:answer|option|choice))?)?", re.IGNORECASE)
-_LABELLED = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Za-z])\s*[.):])\s*(.+)", re.IGNORECASE)
+_LABELLED = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Za-z])\s*[.):])\s*(?![,;&]|and\b|or\b)(.+)", re.IGNORECASE)
 _SEVERAL = re.compile(r"(?:both )?\(?[A-Z]\)?(?:(?:\s*[,;&]\s*(?:and )?|\s+and\s+|\s*)\(?[A-Z]\)?)+")
 
 
@@ -108,29 +108,31 @@ def _letters(text: str) -> frozenset[str] | None:
     return frozenset(letters) if len(set(letters)) == len(letters) else None
 
 
-def _options(text: str, choices: list[str]) -> frozenset[int]:
-    """Which options a text names, by letter or by their whole text; empty if that is unclear."""
+def _options(text: str, choices: list[str]) -> frozenset[int] | None:
+    """Which options a text names, by letter or whole text; empty if unclear, None if none."""
     tidied = tidy(text)
     index = {chr(65 + k): k for k in range(min(len(choices), 26))}
-    bare = _letter(tidied)
-    if bare and bare[0] in index and not bare[1]:
-        return frozenset({index[bare[0]]})
+    letter, rest = _letter(tidied) or ("", "")
+    if letter in index and not rest:
+        return frozenset({index[letter]})
     exact = [k for k, choice in enumerate(choices) if words(tidy(choice)) == words(tidied)]
     if exact:
-        return frozenset(exact if len(exact) == 1 else ())
-    if bare and bare[0].upper() in index:
-        named = frozenset({index[bare[0].upper()]})
-        return named if not bare[1] or _by_text(bare[1], choices) in (named, frozenset()) else frozenset()
-    letters = _letters(tidied)
-    by_text = _by_text(text, choices)
-    if not by_text and letters and letters <= set(index):
+        return _only(exact)
+    if letter.upper() in index:
+        named = frozenset({index[letter.upper()]})
+        return named if not rest or _by_text(rest, choices) in (named, None) else frozenset()
+    letters = _letters(tidied) or frozenset("?")
+    if letters <= set(index) and _by_text(text, choices) is None:
         return frozenset(index[letter] for letter in letters)
-    return by_text
+    return _by_text(text, choices)
 
 
-def _by_text(text: str, choices: list[str]) -> frozenset[int]:
-    found = [k for k, choice in enumerate(choices) if _same_text(text, choice)]
-    return frozenset(found if len(found) == 1 else ())
+def _by_text(text: str, choices: list[str]) -> frozenset[int] | None:
+    return _only([k for k, choice in enumerate(choices) if _same_text(text, choice)])
+
+
+def _only(found: list[int]) -> frozenset[int] | None:
+    return frozenset(found if len(found) == 1 else ()) if found else None
 
 
 def _same_text(a: str, b: str) -> bool:

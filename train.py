@@ -209,7 +209,7 @@ def micro_batch_loss(run: Run, branches: list[Branch], trees, totals: Counter):
         clipped = is_clipped(logprobs, old, advantages, mask, c.clip_low, c.clip_high)
         drift = (logprobs - old).abs().masked_fill(~(mask & on_policy), 0.0)
         sums = {
-            "loss": loss, "sft_loss": sft_loss,
+            "loss": loss.detach(), "sft_loss": sft_loss.detach(),
             "entropy": (entropy * mask * draws).sum(),
             "clipped": (clipped * draws).sum(),
             "clipped_replayed": (clipped * replayed * draws).sum(),
