@@ -38,9 +38,6 @@ def start() -> torch.device:
     elif cuda:
         # One GPU shards over itself: fp32 weights with bf16 compute come by the same path.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    # torchrun gives each of several processes a single thread; they share the cores instead.
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     return device
 
 

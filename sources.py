@@ -12,7 +12,7 @@ file and row, where a skipped row would quietly change the denominator.
 
 import io
 import re
-from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
@@ -130,32 +130,35 @@ def load(name: str, data: str, several: bool = False) -> list[Item]:
     return items
 
 
-def check_pictures(items: Iterable[Item], will_be_seen: bool) -> None:
-    """Raises UserError naming the first item with a broken picture.
+def check_pictures(items: list[Item], will_be_seen: bool, progress=iter) -> list[list[tuple]]:
+    """Each item's picture sizes. Raises UserError naming file and row of the first broken picture.
 
-    Pictures that a model will see must be there and are decoded; to mark responses only, those that
-    are there are checked as far as that is quick.
+    Pictures that a model will see must be there and are decoded. To mark responses, none is needed;
+    those that are there are checked as far as that is quick.
     """
-    for item in items:
+
+    def sizes(item: Item) -> list[tuple]:
+        found, where = [], f"{item.place} (id {item.question.id})"
         for source in item.question.images:
+            name = "embedded picture" if isinstance(source, bytes) else f"picture {source}"
             if not will_be_seen and not isinstance(source, bytes) and not source.is_file():
                 continue
             try:
                 if will_be_seen:
-                    open_image(source)
-                else:
-                    with Image.open(
-                        io.BytesIO(source) if isinstance(source, bytes) else source
-                    ) as it:
-                        it.verify()
+                    found.append(open_image(source).size)
+                    continue
+                with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as it:
+                    found.append(it.size)
+                    it.verify()
             except FileNotFoundError:
                 raise UserError(
-                    f"{item.place} (id {item.question.id}): picture {source} does not exist; "
-                    "unpack the archive of pictures beside the data file"
+                    f"{where}: {name} does not exist; unpack the pictures beside the data file"
                 ) from None
             # PIL reports broken files by any of these, PNG chunks even by SyntaxError.
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                what = "embedded picture" if isinstance(source, bytes) else f"picture {source}"
-                raise UserError(
-                    f"{item.place} (id {item.question.id}): {what} cannot be read ({error})"
-                ) from None
+                reason = re.sub(r"<.*>", "unknown format", str(error))
+                raise UserError(f"{where}: {name} cannot be read ({reason})") from None
+        return found
+
+    with ThreadPoolExecutor() as pool:
+        return list(progress(pool.map(sizes, items)))

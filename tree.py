@@ -149,7 +149,7 @@ def plan_micro_batches(
         loads[lightest] += tree[0]
     plan = []
     for share in shares:
-        micro_batches = []
+        micro_batches, width = [], 0
         for length, row in share:  # longest first: the first row of a micro-batch is its width
             if not micro_batches or (len(micro_batches[-1]) + 1) * width > budget:
                 micro_batches.append([])
