@@ -54,6 +54,13 @@ def mark(item: Item, answer: dict | None) -> dict:
     return line
 
 
+def mark_all(item: Item, answers: list[dict], samples: int) -> list[dict]:
+    """The lines of all samples of a question; those that are not there are missing, and wrong."""
+    padded = answers + [None] * (samples - len(answers))
+    lines = [mark(item, answer) for answer in padded]
+    return [line | ({"sample": k} if k else {}) for k, line in enumerate(lines)]
+
+
 def credit(line: dict) -> float:
     return float(line.get("score", line["correct"]))
 
@@ -150,6 +157,7 @@ def summarise(
         "no_answer": sum(x["response"] is not None and x["extracted"] is None for x in lines),
         "truncated": sum(x["finish"] == "length" for x in lines),
         "missing": sum(x["response"] is None for x in lines),
+        "overlong": sum(x["finish"] == "overlong" for x in lines),
         "label": label(name, items, left_out),
         "groups": {group: part(chosen) for group, chosen in groups.items()},
     }

@@ -1,0 +1,200 @@
+"""Asking a policy all questions of a benchmark: batched, on many ranks, killed and resumed.
+
+Every response is a line of OUT/NAME.jsonl, written and flushed as soon as its batch is done, so a
+run that is killed loses at most a batch and goes on by id. Under torchrun each rank answers every
+WORLD-th batch with a policy of its own and writes OUT/NAME.rankR.jsonl; rank 0 waits for the files
+to be complete and merges them. There is no collective: ranks never wait for each other's batches.
+
+What we do differently from the common kits: batches are cut from all questions, done or not, and
+each has a seed of its own, so a resumed run draws what the killed one would have drawn, whatever
+the number of ranks; and responses made with other settings are never mixed in (OUT/NAME.run.json).
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+import scores
+from benchmarks import Item
+from data import UserError
+from sources import check_pictures
+
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+# ---------------------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read_answers(path: Path) -> dict[str, dict[int, dict]]:
+    """{id: {sample number: answer}} of a NAME.jsonl; a last line that a kill cut is passed over."""
+    found: dict[str, dict[int, dict]] = {}
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            found.setdefault(row["id"], {})[row.get("sample", 0)] = row
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number}: not a line of a result; remove it") from None
+    return found
+
+
+def drop_cut_line(path: Path) -> None:
+    """Remove what a kill left of a last line, so that whole lines can be appended."""
+    if path.exists():
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def made_with(config, name: str) -> dict:
+    """What responses depend on, of eval.py's Config; a local model by the time it was saved too."""
+    wanted = ("model", "template", "temperature", "samples", "max_prompt_tokens", "seed")
+    settings = {key: getattr(config, key) for key in wanted}
+    weights = list(Path(config.model).glob("*.safetensors"))
+    settings["saved"] = int(max((file.stat().st_mtime for file in weights), default=0))
+    settings["max_new_tokens"] = config.max_new_tokens or (64 if name == "toy" else 8192)
+    # The paper's bounds on a picture's area; for the toy world the checkpoint's own (0).
+    low, high = (0, 0) if name == "toy" else (256 * 28 * 28, 1280 * 28 * 28)
+    settings["min_pixels"] = config.min_pixels or low
+    settings["max_pixels"] = config.max_pixels or high
+    return settings
+
+
+def claim(out: Path, name: str, settings: dict) -> None:
+    """Note in OUT/NAME.run.json what its responses are made with; refuse to mix in others."""
+    made, main = out / f"{name}.run.json", out / f"{name}.jsonl"
+    old = json.loads(made.read_text()) if made.exists() else settings
+    if old != settings:
+        other = next(key for key in settings | old if old.get(key) != settings.get(key))
+        raise UserError(
+            f"{main}: was made with {other} {old.get(other)}, not {settings.get(other)}; "
+            "give another --out"
+        )
+    if main.exists() and not made.exists():
+        raise UserError(f"{main}: holds responses that were only marked here; give another --out")
+    if RANK == 0:
+        write_atomically(made, json.dumps(settings, indent=1))
+
+
+# ---------------------------------------------------------------------------- asking
+
+
+def bring_policy(settings: dict):
+    """The policy on this rank's device: bfloat16 on a GPU, float32 on a CPU."""
+    import torch  # late, because marking responses needs none of it
+
+    from model import load_policy
+
+    device, dtype = torch.device("cpu"), torch.float32
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        dtype = torch.bfloat16
+    bounds = settings["min_pixels"] or None, settings["max_pixels"] or None
+    return load_policy(settings["model"], dtype, *bounds).to(device)
+
+
+def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, rows: int) -> dict:
+    """{id: [answer]} by asking what is not in OUT yet, each rank its share of the batches.
+
+    rows  responses decoded at once
+    """
+    claim(out, name, settings)
+    main = out / f"{name}.jsonl"
+
+    def all_answers() -> dict[str, dict[int, dict]]:
+        # Other ranks' files first: rank 0 removes them when the main one holds everything.
+        merged: dict[str, dict[int, dict]] = {}
+        for path in (*sorted(out.glob(f"{name}.rank*.jsonl")), main):
+            for id_, found in read_answers(path).items():
+                merged.setdefault(id_, {}).update(found)
+        return merged
+
+    def undone(answers) -> list[Item]:
+        return [x for x in items if len(answers.get(x.question.id, ())) < settings["samples"]]
+
+    answers = all_answers()
+    if undone(answers):
+        path = main if RANK == 0 else out / f"{name}.rank{RANK}.jsonl"
+        drop_cut_line(path)
+        with open(path, "ab") as file:
+            ask(items, answers, settings, rows, file)
+    while RANK == 0 and undone(answers):
+        answers = all_answers()
+        time.sleep(0.2)
+    return {id_: [found[k] for k in sorted(found)] for id_, found in answers.items()}
+
+
+def ask(items: list[Item], answers: dict, settings: dict, rows: int, file) -> None:
+    """Ask this rank's batches of prompts of like length, the longest first; append what comes."""
+    from model import prompt_length
+
+    policy = bring_policy(settings)
+
+    def bar_over(results):
+        return tqdm(results, total=len(items), desc="checking pictures", disable=RANK > 0)
+
+    sizes = check_pictures(items, will_be_seen=True, progress=bar_over)
+    lengths = [
+        prompt_length(policy, item.question, item.template or settings["template"], size)
+        for item, size in zip(items, sizes, strict=True)
+    ]
+    # The stable order and the cut depend on the questions alone: see the top.
+    order = sorted(range(len(items)), key=lambda i: -lengths[i])
+    size = max(1, rows // settings["samples"])
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    mine = range(RANK, len(batches), WORLD)
+    credits: list[float] = []
+    total = sum(len(batches[b]) for b in mine)
+    with tqdm(total=total, desc="questions", disable=RANK > 0) as bar:
+        for b in mine:
+            short = [i for i in batches[b] if lengths[i] <= settings["max_prompt_tokens"]]
+            known = [answers.get(items[i].question.id, {}) for i in batches[b]]
+            if any(len(found) < settings["samples"] for found in known):
+                asked = ask_batch(policy, [items[i] for i in short], settings, rows, b)
+                given = dict(zip(short, asked, strict=True))
+                for i, found in zip(batches[b], known, strict=True):
+                    lines = marked_lines(items[i], given.get(i), settings["samples"])
+                    new = [line for line in lines if line.get("sample", 0) not in found]
+                    file.writelines(json.dumps(line).encode() + b"\n" for line in new)
+                    file.flush()
+                    credits += map(scores.credit, lines)
+            bar.update(len(batches[b]))
+            bar.set_postfix(accuracy=f"{sum(credits) / max(len(credits), 1):.3f}")
+
+
+def ask_batch(policy, items: list[Item], settings: dict, rows: int, batch: int) -> list[list]:
+    """The Samples of each item. The seed belongs to the batch."""
+    import torch
+
+    from model import encode
+    from rollout import generate
+
+    templates = [item.template or settings["template"] for item in items]
+    prompts = [encode(policy, x.question, t) for x, t in zip(items, templates, strict=True)]
+    random = torch.Generator(policy.device).manual_seed(settings["seed"] * 1_000_003 + batch)
+    count, length = settings["samples"], settings["max_new_tokens"]
+    try:
+        return generate(
+            policy, prompts, count, length, settings["temperature"], random, max_rows=rows
+        )
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of memory with --rows {rows}: lower it, or --max_pixels; what is done is kept"
+        ) from None
+
+
+def marked_lines(item: Item, group: list | None, samples: int) -> list[dict]:
+    """Lines of a question's Samples; without them, the prompt was too long to ask."""
+    given = [{"response": "", "finish": "overlong", "tokens": 0}] * samples
+    if group is not None:
+        given = [{"response": s.text, "finish": s.finish, "tokens": len(s.tokens)} for s in group]
+    return scores.mark_all(item, given, samples)

@@ -1,0 +1,297 @@
+"""Run a policy over a benchmark, or mark responses that are there already.
+
+    python eval.py                                             the newest toy checkpoint, held out
+    python eval.py --model DIR --benchmark mathvista,mmmu --data FOLDER
+    python eval.py --benchmark mmmu --data FOLDER --responses FILE.jsonl      no model
+    python eval.py --compare A/mmmu.jsonl B/mmmu.jsonl                        paired test
+
+The paper's protocol (Section 4.2) is the default: greedy, one sample, up to 8192 new tokens,
+pictures between 256 x 28 x 28 and 1280 x 28 x 28 pixels, the plain prompt. Written to --out:
+
+    NAME.jsonl        one line a sample, appended as it comes; a killed run goes on by id
+    NAME.run.json     the settings that the responses were made with
+    summary.json      {NAME: accuracy, ci95, counts, groups, settings}
+
+What we do differently from the released evaluator: a response is marked by its benchmark's own rule
+(benchmarks.py); several samples are drawn at temperature 0.6 as there, but without its top-p 0.95;
+under torchrun each process answers a share with the whole model and no collective, so ranks never
+wait for each other.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import scores
+from asking import RANK, answers_from_model, made_with, write_atomically
+from benchmarks import BENCHMARKS, Item
+from config import flag
+from data import TEMPLATES, UserError, load_questions, read_rows
+from reward import extract_answer, is_correct
+from sources import check_pictures, find_data, find_files, load
+
+NAMES = ("toy", *BENCHMARKS)
+
+
+@dataclass
+class Config:
+    model: str = flag(
+        "", "directory or hub id of a Qwen-VL, or toy; default: newest toy checkpoint"
+    )
+    benchmark: str = flag("toy", "one or more of " + " ".join(NAMES) + ", with commas")
+    data: str = flag("", "file, directory or hub id; default: the benchmark's own hub id")
+    out: str = flag("", "directory of the results; default: runs/eval, numbered if taken")
+    responses: str = flag("", 'mark this .jsonl of {"id", "response"} instead of running a model')
+    compare: tuple = flag(None, "compare two OUT/NAME.jsonl question by question")
+    limit: int = flag(0, "only the first so many questions; 0: all")
+    samples: int = flag(1, "responses a question: adds pass@k and maj@k [P: 1]")
+    template: str = flag("plain", "prompt [P: plain; the 72B card: rethink]", tuple(TEMPLATES))
+    temperature: float = flag(None, "default: 0, greedy; 0.6 with several samples [C: the same]")
+    max_new_tokens: int = flag(0, "longest response; 0: 8192 [P], 64 for the toy world")
+    min_pixels: int = flag(0, "least area of a resized picture; 0: 256*28*28 [P], the toy's own")
+    max_pixels: int = flag(0, "largest area of a picture; 0: 1280*28*28 [P], the toy's own")
+    max_prompt_tokens: int = flag(32768, "questions with a longer prompt get no answer, counted")
+    rows: int = flag(64, "responses decoded at once: their KV cache must fit")
+    seed: int = flag(0, "of sampling; every batch has its own, so resuming changes nothing")
+
+
+def parse(argv: list[str]) -> Config:
+    """Flags -> Config, defaults that depend on others filled in.
+
+    >>> parse(["--benchmark", "mmmu", "--samples", "8"]).temperature
+    0.6
+    """
+    parser = argparse.ArgumentParser(
+        "eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python eval.py [--FIELD VALUE ...]", allow_abbrev=False,
+    )  # fmt: skip
+
+    def fail(message):
+        raise UserError(f"{message}; see python eval.py --help")
+
+    parser.error = fail
+    for f in fields(Config):
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        kind = {"nargs": 2, "metavar": ("A", "B")} if f.type is tuple else {"type": f.type}
+        choices = f.metadata["choices"]
+        parser.add_argument(f"--{f.name}", help=text, default=f.default, choices=choices, **kind)
+    config = Config(**vars(parser.parse_args(argv)))
+    for name in names(config):
+        if name not in NAMES:
+            fail(f"--benchmark {name!r}: no such benchmark; there are {', '.join(NAMES)}")
+    for name, low in (("limit", 0), ("samples", 1), ("max_new_tokens", 0), ("rows", 1)):
+        if getattr(config, name) < low:
+            fail(f"--{name} {getattr(config, name)}: must be at least {low}")
+    if config.temperature is None:
+        config.temperature = 0.6 if config.samples > 1 else 0.0
+    if not config.temperature >= 0:
+        fail(f"--temperature {config.temperature}: must be at least 0")
+    if config.responses and len(names(config)) > 1:
+        fail("--responses holds the responses to one benchmark: give one --benchmark")
+    return config
+
+
+def names(config: Config) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in config.benchmark.split(",")))
+
+
+def has_several(config: Config) -> bool:
+    """Whether --data must hold a folder for each benchmark."""
+    return len(set(names(config)) - {"toy"}) > 1
+
+
+# ---------------------------------------------------------------------------- questions
+
+
+def toy_items(config: Config) -> list[Item]:
+    """Questions of the toy world that training never shows, or those of a file like ViRL39K."""
+    if config.data and Path(config.data).is_file():
+        questions, template = load_questions(config.data), ""
+    else:
+        import toy  # imports torch; marking the other benchmarks does not
+
+        level = trainer_config(config.model).get("toy_level", "easy")
+        # The same questions as training measures on.
+        questions = toy.toy_questions(toy.LEVELS[level], 128, 0, heldout=True)
+        template = "bare"
+
+    def item(question):
+        def rule(text):
+            return is_correct(text, question.answer, question.choices)
+
+        return Item(question, rule, [question.category], template=template, extract=extract_answer)
+
+    return [item(question) for question in questions]
+
+
+def items_of(name: str, config: Config) -> tuple[list[Item], list[Item], set[str]]:
+    """(items to be marked, items left out by whole strata, all ids)."""
+    items = toy_items(config) if name == "toy" else load(name, config.data, has_several(config))
+    ids = {item.question.id for item in items}
+
+    def is_out(item):
+        return item.unsupported or (item.unaskable and not config.responses)
+
+    out = {item.stratum for item in items if is_out(item)}
+    kept = [item for item in items if item.stratum not in out]
+    if not kept:
+        raise UserError(f"{name}: none of {len(items)} questions can be marked by rules")
+    left_out = [item for item in items if item.stratum in out]
+    return kept[: config.limit or None], left_out, ids
+
+
+def trainer_config(model: str) -> dict:
+    """The training settings of a checkpoint of train.py; {} for any other model."""
+    path = Path(model) / "trainer.json"
+    return json.loads(path.read_text())["config"] if model and path.is_file() else {}
+
+
+def find_model(config: Config) -> str:
+    """The directory or hub id to load: by default the newest toy checkpoint, or the toy's base."""
+    if config.model not in ("", "toy"):
+        return config.model
+    if any(name != "toy" for name in names(config)):
+        raise UserError(
+            f"--benchmark {config.benchmark}: give a --model that has seen more than toys"
+        )
+    found = [path.parent for path in Path("runs").glob("*/checkpoint-*/trainer.json")]
+    found = [path for path in found if trainer_config(str(path)).get("model") == "toy"]
+    if found and not config.model:
+        return str(max(found, key=lambda path: path.stat().st_mtime))
+    import toy
+
+    return str(toy.toy_policy_dir(toy.LEVELS["easy"]))
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def choose_out(config: Config) -> Path:
+    """--out; by default the first of runs/eval, runs/eval-2, ... that is free to use."""
+
+    def is_free(out: Path) -> bool:
+        for name in names(config):
+            made = out / f"{name}.run.json"
+            if config.responses and made.exists():
+                return False
+            if made.exists() and json.loads(made.read_text()) != made_with(config, name):
+                return False
+        return True
+
+    number, out = 1, Path(config.out or "runs/eval")
+    while not config.out and not is_free(out):
+        number += 1
+        out = Path(f"runs/eval-{number}")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def check_owner(config: Config, name: str, out: Path) -> None:
+    """Responses from a file must not overwrite those that a model gave."""
+    result = out / f"{name}.jsonl"
+    same = result.resolve() == Path(config.responses).resolve()
+    if (out / f"{name}.run.json").exists() and not same:
+        raise UserError(f"{result}: holds a model's responses; give another --out")
+
+
+# ---------------------------------------------------------------------------- responses
+
+
+def answers_from_file(config: Config, name: str, ids: set[str]) -> dict[str, list[dict]]:
+    """{id: [answer]} of --responses. An unknown id, or more responses than samples, is an error."""
+    found: dict[str, list[dict]] = {}
+    for place, row in read_rows(Path(config.responses)):
+        if "id" not in row or not isinstance(row.get("response", 0), str | None):
+            raise UserError(f'{place}: expected {{"id": ..., "response": "text"}}')
+        id_ = str(row["id"])
+        if id_ not in ids:
+            raise UserError(
+                f"{place}: id {id_!r} is not in the data of {name}; ids look like {min(ids)!r}"
+            )
+        found.setdefault(id_, []).append(row)
+        if len(found[id_]) > config.samples:
+            raise UserError(
+                f"{place}: {len(found[id_])} responses to id {id_!r}, more than --samples "
+                f"{config.samples}; remove some, or say how many there are"
+            )
+    return found
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+def evaluate(config: Config) -> dict[str, dict]:
+    """All benchmarks asked for; each one's files are written before the next begins."""
+    out, summaries = choose_out(config), {}
+    if RANK == 0:
+        settings = asdict(config) | {"out": str(out)}
+        print("settings:", json.dumps({k: v for k, v in settings.items() if v not in (None, "")}))
+    for name in names(config):
+        items, left_out, ids = items_of(name, config)
+        if config.responses:
+            check_owner(config, name, out)
+            check_pictures(items, will_be_seen=False)
+            made = {"responses": config.responses}
+            answers = answers_from_file(config, name, ids)
+        else:
+            made = made_with(config, name)
+            answers = answers_from_model(name, items, out, made, config.rows)
+        if RANK > 0:
+            continue
+        marked = {
+            item.question.id: scores.mark_all(
+                item, answers.get(item.question.id, []), config.samples
+            )
+            for item in items
+        }
+        summary = scores.summarise(name, items, left_out, marked, config.samples)
+        if config.limit:
+            summary["label"] += f", first {len(items)} only"
+        summaries[name] = summary | {"settings": made | {"data": config.data}}
+        save(out, name, marked, summaries[name])
+    return summaries
+
+
+def save(out: Path, name: str, marked: dict[str, list[dict]], summary: dict) -> None:
+    """NAME.jsonl in the order of the data, and this benchmark's entry in summary.json."""
+    lines = [json.dumps(line) + "\n" for lines in marked.values() for line in lines]
+    write_atomically(out / f"{name}.jsonl", "".join(lines))
+    for part in out.glob(f"{name}.rank*.jsonl"):
+        part.unlink()
+    path = out / "summary.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    write_atomically(path, json.dumps(known | {name: summary}, indent=1))
+
+
+def main(argv: list[str]) -> int:
+    try:
+        config = parse(argv)
+        if config.compare:
+            print(scores.compare(*config.compare))
+            return 0
+        if config.responses and RANK > 0:
+            return 0
+        if not config.responses:
+            config.model = find_model(config)
+        for name in names(config):  # a wrong path is said now, not after hours of work
+            if name != "toy":
+                find_files(name, find_data(name, config.data, has_several(config)))
+        summaries = evaluate(config)
+        if RANK == 0:
+            print("\n" + scores.table(summaries))
+        return 0
+    except UserError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"eval.py: {error}; what is done is kept", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("eval.py: stopped; the same line goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
