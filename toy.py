@@ -59,7 +59,8 @@ class Recipe:
     columns: int = 3
     rows: int = 2
     colours: int = 6
-    max_steps: int = 3  # of a chain
+    chances: tuple = (1, 1, 1)  # of chains of 1, 2, ... steps, in training and held-out questions
+    warm_chances: tuple = (1, 1, 1)  # in the warm start
     warm_steps: int = 400  # optimiser steps of the warm start
     warm_batch: int = 64  # worked solutions a step
     warm_lr: float = 1e-3
@@ -72,8 +73,9 @@ class Recipe:
 
 LEVELS = {
     "easy": Recipe(),
-    # The base reads 20 to 50 % right and rarely tries.
-    "hard": Recipe(4, 3, 12, 4, warm_steps=460, final_mix=(0.94, 0.02, 0.04)),
+    # Four questions in five are soon solved and teach nothing more; the fifth is a chain that the base
+    # has hardly seen. This is where advantages vanish.
+    "hard": Recipe(chances=(8, 0, 0, 0, 1, 1), warm_chances=(16, 8, 4, 2, 1, 1)),
 }
 
 
@@ -125,10 +127,10 @@ def draw_world(recipe: Recipe, rng: random.Random, heldout: bool) -> World:
             return world
 
 
-def draw_question(recipe: Recipe, rng: random.Random, heldout: bool, qid: str):
+def draw_question(recipe: Recipe, rng: random.Random, heldout: bool, qid: str, chances: tuple):
     """A Question and the path that solves it: (Question, [start, ..., answer])."""
     world = draw_world(recipe, rng, heldout)
-    start, steps = rng.choice(world.cells), rng.randint(1, recipe.max_steps)
+    start, steps = rng.choice(world.cells), rng.choices(range(1, len(chances) + 1), chances)[0]
     path = world.follow(start, steps)
     plural = "s" if steps > 1 else ""
     text = f"{MARKER}Start at {start} and take {steps} step{plural}."
@@ -143,7 +145,8 @@ def toy_questions(recipe: Recipe, n: int, seed, heldout: bool = False) -> list[Q
 
 def question_by_id(recipe: Recipe, qid: str) -> Question:
     """A toy question is a function of its id, "side/seed/number"."""
-    return draw_question(recipe, random.Random(qid), qid.startswith("heldout"), qid)[0]
+    heldout = qid.startswith("heldout")
+    return draw_question(recipe, random.Random(qid), heldout, qid, recipe.chances)[0]
 
 
 def slow_solution(path: list[str]) -> str:
@@ -216,11 +219,11 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     ])
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
-    recipe = LEVELS["hard"]
+    recipe = Recipe(colours=len(COLOURS))
     corpus = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", *TEMPLATES.values()]
     corpus += list(TRIGGERS.values()) * 9
     for _ in range(300):
-        question, path = draw_question(recipe, rng, False, "")
+        question, path = draw_question(recipe, rng, False, "", (1,) * 9)
         corpus += [question.text, *worked_solution(question, path, recipe, rng, (1, 1, 1))]
     trainer = trainers.BpeTrainer(
         vocab_size=560,
@@ -288,7 +291,7 @@ def warm_start(recipe: Recipe, progress=tqdm) -> Policy:
         mix = recipe.reading_mix if reading else recipe.final_mix
         groups = []
         for _ in range(recipe.warm_batch):
-            question, path = draw_question(recipe, rng, False, "")
+            question, path = draw_question(recipe, rng, False, "", recipe.warm_chances)
             pieces = worked_solution(question, path, recipe, rng, mix)
             ids = [i for piece in pieces for i in tokenize(piece).input_ids]
             response = torch.tensor([*ids, tokenize.eos_token_id])

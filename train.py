@@ -298,6 +298,10 @@ def measure(run: Run) -> dict:
                               generator(run, "heldout"), max_rows=c.rollout_rows)  # fmt: skip
             counts[f"{kind}_right"] = sum(grade(group[0]) for group in groups)
             if kind == "greedy":
+                for sample in (group[0] for group in groups):
+                    category = sample.prompt.question.category
+                    counts[category, "n"] += 1
+                    counts[category, "right"] += grade(sample)
                 continue
             for sample in (group[0] for group in groups):
                 counts["tokens"] += len(sample.tokens)
@@ -314,6 +318,8 @@ def measure(run: Run) -> dict:
         "heldout_sampled": counts["sampled_right"] / n, "heldout_tokens": counts["tokens"] / n,
         "heldout_rethinks": counts["rethinks"] / n, "heldout_rethinks_helped": counts["helped"] / n,
     }  # fmt: skip
+    names = sorted({q.category for q in run.heldout})
+    row["heldout_categories"] = {k: counts[k, "right"] / counts[k, "n"] for k in names}
     if c.data == "toy":
         row |= {f"heldout_{way}": counts[way] / n for way in ("fast", "slow", "twice")}
     return row
