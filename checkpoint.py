@@ -15,7 +15,6 @@ therefore finds any row it needs by counting through the old files (`read_rows`)
 
 import errno
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -28,13 +27,6 @@ from data import UserError
 from model import Policy, Sample, save_policy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's contents: a reader sees the old or the new, never a part."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def to_json(value) -> str:

@@ -18,6 +18,7 @@ first. A row that cannot be used is an error that names it, before any training,
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -151,6 +152,13 @@ def check_images(questions: list[Question], progress=lambda items: items) -> lis
 
 
 # ---------------------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's contents: a reader sees the old or the new, never a part."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict]]:

@@ -5,8 +5,7 @@ import io
 import json
 from pathlib import Path
 
-from checkpoint import write_atomically
-from data import open_image
+from data import open_image, write_atomically
 
 
 class Recorder:

@@ -18,7 +18,7 @@ import checkpoint
 import parallel
 import toy
 from config import Config
-from data import Question, UserError, check_images, load_questions
+from data import Question, UserError, check_images, load_questions, write_atomically
 from model import Policy, Sample, encode, load_policy, prompt_length
 from reward import reward
 from ssr import ReplayBuffer
@@ -132,7 +132,7 @@ def choose_out(config: Config) -> Path:
             out = Path(f"{out}-{number}")
         try:
             out.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_atomically(out / "config.json", checkpoint.to_json(asdict(config)))
+            write_atomically(out / "config.json", checkpoint.to_json(asdict(config)))
         except OSError as error:
             raise checkpoint.explain_os_error(error, out) from None
         return out
