@@ -98,8 +98,10 @@ def literal(value):
 # ---------------------------------------------------------------------------- choices
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LONE = re.compile(r"(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:? )?"
-                  r"[(\[{]?([A-Za-z])[)\]}]?[.:,]?")  # fmt: skip
+LONE = re.compile(
+    r"(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:? )?[(\[{]?([A-Z])[)\]}]?[.:,]?",
+    re.IGNORECASE,
+)
 LEADING = re.compile(r"[(\[]?([A-Z])([)\].:,;]|\s?[-–—]\s|\s(?=\S))[)\].:]*\s*(.*)", re.DOTALL)
 ANOTHER = re.compile(
     r"(?:(?:and|or)\b|[&/,;\s])*[(\[]?[A-Z][)\]]?(?:$|[.,;&/]|\s(?:and|or|because|since)\b)"

@@ -1,0 +1,596 @@
+"""The promises of benchmarks.py, rules.py, megabench.py and sources.py, on invented rows.
+
+Every row has the columns of the published files; every picture is a real PNG made here.
+"""
+
+import doctest
+import io
+import json
+
+import pytest
+from PIL import Image
+
+import benchmarks
+import megabench
+import rules
+import scores
+import sources
+from benchmarks import BENCHMARKS
+from data import UserError
+from sources import load
+
+
+def png(colour="red", size=(40, 30)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def stored(colour="red") -> dict:
+    return {"bytes": png(colour), "path": None}
+
+
+def mathvista_row(pid="2001", **changes) -> dict:
+    meta = {
+        "category": "general-vqa", "context": "bar chart", "grade": "high school", "img_height": 30,
+        "img_width": 40, "language": "english", "skills": ["statistical reasoning", "arithmetic"],
+        "source": "invented", "split": "testmini", "task": "figure question answering",
+    }  # fmt: skip
+    return {
+        "pid": pid, "question": "How many bars?", "image": f"images/{pid}.jpg",
+        "decoded_image": stored(), "choices": None, "unit": None, "precision": None, "answer": "3",
+        "question_type": "free_form", "answer_type": "integer", "metadata": meta,
+        "query": "Hint: Please answer with an integer.\nQuestion: How many bars?",
+    } | changes  # fmt: skip
+
+
+def mathverse_row(sample_index="9001", **changes) -> dict:
+    text = "Find angle AOB ()\nChoices:\nA:20°\nB:40°\nC:60°\nD:80°"
+    return {
+        "sample_index": sample_index, "problem_index": "1801", "problem_version": "Text Lite",
+        "question": text, "image": stored(), "answer": "B", "question_type": "multi-choice",
+        "metadata": {"split": "testmini", "source": "GeoQA", "subject": "Plane Geometry",
+                     "subfield": "Angle"},
+        "query_wo": f"Please directly answer.\nQuestion: {text}",
+        "query_cot": f"Please first conduct reasoning.\nQuestion: {text}",
+        "question_for_eval": text,
+    } | changes  # fmt: skip
+
+
+def mathvision_row(id_="5001", **changes) -> dict:
+    return {
+        "id": id_, "question": "Which piece completes the square?\n<image1>",
+        "options": ["1", "2", "3", "4", "5"], "image": f"images/{id_}.jpg",
+        "decoded_image": stored(), "answer": "C", "solution": None, "level": 2,
+        "subject": "combinatorial geometry",
+    } | changes  # fmt: skip
+
+
+def mmmu_row(id_="validation_Physics_31", **changes) -> dict:
+    images = {f"image_{i}": stored() if i == 1 else None for i in range(1, 8)}
+    return {
+        "id": id_, "question": "In <image 1>, which block is first?",
+        "options": "['block P', 'block Q', 'both together', 'neither']", "explanation": "",
+        **images, "img_type": "['Diagrams']", "answer": "C", "topic_difficulty": "Medium",
+        "question_type": "multiple-choice", "subfield": "Classical Mechanics",
+    } | changes  # fmt: skip
+
+
+def mmmu_pro_row(id_="test_History_1", **changes) -> dict:
+    images = {f"image_{i}": stored() if i == 1 else None for i in range(1, 8)}
+    return {
+        "id": id_, "question": "What does <image 1> show?",
+        "options": str([f"option {i}" for i in range(10)]), "explanation": "?", **images,
+        "img_type": "['Paintings']", "answer": "J", "topic_difficulty": "Easy",
+        "subject": "History",
+    } | changes  # fmt: skip
+
+
+def vision_row(id_="test_History_1", **changes) -> dict:
+    options = str([f"option {i}" for i in range(10)])
+    row = {"id": id_, "image": stored(), "options": options, "answer": "J", "subject": "History"}
+    return row | changes
+
+
+def emma_row(pid="chem_9001", **changes) -> dict:
+    images = {f"image_{i}": stored() if i == 1 else None for i in range(1, 6)}
+    return {
+        "pid": pid, "question": "How many carbon atoms are in <image_1>?", "options": [],
+        "answer": "14", **images, "solution": "", "subject": "Chemistry", "task": "",
+        "category": "Knowledge-based counting", "source": "new", "type": "Open-ended",
+        "context": "",
+    } | changes  # fmt: skip
+
+
+def mega_row(id_="77", metric="general_single_numerical_match", answer="3.5", **changes) -> dict:
+    info = {
+        "field_score_function": {"reading": metric},
+        "aggregation": {"function": "mean", "field_weights": {"reading": 1}},
+        "response_parse_function": "answer_string",
+    }
+    return {
+        "id": id_, "task_name": "toy_gauge_reading", "task_description": "Read the gauge.",
+        "global_media": "[]", "example_text": "Example 1:\n<image>\nAnswer: 2.5",
+        "example_media": "['./data/toy/0.png']", "query_text": "<image>",
+        "query_media": "['./data/toy/1.png']", "answer": str({"reading": answer}),
+        "metric_info": str(info), "eval_context": "{}", "taxonomy_tree_path": "Perception",
+        "application": "Perception", "input_format": "Photographs",
+        "output_format": "numerical_data",
+    } | changes  # fmt: skip
+
+
+def is_right(name: str, row: dict, response: str) -> bool:
+    item = BENCHMARKS[name].read(row)
+    return scores.mark(item, {"response": response})["correct"]
+
+
+def extracted(response: str):
+    return rules.extract(response)
+
+
+@pytest.mark.parametrize("module", [benchmarks, megabench, rules, scores, sources])
+def test_the_examples_in_the_docstrings_hold(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+# ---------------------------------------------------------------------------- extraction
+
+
+def test_the_last_balanced_box_wins_over_every_other_form():
+    assert extracted("Answer: B, <answer>C</answer> \\boxed{A} or \\boxed{D}. Answer: B") == "D"
+    assert extracted("\\boxed{\\frac{1}{2}} and then \\boxed{3") == "\\frac{1}{2}"
+
+
+def test_without_a_box_the_answer_tag_and_then_the_answer_line_count():
+    assert extracted("Answer: B\n<answer> C </answer>\nAnswer: D") == "C"
+    assert extracted("**Answer:** (B)\nmore words") == "(B)"
+    assert extracted("So the answer is $\\frac{3}{4}$.\nI am sure.") == "\\frac{3}{4}"
+    assert extracted("Answer: .5") == ".5"
+
+
+def test_thoughts_do_not_count_and_nothing_is_guessed():
+    assert extracted("<think>\\boxed{A}</think> It is hard.") is None
+    assert extracted("<think>no</think> a </think> Answer: B") == "B"
+    assert extracted("I like option B, and 7 of them.") is None
+    assert extracted("The answer isn't B") is None
+    assert extracted("\\boxed{}") is None
+
+
+OPTIONS = ["40", "50", "60", "70"]
+
+
+@pytest.mark.parametrize(
+    "text", ["C", "(C)", "c", "[C]", "C.", "C. 60", "(C) 60°", "\\text{C}", "\\mathbf{(C)}", "$C$",
+             "60", "60^\\circ", "Option C", "C: because it is", "C, since 60", "**C**"],
+)  # fmt: skip
+def test_a_choice_is_understood_in_any_usual_wrapping(text):
+    assert rules.choose(text, OPTIONS) == "C"
+
+
+@pytest.mark.parametrize(
+    "text", ["Apple", "A circle", "A and B", "A, B", "(A)(C)", "not C", "neither", "40 or 50", "55"]
+)
+def test_prose_several_letters_and_near_texts_are_no_choice(text):
+    assert rules.choose(text, OPTIONS) is None
+
+
+def test_letters_reach_as_far_as_the_options():
+    twelve = [f"text {i}" for i in range(12)]
+    assert rules.choose("(L)", twelve) == "L"
+    assert rules.choose("text 8", twelve) == "I"
+
+
+def test_numbers_are_ascii_exact_and_without_units():
+    values = {"1,234": 1234, "3.0": 3, "$5": 5, "50\\%": 50, "3 years": 3, "x = 7": 7, "-2": -2,
+              "12 \\mathrm{ cm}^2": 12, "69°": 69, "\\approx 5": 5, "\\sqrt{9}": 3}  # fmt: skip
+    assert {text: rules.value(text) for text in values} == values
+    for text in ("three", "٣", "1_000", "nan", "inf", "1,2", "3 4", "", "9^{9^{9}}", "5 or 6"):
+        assert rules.value(text) is None, text
+
+
+# ---------------------------------------------------------------------------- MathVista
+
+
+def test_mathvista_integers_accept_the_value_and_are_not_truncated():
+    row = mathvista_row()
+    for response in ("\\boxed{3}", "\\boxed{3.0}", "Answer: 3", "\\boxed{3 years}", "\\boxed{x=3}"):
+        assert is_right("mathvista", row, response), response
+    for response in ("\\boxed{3.9}", "\\boxed{4}", "there are 3", "\\boxed{three}", "\\boxed{٣}"):
+        assert not is_right("mathvista", row, response), response
+
+
+def test_mathvista_decimals_are_compared_at_their_precision():
+    one = mathvista_row(answer="1.5", answer_type="float", precision=1.0)
+    assert is_right("mathvista", one, "\\boxed{1.54}")
+    assert is_right("mathvista", one, "\\boxed{1.55}")
+    assert is_right("mathvista", one, "\\boxed{\\frac{3}{2}}")
+    assert not is_right("mathvista", one, "\\boxed{1.56}")
+    two = mathvista_row(answer="1.53", answer_type="float", precision=2.0)
+    assert is_right("mathvista", two, "\\boxed{1.534}")
+    assert not is_right("mathvista", two, "\\boxed{1.5}")
+
+
+def test_mathvista_choices_are_texts_and_may_be_answered_by_letter_or_text():
+    row = mathvista_row(answer="No", choices=["Yes", "No"], question_type="multi_choice",
+                        answer_type="text")  # fmt: skip
+    for response in ("\\boxed{B}", "\\boxed{(B) No}", "\\boxed{no}", "The answer is (B)."):
+        assert is_right("mathvista", row, response), response
+    assert not is_right("mathvista", row, "\\boxed{A}")
+    assert not is_right("mathvista", row, "\\boxed{Noo}")
+
+
+def test_mathvista_equal_options_can_be_told_apart_by_letter_only():
+    row = mathvista_row(answer="5", choices=["5", "5", "6"], question_type="multi_choice",
+                        answer_type="text")  # fmt: skip
+    assert is_right("mathvista", row, "\\boxed{A}")
+    assert is_right("mathvista", row, "\\boxed{B}")
+    assert not is_right("mathvista", row, "\\boxed{5}")
+
+
+def test_mathvista_lists_are_read_and_compared_in_order():
+    row = mathvista_row(answer="[1, 2.5]", answer_type="list")
+    assert is_right("mathvista", row, "\\boxed{[1, 2.50]}")
+    assert is_right("mathvista", row, "\\boxed{[1.0,2.5]}")
+    assert not is_right("mathvista", row, "\\boxed{[2.5, 1]}")
+    assert not is_right("mathvista", row, "\\boxed{__import__('os').getcwd()}")
+
+
+def test_mathvista_asks_the_query_after_its_picture():
+    item = benchmarks.mathvista(mathvista_row())
+    assert item.question.text.startswith("<image>Hint: ")
+    assert "arithmetic" in item.groups
+    assert "figure question answering" in item.groups
+
+
+# ---------------------------------------------------------------------------- MathVerse
+
+
+def test_mathverse_options_are_parsed_from_the_question():
+    for response in ("\\boxed{B}", "\\boxed{40^\\circ}", "\\boxed{B:40°}"):
+        assert is_right("mathverse", mathverse_row(), response), response
+    assert not is_right("mathverse", mathverse_row(), "\\boxed{20°}")
+
+
+def test_mathverse_vision_only_has_no_question_and_is_still_asked_and_marked():
+    row = mathverse_row(question="", problem_version="Vision Only",
+                        query_cot="According to the question shown, reason.")  # fmt: skip
+    item = benchmarks.mathverse(row)
+    assert item.question.text == "<image>According to the question shown, reason."
+    assert is_right("mathverse", row, "\\boxed{40°}")
+    bare = benchmarks.mathverse(row | {"query_cot": ""})
+    assert bare.question.text == "<image>Answer the question in the picture."
+
+
+def test_mathverse_odd_golds_are_understood():
+    assert is_right("mathverse", mathverse_row(answer="(C)"), "\\boxed{C}")
+    both = mathverse_row(answer="A\nC")
+    assert is_right("mathverse", both, "\\boxed{A, C}")
+    assert is_right("mathverse", both, "\\boxed{C and A}")
+    assert not is_right("mathverse", both, "\\boxed{A}")
+
+
+def test_mathverse_free_form_takes_the_right_hand_side_without_units():
+    area = mathverse_row(answer="Area $= 25 \\pi \\mathrm{~cm}^2$", question_type="free-form",
+                         question="Find the area.", question_for_eval="Find the area.")  # fmt: skip
+    for response in ("\\boxed{25\\pi}", "\\boxed{A = 25\\pi}", "\\boxed{25 \\pi \\text{ cm}^2}"):
+        assert is_right("mathverse", area, response), response
+    assert not is_right("mathverse", area, "\\boxed{25}")
+    degrees = area | {"answer": "50掳"}
+    assert is_right("mathverse", degrees, "\\boxed{50^\\circ}")
+    assert is_right("mathverse", degrees, "\\boxed{50}")
+    line = area | {"answer": "x^2+y^2=25"}
+    assert is_right("mathverse", line, "\\boxed{x^2 + y^2 = 25}")
+    assert not is_right("mathverse", line, "\\boxed{x + y = 25}")
+
+
+def test_mathverse_versions_of_a_problem_are_one_cluster():
+    item = benchmarks.mathverse(mathverse_row())
+    assert item.cluster == "1801"
+    assert item.groups == ["Text Lite", "multi-choice", "Plane Geometry", "Angle"]
+
+
+# ---------------------------------------------------------------------------- MathVision
+
+
+def test_mathvision_shows_its_merged_picture_once_however_many_tags():
+    row = mathvision_row(question="Compare <image1> with <image2> and <image3>.")
+    item = benchmarks.mathvision(row)
+    assert item.question.text.count("<image>") == 1
+    assert "<image2>" not in item.question.text
+    assert len(item.question.images) == 1
+
+
+def test_mathvision_prints_no_list_of_options_that_are_drawn():
+    drawn = benchmarks.mathvision(mathvision_row(options=["A", "B", "C", "D", "E"]))
+    assert "Choices" not in drawn.question.text
+    assert is_right("mathvision", mathvision_row(options=["A", "B", "C", "D", "E"]), "\\boxed{C}")
+    listed = benchmarks.mathvision(mathvision_row())
+    assert "Choices:\n(A) 1\n(B) 2" in listed.question.text
+
+
+def test_mathvision_a_letter_is_a_letter_even_where_it_is_another_options_value():
+    row = mathvision_row(options=["C", "A", "E", "B", "D"], answer="C")
+    assert is_right("mathvision", row, "\\boxed{C}")
+    assert not is_right("mathvision", row, "\\boxed{E}")
+    assert is_right("mathvision", mathvision_row(), "\\boxed{3}")  # the value of option C
+    assert not is_right("mathvision", mathvision_row(), "\\boxed{5}")
+
+
+def test_mathvision_free_answers_are_equal_to_two_decimals_and_golds_are_mended():
+    free = mathvision_row(options=[], answer="2.77")
+    assert is_right("mathvision", free, "\\boxed{\\frac{36}{13}}")
+    assert is_right("mathvision", free, "\\boxed{2.774}")
+    assert not is_right("mathvision", free, "\\boxed{2.76}")
+    assert is_right("mathvision", free | {"answer": "\x0crac{36}{13}"}, "\\boxed{36/13}")
+    assert is_right("mathvision", free | {"answer": "69{degrees} "}, "\\boxed{69^\\circ}")
+    assert is_right("mathvision", free | {"answer": "$\\boxed{18}$"}, "\\boxed{18}")
+    assert is_right("mathvision", free | {"answer": "1:2"}, "\\boxed{1:2}")
+    assert is_right("mathvision", free | {"answer": "C"}, "\\boxed{C}")
+
+
+# ---------------------------------------------------------------------------- MMMU
+
+
+def test_mmmu_reads_printed_lists_and_names_its_pictures():
+    item = benchmarks.mmmu(mmmu_row(image_2=stored("blue"), question="Is <image 2> in <image 1>?"))
+    assert item.question.choices == ["block P", "block Q", "both together", "neither"]
+    assert item.question.text.startswith("<image><image>Is [Image 2] in [Image 1]?\nChoices:\n(A)")
+    assert item.groups == ["multiple-choice", "Science", "Physics"]
+
+
+def test_mmmu_goes_up_to_nine_options_and_takes_letters_after_prose():
+    row = mmmu_row(options=str([f"thing {i}" for i in range(9)]), answer="I")
+    assert is_right("mmmu", row, "A long thought about A thing. The answer is (I).")
+    assert is_right("mmmu", row, "\\boxed{thing 8}")
+    assert not is_right("mmmu", row, "A is I")
+
+
+def test_mmmu_open_answers_match_an_alias_or_a_number():
+    row = mmmu_row(question_type="open", options="[]", answer="['24/7', '3.429']")
+    for response in ("\\boxed{24/7}", "\\boxed{3.43}", "\\boxed{3.45}"):
+        assert is_right("mmmu", row, response), response
+    assert not is_right("mmmu", row, "\\boxed{3.5}")
+    city = mmmu_row(question_type="open", options="[]", answer="['Tampa', 'Florida']")
+    assert is_right("mmmu", city, "\\boxed{florida}")
+    assert not is_right("mmmu", city, "\\boxed{Miami}")
+    letter = mmmu_row(question_type="open", options="[]", answer="C")
+    assert is_right("mmmu", letter, "\\boxed{C}")
+
+
+# ---------------------------------------------------------------------------- MMMU-Pro
+
+
+def test_mmmu_pro_pictures_keep_their_number_when_options_are_shuffled():
+    row = mmmu_pro_row(options="['<image 3>', '<image 2>']", answer="B", image_2=stored("blue"),
+                       image_3=stored("green"))  # fmt: skip
+    item = benchmarks.mmmu_pro(row)
+    assert item.question.text.endswith("(A) [Image 3]\n(B) [Image 2]")
+    assert [Image.open(io.BytesIO(data)).getpixel((0, 0)) for data in item.question.images] == [
+        (255, 0, 0), (0, 0, 255), (0, 128, 0)]  # fmt: skip
+
+
+def test_mmmu_pro_settings_share_ids_and_are_told_apart():
+    standard, vision = benchmarks.mmmu_pro(mmmu_pro_row()), benchmarks.mmmu_pro(vision_row())
+    assert standard.question.id == "standard:test_History_1"
+    assert vision.question.id == "vision:test_History_1"
+    assert standard.cluster == vision.cluster
+    assert (standard.stratum, vision.stratum) == ("standard", "vision")
+    assert "Choices" not in vision.question.text
+
+
+def test_mmmu_pro_has_from_one_to_twelve_options():
+    twelve = mmmu_pro_row(options=str([f"o{i}" for i in range(12)]), answer="L")
+    assert is_right("mmmu_pro", twelve, "Answer: L")
+    assert is_right("mmmu_pro", mmmu_pro_row(options="['only']", answer="A"), "\\boxed{A}")
+
+
+# ---------------------------------------------------------------------------- EMMA
+
+
+@pytest.mark.parametrize("kind", ["Multiple Choice", "Multiple choice", "multiple choice "])
+def test_emma_types_are_read_in_any_case(kind):
+    row = emma_row(type=kind, options=["<image_2>", "x", "y"], answer="B", image_2=stored())
+    item = benchmarks.emma(row)
+    assert "(A) [Image 2]" in item.question.text
+    assert item.groups[:2] == ["multiple choice", "Chemistry"]
+    for response in ("\\boxed{b}", "\\boxed{\\text{B}}", "\\boxed{x}"):
+        assert is_right("emma", row, response), response
+
+
+def test_emma_open_answers_are_numbers_also_in_words():
+    for response in ("\\boxed{14}", "\\boxed{14.0}", "\\boxed{fourteen}", "\\boxed{14.001}"):
+        assert is_right("emma", emma_row(), response), response
+    assert not is_right("emma", emma_row(), "\\boxed{15}")
+
+
+def test_emma_context_comes_first_and_fifth_pictures_are_shown():
+    row = emma_row(context="See <image_5>.", image_5=stored("blue"), category="a;b", task="t")
+    item = benchmarks.emma(row)
+    assert item.question.text.startswith("<image><image>See [Image 2].\nHow many")
+    assert item.groups[2:] == ["Chemistry: t", "Chemistry: a", "Chemistry: b"]
+
+
+# ---------------------------------------------------------------------------- MEGA-Bench
+
+
+def mega_score(metric, answer, response, parser="answer_string") -> float:
+    info = {"field_score_function": {"x": metric}, "response_parse_function": parser,
+            "aggregation": {"function": "mean", "field_weights": {"x": 1}}}  # fmt: skip
+    found = megabench.extract(response, info)
+    return megabench.score(found, {"x": answer}, info)
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "response", "score"),
+    [
+        ("exact_str_match", "B", "Answer: (B)", 1),
+        ("exact_str_match", "A", "Answer: Apple", 0),
+        ("exact_str_match", "Ab", "Answer: ab", 0),
+        ("exact_str_match_case_insensitive", "Ab", "Answer: aB", 1),
+        ("simple_str_match", "New-York City", "Answer: new york city.", 1),
+        ("multi_ref_phrase", "['colour', 'color']", "Answer: Color", 1),
+        ("set_equality", "['a', 'b']", "Answer: b, a", 1),
+        ("set_equality", "['a', 'b']", "Answer: b, a, c", 0),
+        ("set_equality_case_insensitive", "['A', 'b']", "Answer: B, a", 1),
+        ("sequence_equality", "[1, 2]", "Answer: [2, 1]", 0),
+        ("sequence_equality", "[1, 2]", "Answer: [1, 2]", 1),
+        ("jaccard_index", "['a', 'b']", "Answer: ['b', 'c']", 1 / 3),
+        ("set_precision", "['a', 'b']", "Answer: ['b', 'c']", 1 / 2),
+        ("longest_common_list_prefix_ratio", "['a', 'b', 'c']", "Answer: a, b, x", 2 / 3),
+        ("general_single_numerical_match", "3.5", "Answer: 3.53", 1),
+        ("general_single_numerical_match", "3.5", "Answer: 3.54", 0),
+        ("general_single_numerical_match", "0.5", "Answer: 50%", 1),
+        ("boxed_single_numerical_match", "\\boxed{3.5}", "\\boxed{7/2}", 1),
+        ("number_rel_diff_ratio", "10", "Answer: 9", 0.9),
+        ("near_str_match", "Eiffel Tower", "Answer: The Eifel tower", 1 - 1 / 12),
+        ("near_str_match", "Eiffel Tower", "Answer: Big Ben", 0),
+        ("nbbox_iou_single", "(0, 0, 1, 1)", "Answer: (0, 0, 0.5, 1)", 0.5),
+        ("latex_expr_equality", "x^2+1", "Answer: $1 + x^{2}$", 1),
+        ("xml_norm_point_distance", "<point>.5, .5</point>", "Answer: <point>.5,.4</point>", 0.9),
+        ("set_equality", "['a']", "Answer: __import__('os')", 0),
+    ],
+)  # fmt: skip
+def test_megabench_metrics_score_as_published(metric, answer, response, score):
+    assert mega_score(metric, answer, response) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("metric", sorted(megabench.METRICS))
+def test_megabench_metrics_survive_any_answer(metric):
+    for response in ("Answer: nonsense", "Answer: [[[", 'Answer: {"x": [1, {}]}', "Answer: 1/0"):
+        assert 0 <= mega_score(metric, "5", response) <= 1
+
+
+def test_megabench_json_answers_are_weighted_or_take_the_least():
+    info = {"field_score_function": {"a": "exact_str_match", "b": "positive_int_match"},
+            "aggregation": {"function": "mean", "field_weights": {"a": 1, "b": 3}},
+            "response_parse_function": "json"}  # fmt: skip
+    answer = {"a": "x", "b": "2"}
+    text = 'Thinking {of} it.\nAnswer: ```json\n{"a": "x", "b": 3}\n```'
+    assert megabench.score(megabench.extract(text, info), answer, info) == 0.25
+    info["aggregation"]["function"] = "min"
+    assert megabench.score(megabench.extract(text, info), answer, info) == 0
+    # A field where neither amount is positive is dropped from the mean.
+    info["aggregation"]["function"] = "mean"
+    assert megabench.score('{"a": "x", "b": 0}', {"a": "x", "b": "0"}, info) == 1
+
+
+def test_megabench_metrics_that_run_code_or_ask_a_judge_are_not_supported():
+    for metric in ("program_judge", "gpt_4o_as_judge", "geo_proximity_location_dict", "new_metric"):
+        assert benchmarks.megabench_item(mega_row(metric=metric)).unsupported == metric
+    assert benchmarks.megabench_item(mega_row()).unsupported == ""
+
+
+def test_megabench_pictures_fill_the_placeholders_in_order():
+    item = benchmarks.megabench_item(mega_row(global_media="['./data/toy/g.png']"))
+    assert item.question.images == ["./data/toy/g.png", "./data/toy/0.png", "./data/toy/1.png"]
+    assert item.question.text.startswith("<image>Read the gauge.\nExample 1:\n<image>")
+    assert item.template == "bare"
+    assert benchmarks.megabench_item(mega_row(query_text="<video>")).unaskable == "video"
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_parquet(path, rows):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_of_a_snapshot_of_mmmu_only_validation_is_read(tmp_path):
+    for subject in ("Art", "Physics"):
+        for split in ("dev", "validation", "test"):
+            row = mmmu_row(f"{split}_{subject}_1", answer="A" if split != "test" else "?")
+            write_parquet(tmp_path / subject / f"{split}-00000-of-00001.parquet", [row])
+    ids = [item.question.id for item in load("mmmu", str(tmp_path))]
+    assert ids == ["validation_Art_1", "validation_Physics_1"]
+
+
+def test_of_a_snapshot_of_mmmu_pro_four_options_are_passed_over(tmp_path):
+    for folder, row in (("standard (10 options)", mmmu_pro_row()), ("vision", vision_row()),
+                        ("standard (4 options)", mmmu_pro_row())):  # fmt: skip
+        write_parquet(tmp_path / folder / "test-00000-of-00001.parquet", [row])
+    ids = {item.question.id for item in load("mmmu_pro", str(tmp_path))}
+    assert ids == {"standard:test_History_1", "vision:test_History_1"}
+
+
+def test_other_variants_in_a_directory_are_passed_over(tmp_path):
+    write_parquet(tmp_path / "testmini.parquet", [mathverse_row()])
+    write_parquet(tmp_path / "testmini_text_only.parquet", [mathverse_row("9002")])
+    assert len(load("mathverse", str(tmp_path))) == 1
+    write_parquet(tmp_path / "e" / "Math" / "test-0.parquet", [emma_row()])
+    write_parquet(tmp_path / "e" / "EMMA-mini" / "test-0.parquet", [emma_row()])
+    assert len(load("emma", str(tmp_path / "e"))) == 1
+    assert len(load("emma_mini", str(tmp_path / "e" / "EMMA-mini"))) == 1
+    assert len(load("emma", str(tmp_path / "e" / "EMMA-mini"))) == 1
+
+
+def test_pictures_of_jsonl_rows_are_found_beside_the_file_or_above_it(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "2001.jpg").write_bytes(png())
+    row = {k: v for k, v in mathvista_row().items() if k != "decoded_image"}
+    beside = load("mathvista", str(write_jsonl(tmp_path / "testmini.jsonl", [row])))
+    above = load("mathvista", str(write_jsonl(tmp_path / "data" / "testmini.jsonl", [row])))
+    for (item,) in (beside, above):
+        assert item.question.images == [tmp_path / "images" / "2001.jpg"]
+
+
+def test_several_benchmarks_have_a_folder_each(tmp_path):
+    write_parquet(tmp_path / "MathVista" / "testmini-0.parquet", [mathvista_row()])
+    write_parquet(tmp_path / "MMMU_Pro" / "vision" / "test-0.parquet", [vision_row()])
+    assert len(load("mathvista", str(tmp_path), several=True)) == 1
+    assert len(load("mmmu_pro", str(tmp_path), several=True)) == 1
+    with pytest.raises(UserError, match="no folder of emma"):
+        load("emma", str(tmp_path), several=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (mathvista_row(answer=""), "row 2.*no answer"),
+        ({"pid": "1"}, "row 2.*no column 'answer'"),
+        ({"pid": "1", "answer": "4"}, "row 2.*no column 'answer_type'"),
+        (mathvista_row(answer="Maybe", choices=["Yes", "No"]), "row 2.*none of the choices"),
+        (mathvista_row(), "row 2: duplicate id '2001', first at .*row 1"),
+    ],
+)
+def test_a_bad_row_is_an_error_that_names_it(tmp_path, row, message):
+    rows = [mathvista_row(), row]
+    path = tmp_path / "testmini.jsonl"
+    text = [json.dumps({k: v for k, v in r.items() if k != "decoded_image"}) for r in rows]
+    path.write_text("\n".join(text))
+    with pytest.raises(
+        UserError, match=message.replace("row 2", "jsonl:2").replace("row 1", "jsonl:1")
+    ):
+        load("mathvista", str(path))
+
+
+def test_corrupt_files_and_pictures_are_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match="broken.parquet"):
+        load("mathvista", str(tmp_path / "broken.parquet"))
+    good, cut = stored(), {"bytes": png()[:60], "path": None}
+    rows = [mathvista_row("1", decoded_image=good), mathvista_row("2", decoded_image=cut)]
+    items = load("mathvista", str(write_parquet(tmp_path / "testmini.parquet", rows)))
+    for will_be_seen in (True, False):
+        with pytest.raises(UserError, match=r"testmini.parquet: row 2 \(id 2\): embedded picture"):
+            sources.check_pictures(items, will_be_seen)
+
+
+def test_pictures_that_no_model_will_see_may_be_missing(tmp_path):
+    items = load("megabench", str(write_jsonl(tmp_path / "test.jsonl", [mega_row()])))
+    sources.check_pictures(items, will_be_seen=False)
+    with pytest.raises(UserError, match=r"jsonl:1 \(id 77\): picture .*0.png does not exist"):
+        sources.check_pictures(items, will_be_seen=True)
