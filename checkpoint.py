@@ -74,8 +74,9 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     parallel.barrier()
-    rank, world = parallel.rank(), parallel.world()
-    save_file(state_tensors(policy, optimizer), unfinished / f"state-{rank}-of-{world}.safetensors")
+    index, count, copy = parallel.shard_place_of(policy)
+    if copy == 0:  # with hybrid sharding the other nodes hold the same
+        save_file(state_tensors(policy, optimizer), unfinished / f"state-{index}-of-{count}.safetensors")
     whole = {}
     dtype = torch.bfloat16 if policy.device.type == "cuda" else torch.float32
     for name, tensor in policy.model.state_dict().items():
@@ -86,7 +87,7 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
         save_policy(policy, unfinished, whole)
         packed = {name: [pack_sample(s) for s in part] for name, part in samples.items()}
         (unfinished / "samples.json").write_text(json.dumps(packed))
-        (unfinished / "trainer.json").write_text(to_json(trainer | {"world": world}))
+        (unfinished / "trainer.json").write_text(to_json(trainer | {"shards": count}))
     parallel.barrier()
     if first:
         shutil.rmtree(final, ignore_errors=True)
@@ -108,8 +109,6 @@ def read_rows(files: list, name: str, start: int, stop: int) -> torch.Tensor:
     for file in files:
         piece = file.get_slice(name)
         shape = piece.get_shape()
-        if not shape:
-            return file.get_tensor(name)
         low, high = max(start - offset, 0), min(stop - offset, shape[0])
         if low < high:
             parts.append(piece[low:high])
@@ -124,7 +123,7 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
     """
     trainer = json.loads((directory / "trainer.json").read_text())
     paths = [
-        directory / f"state-{r}-of-{trainer['world']}.safetensors" for r in range(trainer["world"])
+        directory / f"state-{r}-of-{trainer['shards']}.safetensors" for r in range(trainer["shards"])
     ]
     missing = [path for path in paths if not path.exists()]
     if missing:
@@ -133,8 +132,7 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
     names = set(files[0].keys())
     for name, parameter in policy.named_parameters():
         mine = parallel.local(parameter)
-        start = first_row(parameter)
-        stop = start + (mine.shape[0] if mine.ndim else 0)
+        start, stop = rows_of(parameter)
         if f"param/{name}" not in names:
             raise UserError(f"{directory}: no weights for {name}; it is a checkpoint of another model")
         with torch.no_grad():
@@ -154,12 +152,46 @@ def read_samples(directory: Path) -> dict[str, list[dict]]:
     return json.loads((directory / "samples.json").read_text())
 
 
-def first_row(parameter: torch.Tensor) -> int:
-    """Where this rank's part of a parameter begins: FSDP2 splits as torch.chunk does."""
-    if parallel.local(parameter) is parameter or parameter.ndim == 0:
-        return 0
-    per_rank = -(-parameter.shape[0] // parallel.world())
-    return min(per_rank * parallel.rank(), parameter.shape[0])
+def rows_of(parameter: torch.Tensor) -> tuple[int, int]:
+    """Which rows [start, stop) of a parameter this rank holds: FSDP2 splits as torch.chunk does."""
+    index, count = parallel.shard_place(parameter)
+    size = parameter.shape[0] if parameter.ndim else 0
+    per_rank = -(-size // count)
+    return min(per_rank * index, size), min(per_rank * (index + 1), size)
+
+
+def module_name(key: str) -> str:
+    """A published checkpoint's key as the model's own name.
+
+    >>> module_name("visual.merger.ln_q.weight"), module_name("model.norm.weight")
+    ('model.visual.merger.ln_q.weight', 'model.language_model.norm.weight')
+    """
+    if key.startswith(("lm_head.", "model.visual.", "model.language_model.")):
+        return key
+    return f"model.{key}" if key.startswith("visual.") else key.replace("model.", "model.language_model.", 1)
+
+
+def load_weights(directory: Path, policy: Policy) -> None:
+    """Fill a sharded policy from published safetensors: each rank reads its own rows and no more.
+
+    Raises UserError naming a weight that the checkpoint lacks, or that has another shape.
+    """
+    where = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        if not path.name.startswith("state-"):
+            with safe_open(path, framework="pt") as file:
+                where |= {module_name(key): (path, key) for key in file.keys()}
+    for name, parameter in policy.model.named_parameters():
+        if name not in where:
+            raise UserError(f"--model {directory}: no weights for {name} in its safetensors")
+        path, key = where[name]
+        with safe_open(path, framework="pt") as file:
+            piece = file.get_slice(key)
+            if piece.get_shape() != list(parameter.shape):
+                raise UserError(f"{path}: {key} has shape {piece.get_shape()}, not {list(parameter.shape)}")
+            start, stop = rows_of(parameter)
+            with torch.no_grad():
+                parallel.local(parameter).copy_(piece[start:stop])
 
 
 def explain_os_error(error: OSError, directory: Path) -> UserError:

@@ -53,6 +53,12 @@ class Config:
     micro_batch_tokens: int = flag(8192, "tokens of a forward pass, padding included")
     gradient_checkpointing: bool = flag(False, "compute activations again in the backward pass [C: true]")
 
+    shard: str = flag("world", "split weights over all ranks, or within a node and copy across nodes",
+                      ("world", "node"))  # fmt: skip
+    rollout_weights: str = flag("whole", "while sampling, a rank holds the model, or a layer at a time",
+                                ("whole", "layer"))  # fmt: skip
+    offload: bool = flag(False, "keep weights and optimiser state in host memory between uses")
+
     advantage: str = flag("mean", "divide r - mean by the group's std? [P: std] [C: mean]", ("mean", "std"))
     average: str = flag("token", "mean over all tokens, or over responses of their means [P: sequence]",
                         ("token", "sequence"))  # fmt: skip
@@ -89,7 +95,7 @@ LARGE = {
 PRESETS = {
     "toy": {},
     "7b": LARGE | {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "pass_rate_column": "PassRate_7BBase"},
-    "72b": LARGE | {"model": "Qwen/Qwen2.5-VL-72B-Instruct", "rollout_rows": 128,
+    "72b": LARGE | {"model": "Qwen/Qwen2.5-VL-72B-Instruct", "rollout_rows": 128, "rollout_weights": "layer",
                     "pass_rate_column": "PassRate_32BTrained"},
 }  # fmt: skip
 

@@ -28,9 +28,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import MARKER, Question, UserError, open_image, prompt_text
@@ -88,6 +90,8 @@ class Policy(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.compute_device: torch.device | None = None
+        self.lockstep = False  # layers are gathered as they decode, on all ranks together
         config = model.config
         text_config = config.get_text_config()
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
@@ -104,7 +108,8 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where it computes; weights that are offloaded live elsewhere between uses."""
+        return self.compute_device or self.model.device
 
     @property
     def text_model(self) -> nn.Module:
@@ -297,38 +302,54 @@ def decode(policy: Policy, tokens: torch.Tensor) -> str:
 # ---------------------------------------------------------------------------- load and save
 
 
+def find_checkpoint(path: str) -> Path:
+    """The directory of a checkpoint: `path` itself, or the hub's snapshot of that id."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--model {path}: no such directory, and the hub gives no model ({reason})") from None
+
+
 def load_policy(
     path: str,
     dtype: torch.dtype = torch.float32,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    empty: bool = False,
 ) -> Policy:
     """Load a Qwen2-VL or Qwen2.5-VL from a directory or a hub id, in the published layout.
 
-    min_pixels, max_pixels  bounds on a picture's area after resizing; None: the checkpoint's own.
+    min_pixels, max_pixels  bounds on a picture's area after resizing; None: the checkpoint's own
+    empty                   build it without weights, on the meta device, for `parallel.shard`
 
-    Raises UserError where there is no such model, or where it is not a Qwen-VL.
+    Raises UserError where there is no such model, where it is not a Qwen-VL, or not whole.
     """
+    directory = find_checkpoint(path)
     limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     limits = {name: value for name, value in limits.items() if value is not None}
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(directory)
+        if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+            raise UserError(
+                f"--model {path}: a {config.model_type!r} model; this code trains qwen2_vl and qwen2_5_vl"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory, **limits)
+        if empty:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+            if (directory / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(directory)
+        else:
+            model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, config=config)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--model {path}: no model can be read there ({reason})") from None
-    if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
-        raise UserError(
-            f"--model {path}: a {config.model_type!r} model; this code trains qwen2_vl and qwen2_5_vl"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, config=config)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--model {path}: the checkpoint is not whole ({reason})") from None
+        raise UserError(f"--model {path}: the checkpoint cannot be read ({reason})") from None
     # The processor's template (chat_template.json) knows pictures; a tokenizer's may not.
-    processor_template = Path(path) / "chat_template.json"
+    processor_template = directory / "chat_template.json"
     if processor_template.is_file():
         tokenizer.chat_template = json.loads(processor_template.read_text())["chat_template"]
     if tokenizer.chat_template is None:

@@ -15,6 +15,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
@@ -28,12 +29,12 @@ from model import Policy
 def start() -> torch.device:
     """Join the other processes of torchrun, if any, and return this one's device."""
     cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(backend)
     elif cuda:
         # One GPU shards over itself: fp32 weights with bf16 compute come by the same path.
@@ -76,48 +77,88 @@ def barrier() -> None:
         dist.barrier()
 
 
-def add_up(numbers: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks, in place."""
-    if world() > 1:
-        dist.all_reduce(numbers)
-    return numbers
-
-
 # ---------------------------------------------------------------------------- sharding
 
 
-def shard(policy: Policy, device: torch.device) -> Policy:
+def shard(policy: Policy, device: torch.device, over: str = "world", offload: bool = False) -> Policy:
     """Move to the device; where there is a process group, split over it. Compute is bf16 on GPUs.
 
+    over     "world" splits over all ranks; "node" splits within a node and keeps a copy on each
+             (hybrid sharding: gathers stay on the fast links, gradients are averaged across nodes)
+    offload  keep weights, gradients and optimiser state in the host's memory between uses
+
     Units: the vision tower (one gather beats one a block for a small tower), each decoder layer, and the
-    rest: embedding, last norm and head, which the first and the last operation need.
+    rest: embedding, last norm and head, which the first and the last operation need. A policy on the
+    meta device gets memory for its own part only, to be filled by `checkpoint.load_weights`.
     """
+    policy.compute_device = device
     if not dist.is_initialized():
         return policy.to(device)
     half = torch.bfloat16 if device.type == "cuda" else None
-    precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
-    options = {"mp_policy": precision, "mesh": dist.init_device_mesh(device.type, (world(),))}
-    policy.to(device)
+    options = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None),
+        "mesh": mesh_over(device.type, over),
+    }
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy()
     fully_shard(policy.model.model.visual, **options)
     for layer in policy.text_model.layers:
         fully_shard(layer, **options)
     # The root stays whole after its forward: its head is used in chunks, again in the backward pass.
     fully_shard(policy, reshard_after_forward=False, **options)
     register_fsdp_forward_method(policy, "prefill")
+    if any(p.is_meta for p in policy.parameters()):
+        policy.to_empty(device="cpu" if offload else device)
+        policy.model.tie_weights()  # to_empty makes two tensors of one
+        for module in policy.modules():
+            if module._non_persistent_buffers_set:  # rotary frequencies: in no checkpoint
+                policy.model._init_weights(module)
+                module.to(device)
     return policy
 
 
+def mesh_over(device_type: str, over: str):
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if over == "node" and world() > local_ranks:
+        shape, names = (world() // local_ranks, local_ranks), ("copies", "shards")
+        return dist.init_device_mesh(device_type, shape, mesh_dim_names=names)
+    return dist.init_device_mesh(device_type, (world(),), mesh_dim_names=("shards",))
+
+
+def shard_place(tensor: torch.Tensor) -> tuple[int, int]:
+    """(which part of a sharded tensor this rank holds, how many parts there are)."""
+    if not isinstance(tensor, DTensor):
+        return 0, 1
+    mesh = tensor.device_mesh["shards"]
+    return mesh.get_local_rank(), mesh.size()
+
+
+def shard_place_of(policy: Policy) -> tuple[int, int, int]:
+    """(part, parts, which copy of it) of this rank's share of a policy."""
+    parameter = next(policy.parameters())
+    index, count = shard_place(parameter)
+    return index, count, rank() // count
+
+
 @contextlib.contextmanager
-def whole_weights(policy: Policy):
-    """Inside, every rank holds every parameter, gathered once; forward passes use no collective."""
+def whole_weights(policy: Policy, by_layer: bool = False):
+    """Inside, forward passes need no gradient and weights are there to be used directly.
+
+    Every rank holds every parameter, gathered once: nothing that follows uses a collective. With
+    `by_layer`, for a model that does not fit on one GPU, only the embedding and the head stay, and layers
+    are gathered as they run (`layer_weights`): then all ranks must take equally many steps.
+    """
     units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
-    for unit in units:
+    gathered = [u for u in units if u is policy] if by_layer else units
+    for unit in gathered:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+    policy.lockstep = by_layer and world() > 1
     try:
         yield
     finally:
-        for unit in units:
+        policy.lockstep = False
+        for unit in gathered:
             unit.set_reshard_after_forward(unit is not policy, recurse=False)
             unit.reshard()
 

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from model import NEVER, Policy, Prompt, Sample, decode, masked_logits
@@ -147,7 +148,7 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) 
     row = torch.arange(len(tokens), device=x.device)
     seen = torch.arange(span, device=x.device) <= at[:, None]  # [B, S]
     suffix_bias = torch.where(seen, 0.0, NEVER)[:, None, None]  # [B, 1, 1, S]
-    for i, layer in enumerate(model.layers):
+    for i, layer in enumerate(layers_in_turn(policy)):
         attention = layer.self_attn
         h = layer.input_layernorm(x)
         q, k, v = (
@@ -167,6 +168,30 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) 
         x = x + attention.o_proj(mixed.flatten(1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.norm(x)
+
+
+def layers_in_turn(policy: Policy):
+    """The decoder layers. In lockstep each is gathered while the one before computes, then let go."""
+    layers = policy.text_model.layers
+    if not policy.lockstep:
+        yield from layers
+        return
+    layers[0].unshard(async_op=True)
+    for layer, following in zip(layers, [*layers[1:], None]):
+        layer.unshard()
+        if following is not None:
+            following.unshard(async_op=True)
+        yield layer
+        layer.reshard()
+
+
+def most(count: int, policy: Policy) -> int:
+    """The largest `count` of all ranks where they decode in lockstep; else one's own."""
+    if not policy.lockstep:
+        return count
+    counts = torch.tensor([count], device=policy.device)
+    dist.all_reduce(counts, dist.ReduceOp.MAX)
+    return int(counts)
 
 
 def tree_attention(q, prefix, suffix, slot, group_size: int) -> torch.Tensor:
@@ -229,21 +254,26 @@ def generate(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
     per_batch = max(1, max_rows // group_size)
+    batches = [order[i : i + per_batch] for i in range(0, len(order), per_batch)]
+    # In lockstep a rank with fewer batches decodes its first prompt again, for nobody.
+    spare = [[0]] * (most(len(batches), policy) - len(batches))
     groups: list[list[Sample]] = [[] for _ in prompts]
     was_training = policy.training
     policy.eval()  # transformers keeps no cache while it checkpoints activations
     with torch.no_grad():
-        for start in range(0, len(order), per_batch):
-            chosen = order[start : start + per_batch]
-            ask = None if extend is None else lambda n, g, s: extend(chosen[n], g, s)
+        for chosen in batches + spare:
             batch = generate_batch(
                 policy, [prompts[i] for i in chosen], group_size, max_new_tokens, temperature,
-                generator, ask, progress,
+                generator, extend and renumber(extend, chosen), progress,
             )  # fmt: skip
             for i, group in zip(chosen, batch):
-                groups[i] = group
+                groups[i] = groups[i] or group
     policy.train(was_training)
     return groups
+
+
+def renumber(extend: Extend, chosen: list[int]) -> Extend:
+    return lambda n, g, sample: extend(chosen[n], g, sample)
 
 
 def generate_batch(
@@ -263,12 +293,12 @@ def generate_batch(
         token, logprob = sample_token(policy, hidden, temperature, generator)
         rows = advance(rows, token, logprob, eos, extend is not None)
         longest, steps = min(longest + 1, max_new_tokens), steps + 1
-        if steps % check_every == 0 or longest == max_new_tokens:
+        if steps % check_every == 0:
             finish(policy, rows, prompts, samples, extend, progress)
             live = (~rows.done).nonzero()[:, 0]
-            if len(live) == 0:
+            if most(len(live), policy) == 0:
                 return samples
-            if len(live) <= COMPACT_BELOW * len(rows.done):
+            if 0 < len(live) <= COMPACT_BELOW * len(rows.done):
                 rows = rows.select(live)
                 cache.select(live)
             longest = int(rows.length.max())

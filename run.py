@@ -19,7 +19,7 @@ import parallel
 import toy
 from config import Config
 from data import Question, UserError, check_images, load_questions, write_atomically
-from model import Policy, Sample, encode, load_policy, prompt_length
+from model import Policy, Sample, encode, find_checkpoint, load_policy, prompt_length
 from reward import reward
 from ssr import ReplayBuffer
 
@@ -73,8 +73,9 @@ def prepare(config: Config) -> Run:
     out = choose_out(config)
     questions, heldout = load_data(config)
     model = find_model(config)
+    empty = torch.distributed.is_initialized()  # then each rank reads its own part of the weights
     policy = agree(lambda: load_policy(
-        model, min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None
+        model, min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None, empty=empty
     ))  # fmt: skip
     needed = 16 * sum(p.numel() for p in policy.parameters()) * (config.keep_last + 1)
     free = shutil.disk_usage(out).free
@@ -86,7 +87,9 @@ def prepare(config: Config) -> Run:
         heldout = drop_long_prompts(config, policy, heldout) if heldout else heldout
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = parallel.shard(policy, device).train()
+    policy = parallel.shard(policy, device, config.shard, config.offload).train()
+    if empty:
+        agree(lambda: checkpoint.load_weights(find_checkpoint(model), policy))
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )

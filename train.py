@@ -77,7 +77,7 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     extend = extender(rethinking(c), run.policy.tokenizer, grade, c.max_new_tokens, (c.seed, run.step))
     bar = tqdm(total=len(mine) * c.group_size, desc=f"sampling episode {run.episode + 1}",
                unit="response", leave=False, disable=parallel.rank() > 0)  # fmt: skip
-    with parallel.whole_weights(run.policy), bar:
+    with parallel.whole_weights(run.policy, c.rollout_weights == "layer"), bar:
         groups = generate(
             run.policy, prompts, c.group_size, c.max_new_tokens, c.temperature,
             generator(run, "rollout"), extend, c.rollout_rows, bar.update,
@@ -292,7 +292,7 @@ def measure(run: Run) -> dict:
     mine = run.heldout[parallel.rank() :: parallel.world()]
     prompts = [encode(run.policy, question, c.template) for question in mine]
     counts = Counter()
-    with parallel.whole_weights(run.policy):
+    with parallel.whole_weights(run.policy, c.rollout_weights == "layer"):
         for kind, temperature in (("greedy", 0.0), ("sampled", c.temperature)):
             groups = generate(run.policy, prompts, 1, c.max_new_tokens, temperature,
                               generator(run, "heldout"), max_rows=c.rollout_rows)  # fmt: skip
