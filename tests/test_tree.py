@@ -1,0 +1,156 @@
+"""The tree's layout, its mask, and the plan of micro-batches."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tree import build_trees, pad_rows, plan_micro_batches, tree_mask
+
+
+def ids(*values):
+    return torch.tensor(values)
+
+
+def text_prompt(*tokens):
+    """A prompt without pictures, numbered from 0."""
+    P = len(tokens)
+    return SimpleNamespace(
+        input_ids=ids(*tokens), position_ids=torch.arange(P).expand(3, P), next_position=P,
+        image_grid_thw=torch.zeros(0, 3, dtype=torch.long), pixel_values=None,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- the mask
+
+
+def test_the_mask_lets_a_token_see_its_prompt_and_its_own_response_only():
+    branch = ids(0, 0, 0, 1, 1, 2, 3, 3, 3, -1, -1)
+    mask = tree_mask(branch[None])[0]
+    for q in range(len(branch)):
+        for k in range(len(branch)):
+            same = branch[k] == branch[q]
+            prompt_of_a_real_token = branch[k] == 0 and branch[q] >= 0
+            assert mask[q, k] == (k <= q and bool(same or prompt_of_a_real_token)), (q, k)
+
+
+def test_no_row_of_the_mask_is_empty_even_at_padding():
+    branch = torch.tensor([[0, 0, 1, 2, 2], [0, 1, -1, -1, -1]])
+    assert tree_mask(branch).any(-1).all()
+
+
+# ---------------------------------------------------------------------------- the layout
+
+
+def test_trees_of_different_lengths_are_laid_out_as_by_hand():
+    a, b = text_prompt(1, 2, 3), text_prompt(4, 5)
+    trees = build_trees([(a, [ids(11, 12), ids(21)]), (b, [ids(31)])], pad_id=99)
+    assert trees.input_ids.tolist() == [[1, 2, 3, 11, 12, 21], [4, 5, 31, 99, 99, 99]]
+    assert trees.branch.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 1, -1, -1, -1]]
+    for row in trees.position_ids:
+        assert row.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 2, 0, 0, 0]]
+    # Row 1 starts at flat index 6; the first token of a response is predicted by the prompt's last.
+    assert trees.predictor.tolist() == [2, 3, 2, 7]
+    assert trees.targets.tolist() == [11, 12, 21, 31]
+    assert trees.lengths == [2, 1, 1]
+    assert trees.pixel_values is None and trees.image_grid_thw is None
+
+
+def test_every_response_starts_one_past_the_largest_position_of_its_prompt(policy, prompts):
+    # 3 x 2 tokens of a picture take 3 positions: the largest position is not the prompt's length.
+    prompt = next(p for p in prompts if p.question.id == "one")
+    trees = build_trees([(prompt, [ids(11, 12), ids(21, 22, 23)])])
+    first = int(prompt.position_ids.max()) + 1
+    assert first < len(prompt.input_ids)
+    P = len(prompt.input_ids)
+    want = [first, first + 1, first, first + 1, first + 2]
+    assert trees.position_ids[:, 0, P:].tolist() == [want] * 3
+    assert torch.equal(trees.position_ids[:, 0, :P], prompt.position_ids)
+
+
+def test_pictures_keep_the_order_of_the_trees_and_text_only_trees_add_none(prompts):
+    text, one, wide, two = prompts
+    trees = build_trees([(two, [ids(11)]), (text, [ids(12)]), (one, [ids(13)]), (wide, [ids(14)])])
+    pictured = [two, one, wide]
+    assert torch.equal(trees.pixel_values, torch.cat([p.pixel_values for p in pictured]))
+    assert torch.equal(trees.image_grid_thw, torch.cat([p.image_grid_thw for p in pictured]))
+
+
+def test_targets_are_response_tokens_alone(policy, prompts):
+    """Neither prompt nor padding is ever predicted."""
+    responses = [[ids(31, 32, 33), ids(34)], [ids(35, 36)]]
+    trees = build_trees([(prompts[0], responses[0]), (prompts[3], responses[1])])
+    assert trees.targets.tolist() == [31, 32, 33, 34, 35, 36]
+    predicted_from = trees.branch.flatten()[trees.predictor]
+    assert predicted_from.tolist() == [0, 1, 1, 0, 0, 1]
+
+
+def test_pad_rows_makes_one_row_a_response():
+    assert pad_rows(ids(1, 2, 3, 4, 5, 6), [3, 1, 2]).tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
+
+
+# ---------------------------------------------------------------------------- the plan
+
+
+def random_branches(rng):
+    prompts = {f"q{i}": rng.randint(1, 60) for i in range(rng.randint(1, 9))}
+    questions = [rng.choice(list(prompts)) for _ in range(rng.randint(1, 40))]
+    return [(q, prompts[q], rng.randint(1, 80)) for q in questions]
+
+
+def row_length(branches, tree):
+    return branches[tree[0]][1] + sum(branches[i][2] for i in tree)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("budget", [1, 90, 400, 10**6])
+def test_the_plan_trains_every_branch_once_within_the_budget(ranks, budget):
+    rng = random.Random(f"{ranks} {budget}")
+    for _ in range(30):
+        branches = random_branches(rng)
+        plan = plan_micro_batches(branches, ranks, budget)
+        assert len(plan) == ranks
+        micro_batches = [m for share in plan for m in share]
+        trees = [tree for m in micro_batches for tree in m]
+        assert sorted(i for tree in trees for i in tree) == list(range(len(branches)))
+        assert all(len({branches[i][0] for i in tree}) == 1 for tree in trees)
+        for m in micro_batches:
+            padded = len(m) * max(row_length(branches, tree) for tree in m)
+            assert padded <= budget or (len(m) == 1 and len(m[0]) == 1)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_get_about_the_same_number_of_tokens(ranks):
+    rng = random.Random(ranks)
+    for _ in range(30):
+        branches = random_branches(rng)
+        plan = plan_micro_batches(branches, ranks, budget=200)
+        lengths = [[row_length(branches, tree) for m in share for tree in m] for share in plan]
+        loads = [sum(share) for share in lengths]
+        longest = max(length for share in lengths for length in share)
+        assert max(loads) - min(loads) <= longest
+
+
+def test_a_group_that_fits_is_one_tree():
+    branches = [("a", 10, 4), ("b", 10, 4), ("a", 10, 4), ("a", 10, 4)]
+    [[micro_batch]] = plan_micro_batches(branches, ranks=1, budget=100)
+    assert sorted(micro_batch) == [[0, 2, 3], [1]]
+
+
+def test_a_group_longer_than_the_budget_is_cut_into_several_trees():
+    branches = [("a", 10, 20)] * 4
+    plan = plan_micro_batches(branches, ranks=1, budget=50)
+    assert plan == [[[[0, 1]], [[2, 3]]]]
+
+
+def test_ranks_with_nothing_to_do_get_no_micro_batch():
+    assert plan_micro_batches([("a", 10, 4)], ranks=3, budget=50) == [[[[0]]], [], []]
+    assert plan_micro_batches([], ranks=2, budget=50) == [[], []]
+
+
+def test_the_plan_depends_on_lengths_alone(policy, prompts):
+    """Every rank computes it for itself and must find the same one."""
+    branches = random_branches(random.Random(3))
+    renamed = [("z" + question, p, r) for question, p, r in branches]
+    assert plan_micro_batches(branches, 3, 300) == plan_micro_batches(renamed, 3, 300)
