@@ -29,7 +29,7 @@ MAX_LIST, MAX_NESTING = 50, 8
 _CHARACTERS = {
     **dict.fromkeys("−–—‐‑‒﹣－", "-"), **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u3000", " "),
     **dict.fromkeys("·⋅∙×✕", "*"), **dict.fromkeys("÷∕⁄", "/"), **dict.fromkeys("º˚", "°"),
-    **dict.fromkeys("“”„", '"'), **dict.fromkeys("‘’′`", "'"), **dict.fromkeys("ΔΩ", ""),
+    **dict.fromkeys("“”„", '"'), **dict.fromkeys("‘’′`", "'"),
     "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "⩽": "≤", "⩾": "≥",
     "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "∠": " angle ", "△": " triangle ", "⊥": r"\perp ",
@@ -74,20 +74,28 @@ _STYLED = re.compile(
     r"|operatorname\*?|boldsymbol|bm|emph|underline|ce)\s*\{([^{}]*)\}"
 )
 _BLANKS = re.compile(r"\\(?:[hv]space\*?|[hv]?phantom|color|textcolor)\s*\{[^{}]*\}")
-_DOLLARS = re.compile(r"(?<!\\)\$\$?(?![\s$])([^$]*[^\s$\\])\$\$?(?![0-9])")
+# $ around all of it, or around a part as in pandoc: no space inside, no digit after the closing.
+_DOLLARS = [
+    re.compile(r"^\s*\$\$?((?:[^$\\]|\\.)*)\$\$?[\s.,;]*$"),
+    re.compile(r"(?<!\\)\$\$?(?![\s$])((?:[^$\\]|\\.)*)(?<![\s\\])\$\$?(?![0-9])"),
+]
+_BOLD = re.compile(r"(?<![\w)}*])(\*\*?)([^*]+)\1(?!\*)")  # in Markdown
 _CIRCLE = re.compile(r"\^\s*(?:\{\s*(?:\\circ|°)\s*\}|\\circ(?![A-Za-z])|°|\{?\\degree\}?)")
 _RECURRING = re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar|dot)\s*\{([0-9]{1,20})\}")
 _GROUPED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
 _SPACED = re.compile(r"(?<![0-9.,])(?<![0-9] )[1-9][0-9]{0,2}(?: [0-9]{3})+(?! ?[0-9]|,[0-9]|/)")
 _ANSWER_IS = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:(?:correct|final|right|best) )*"
-    r"(?:answer|solution|result|choice|option)(?: choice| option)?(?: is ?:?| are| ?[:=]) *",
+    r"(?:answer|solution|result|choice|option)s?(?: choice| option)?(?: is ?:?| are| ?[:=]) *",
     re.IGNORECASE,
 )
 _SMALL_RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"([0-9]) ?\^? ?\{? ?(st|nd|rd|th)\b ?\}?", r"\1\2"),  # 5^{\text{th}}
+        (r"([0-9]) ?\^? ?\{ ?(st|nd|rd|th) ?\}", r"\1\2"),  # 5^{\text{th}}
+        (r"([0-9]) ?\^? ?(st|nd|rd|th)\b", r"\1\2"),
+        (r"(?<=[0-9]) ?\^ ?(?:\{o\}|o\b)", "°"),
+        (r"(?<![A-Za-z.])(sq|cu|in|ft|yd|mi|lb|oz|hr|min|sec)\.(?= |$)", r"\1"),
         (r"(?<=[0-9.]) ?[xX] ?(?=10 ?\^)", "*"),  # 3 x 10^5
         (r"\^ ?\{?'+ ?\}?", "'"),
         (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
@@ -97,8 +105,7 @@ _SMALL_RULES = [
         (r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
         (r"\\\{ *\\\}", r"\\emptyset"),
         (r"° ?([CF])\b", r" ° \1"),
-        (r"^\*\*(.+)\*\*$", r"\1"),  # bold in Markdown
-        (r"^(['\"])(.*)\1$", r"\2"),
+        (r"^([`'\"])(.*)\1$", r"\2"),
         (r" +", " "),
     )
 ]
@@ -122,13 +129,14 @@ def _without_commas(match: re.Match) -> str:
 @lru_cache(maxsize=4096)
 def _ungrouped(text: str) -> str:
     """tidy() before thousands separators are taken out."""
+    text = _BOLD.sub(r"\2", text)
+    if "$" in text:
+        text = _DOLLARS[1].sub(r"\1", _DOLLARS[0].sub(r"\1", text))
     if not text.isascii():
         text = re.sub("³√", r"\\sqrt[3]", text)
         text = re.sub(f"[{_RAISED}]+", lambda m: f"^{{{m[0].translate(_PLAIN)}}}", text)
         text = re.sub(f"[{_LOWERED}]+", lambda m: f"_{{{m[0].translate(_PLAIN)}}}", text)
         text = re.sub("[µμ](?=[mgsLAFCV])", "u", text).translate(_TABLE)
-    if "$" in text:
-        text = _DOLLARS.sub(r"\1", text)
     if "\\" in text:
         text = _BLANKS.sub("", text).replace(r"\left.", "").replace(r"\right.", "")
         text = _CIRCLE.sub("°", text)
@@ -139,13 +147,22 @@ def _ungrouped(text: str) -> str:
     text = text.replace("{,}", ",").replace("~", " ").strip()
     if "\n" in text and "\\begin" not in text:
         text = re.sub(r"(?<=[\w)}\]])\s*\n\s*(?=[\w\\({\[])", "; ", text)
-    text = " ".join(text.split())
+    text = _bare(text)
     for pattern, replacement in _SMALL_RULES:
         text = pattern.sub(replacement, text)
-    text = text.strip(" ").rstrip(".,; ")
-    if len(text) > 5:
-        text = _ANSWER_IS.sub("", text, count=1) if _ANSWER_IS.match(text) else text
-    return text.lstrip("=≈ ")
+    return re.sub(r"^[=≈] ?(?![=<>])", "", _bare(text))
+
+
+def _bare(text: str) -> str:
+    """Without final punctuation, 'The answer is' and braces around all of it."""
+    text = " ".join(text.split())
+    for _ in range(2):
+        text = text.strip(" ").rstrip(".,; ")
+        if text[:1] == "{" and text[-1:] == "}" and _enclosed(text):
+            text = text[1:-1]
+        match = _ANSWER_IS.match(text) if len(text) > 5 else None
+        text = text[match.end() :] if match else text
+    return text.strip(" ").rstrip(".,; ")
 
 
 def _unstyled(match: re.Match) -> str:
@@ -189,7 +206,7 @@ _NAME = (
     r"(?:[A-Za-z][A-Za-z]*|\\[A-Za-z]+(?:\{[A-Za-z ]*\})?)(?: ?_ ?(?:\{[^{}]*\}|[0-9A-Za-z]))?'*"
 )
 _LABEL = re.compile(
-    rf"(?:{_NAME}(?: {_NAME}){{0,7}} ?(?:\([^()=<>]{{1,20}}\))?)|\|[A-Z]{{1,2}}\|"
+    rf"(?:{_NAME}(?:\^\{{-1\}})?(?: {_NAME}){{0,7}} ?(?:\([^()=<>]{{1,20}}\))?)|\|[A-Z]{{1,2}}\|"
     r"|\\frac ?\{d[a-z]?\} ?\{d[a-z]\}|d[a-z] ?/ ?d[a-z]|\([a-zA-Z](?: ?, ?[a-zA-Z]){1,3}\)"
 )
 
@@ -350,11 +367,10 @@ def words(text: str) -> str:
     >>> words('"The Eiffel  Tower."')
     'eiffel tower'
     """
-    text = _SUBSCRIPT.sub(r"\1", text).replace("{", "").replace("}", "")
-    if re.search(r"[^\W\d_]{2}", text):
-        text = text.casefold()
-    text = " ".join(text.strip("\"'*. ").split())
-    return re.sub(r"^(?:an?|the) (?=\w)", "", text)
+    if not re.search(r"[^\W\d_]\.?[^\W\d_]", text):
+        return text
+    text = re.sub(r"\{([^{}]*)\}", r"\1", _SUBSCRIPT.sub(r"\1", text)).casefold()
+    return re.sub(r"^(?:an?|the) (?=\w)", "", " ".join(text.strip("\"'. ").split()))
 
 
 # ------------------------------------------------------------------------------ same

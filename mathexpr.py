@@ -176,6 +176,8 @@ def _sum(rest: list[Token], depth: int, inside: str = "") -> Tree:
     while _peek(rest).text in ("+", "-"):
         operation = rest.pop().text
         tree = (operation, tree, _term(rest, depth, inside, ("-",)))
+    if _take(rest, "\\over"):
+        return ("/", tree, _sum(rest, depth + 1, inside))
     return tree
 
 
@@ -235,7 +237,7 @@ def _power(rest: list[Token], depth: int) -> Tree:
             tree = ("factorial", tree)
         elif _take(rest, "%"):
             tree = ("/", tree, Fraction(100))
-        elif _take(rest, "°"):
+        elif not mentions(tree, "degrees") and _take(rest, "°"):
             tree = ("degrees", tree)
         else:
             break
@@ -253,8 +255,6 @@ def _primary(rest: list[Token], depth: int) -> Tree:
         return _mixed(text, rest)
     if text in CLOSING:
         inner = _sum(rest, depth + 1, text)
-        if text == "{" and _take(rest, "\\over"):
-            inner = ("/", inner, _sum(rest, depth + 1, text))
         _expect(rest, CLOSING[text])
         return (ENCLOSED[text], inner) if text in ENCLOSED else inner
     if kind == "word":

@@ -44,7 +44,7 @@ _SYNONYMS = """in inch inches
 ft foot feet
 yd yard
 mi mile
-lb pound lbs
+lb pound lbs £ GBP gbp
 oz ounce
 t ton tonne
 min minute
@@ -74,7 +74,6 @@ kph
 dollar $ USD usd US$
 cent ¢
 euro € EUR eur
-sterling £ GBP gbp
 yen ¥ JPY
 yuan RMB CNY
 rupee ₹ Rs INR"""
@@ -86,6 +85,7 @@ SCALES = {
     "trillion": 10**12,
 }  # fmt: skip
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
+_OPENERS = {"(", "/", "\\Omega"}
 _SILENT = {"{", "}", "old", "long", "tall", "wide", "high", "deep"}
 # Lower-case letters that people glue to a number as a unit; 2h and 3t look more like algebra.
 GLUED = {"m", "g", "s", "L", "l", "°", "%", "$", "€", "£", "¥", "₹", "¢"}
@@ -130,8 +130,10 @@ def _currency_in_front(tokens: list[Token]) -> tuple[list[Token], Unit]:
 def _split_at(tokens: list[Token], k: int, currency: Unit) -> tuple[Tree, Unit] | None:
     """Value before token k, unit from there on; None where that is not the reading."""
     token = tokens[k]
-    if not (token.kind == "word" or token.text in UNITS or token.text in ("(", "\\Omega")):
+    if not (token.kind == "word" or token.text in UNITS or token.text in _OPENERS):
         return None
+    if token.text == "/" and (len(tokens) != k + 2 or len(tokens[k + 1].text) < 3):
+        return None  # $12/hour, but 2/m is algebra
     scale = SCALES.get(token.text.lower(), 1)
     unit = _unit(tokens[k + 1 :] if scale != 1 else tokens[k:]) or ()
     if scale == 1 and not unit and not _is_empty_unit(tokens[k:]):
@@ -139,6 +141,8 @@ def _split_at(tokens: list[Token], k: int, currency: Unit) -> tuple[Tree, Unit] 
         if unit is None or any(t.kind == "word" for t in tokens[:k]):
             return None
     elif scale != 1 and not unit and len(tokens) > k + 1 and not _is_empty_unit(tokens[k + 1 :]):
+        return None
+    if tokens[k - 1].text in ("%", "°"):
         return None
     try:
         tree = parse_tokens(tokens[:k])
@@ -187,7 +191,7 @@ def _unit(tokens: list[Token]) -> Unit | None:
             power = POWERS[word]
         elif word != "*":
             name = _unit_name(word)
-            if name is None:
+            if name is None or name in pairs:
                 return None
             exponent, k = _unit_exponent(words, k)
             for part, times in COMPOUND.get(name, ((name, 1),)):

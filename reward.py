@@ -8,7 +8,8 @@ import re
 from answers import readings, same, tidy, words
 
 MAX_LENGTH = 1000
-_BRACE = re.compile(r"(?P<box>\\{1,2}boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+# A brace, or a backslash with what it escapes: \\{ is a line break and a brace, \{ is no brace.
+_BRACE = re.compile(r"[\\{}](?:(?<=\\)(?:\\?boxed\s*\{|.))?", re.DOTALL)
 # NUL and other controls, zero-width and direction marks, lone surrogates: never in an answer.
 _FOUL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
@@ -25,10 +26,11 @@ def extract_answer(response: str) -> str | None:
     if not isinstance(response, str):
         return None
     stack, last = [], None
-    for match in _BRACE.finditer(response):
-        if match["box"] or match["open"]:
-            stack.append(match.end() if match["box"] else None)
-        elif match["close"] and stack:
+    for match in _BRACE.finditer(response, max(response.find("\\boxed"), 0)):
+        text = match[0]
+        if text == "{" or len(text) > 2:
+            stack.append(match.end() if len(text) > 2 else None)
+        elif text == "}" and stack:
             start = stack.pop()
             if start is not None and (last is None or start > last[0]):
                 last = (start, match.start())
@@ -85,7 +87,7 @@ def _content(text: str) -> str:
 _WRAPPED = r"(?:[(\[]?\s*([A-Za-z])\s*[)\]]?)"
 _LETTER = re.compile(rf"(?:(?:option|choice|answer)\s+)?{_WRAPPED}\s*[.:)]?(?:\s+is (?:the )?"
                      r"(?:correct|right|best)(?: (?:answer|option|choice))?)?", re.IGNORECASE)
-_LABELLED = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Za-z])\s*[.):])\s*(?![,;&]|and\b|or\b)(.+)", re.IGNORECASE)
+_LABELLED = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Za-z])\s*[.):])\s*(?![\s,;&]|and\b|or\b|\([A-Z]\))(.+)", re.IGNORECASE)
 _SEVERAL = re.compile(r"(?:both )?\(?[A-Z]\)?(?:(?:\s*[,;&]\s*(?:and )?|\s+and\s+|\s*)\(?[A-Z]\)?)+")
 
 
