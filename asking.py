@@ -19,18 +19,12 @@ from tqdm import tqdm
 
 import scores
 from benchmarks import Item
-from data import UserError
+from data import UserError, write_atomically
 from sources import check_pictures
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 # ---------------------------------------------------------------------------- files
-
-
-def write_atomically(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def read_answers(path: Path) -> dict[str, dict[int, dict]]:

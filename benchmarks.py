@@ -229,7 +229,8 @@ def mathvision(row: dict) -> Item:
     images = [picture(row.get("decoded_image")) or picture(row["image"])]
     clean = gold.replace("{degrees}", "").strip("$ ")
     clean = extract(clean) if "\\boxed" in clean else clean
-    drawn = choices == list("ABCDE")  # the options are in the picture: print no list
+    # Options that say "(A)" or "A" are drawn in the picture: print no list.
+    drawn = [letters(option) for option in choices] == list("ABCDE")
 
     def free(text):
         return is_correct(text, clean) or close(text, clean, decimals=2)

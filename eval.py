@@ -21,14 +21,14 @@ wait for each other.
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import scores
-from asking import RANK, answers_from_model, made_with, write_atomically
+from asking import RANK, answers_from_model, made_with
 from benchmarks import BENCHMARKS, Item
 from config import flag
-from data import TEMPLATES, UserError, load_questions, read_rows
+from data import TEMPLATES, UserError, load_questions, read_rows, write_atomically
 from reward import extract_answer, is_correct
 from sources import check_pictures, find_data, find_files, load
 
@@ -225,18 +225,19 @@ def answers_from_file(config: Config, name: str, ids: set[str]) -> dict[str, lis
 def evaluate(config: Config) -> dict[str, dict]:
     """All benchmarks asked for; each one's files are written before the next begins."""
     out, summaries = choose_out(config), {}
-    if RANK == 0:
-        settings = asdict(config) | {"out": str(out)}
-        print("settings:", json.dumps({k: v for k, v in settings.items() if v not in (None, "")}))
     for name in names(config):
         items, left_out, ids = items_of(name, config)
+        made = {"responses": config.responses} if config.responses else made_with(config, name)
+        settings = made | {"data": config.data, "limit": config.limit}
+        if RANK == 0:
+            print(
+                f"{name}: {len(items)} questions, results in {out}, settings {json.dumps(settings)}"
+            )
         if config.responses:
             check_owner(config, name, out)
             check_pictures(items, will_be_seen=False)
-            made = {"responses": config.responses}
             answers = answers_from_file(config, name, ids)
         else:
-            made = made_with(config, name)
             answers = answers_from_model(name, items, out, made, config.rows)
         if RANK > 0:
             continue
@@ -247,9 +248,11 @@ def evaluate(config: Config) -> dict[str, dict]:
             for item in items
         }
         summary = scores.summarise(name, items, left_out, marked, config.samples)
+        if name == "toy" and config.data:
+            summary["label"] = config.data
         if config.limit:
             summary["label"] += f", first {len(items)} only"
-        summaries[name] = summary | {"settings": made | {"data": config.data}}
+        summaries[name] = summary | {"settings": settings}
         save(out, name, marked, summaries[name])
     return summaries
 

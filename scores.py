@@ -70,7 +70,7 @@ def credit(line: dict) -> float:
 
 def headline(items: list[Item], values: list[float]) -> float:
     """The mean over strata of the mean in each."""
-    return sum(weight * value for weight, value in zip(_weights(items), values, strict=True))
+    return math.fsum(weight * value for weight, value in zip(_weights(items), values, strict=True))
 
 
 def _weights(items: list[Item]) -> list[float]:
@@ -171,13 +171,16 @@ def summarise(
         summary[f"maj@{samples}"] = round(headline(items, voted), 6)
     if name == "megabench":
         tasks = {item.stratum for item in items}
+        # One sample's reason leaves out its whole task.
+        reasons = {x.stratum: x.unaskable for x in left_out if x.unaskable}
+        reasons |= {x.stratum: x.unsupported for x in left_out if x.unsupported}
         summary |= {
             "tasks_scored": len(tasks),
             "tasks_total": len(tasks | {item.stratum for item in left_out}),
             "samples_scored": len(items),
             "samples_total": len(items) + len(left_out),
             "unsupported": len(left_out),
-            "unsupported_metrics": dict(Counter(x.unsupported or x.unaskable for x in left_out)),
+            "unsupported_metrics": dict(Counter(reasons[x.stratum] for x in left_out)),
             "micro": round(sum(values) / len(values), 6),
         }
     if name in PUBLISHED:

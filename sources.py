@@ -67,7 +67,8 @@ def download(name: str, hub: str) -> Path:
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{hub}: cannot be had from the hub ({reason}); give --data a file or a directory"
+            f"{hub}: not here, and not to be had from the hub ({reason}); give --data a file or a "
+            "directory"
         ) from None
     return Path(folder)
 
