@@ -344,8 +344,13 @@ def load_policy(
             if (directory / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(directory)
         else:
-            model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, config=config)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                directory, dtype=dtype, config=config, output_loading_info=True
+            )
+            if report["missing_keys"]:  # transformers would fill them with random numbers
+                name = min(report["missing_keys"])
+                raise UserError(f"--model {path}: no weights for {name} in its safetensors")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--model {path}: the checkpoint cannot be read ({reason})") from None
     # The processor's template (chat_template.json) knows pictures; a tokenizer's may not.
