@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 from pathlib import Path
 
 from data import open_image, write_atomically
@@ -28,6 +29,9 @@ class Recorder:
         """One line of metrics.jsonl. Floats are written exactly: a resumed run can be compared."""
         if not self.active:
             return
+        # JSON has no nan: what is not finite is null.
+        odd = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+        row = {name: None if name in odd else value for name, value in row.items()}
         self.append("metrics.jsonl", row)
         if self.board:
             for name, value in row.items():

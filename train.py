@@ -405,6 +405,7 @@ def train(run: Run, record: Recorder) -> None:
         if last or run.step % c.save_every == 0:
             save(run)
         if run.not_finite >= STOP_AFTER:
+            bar.close()  # or the message would stand on the bar's line
             raise UserError(
                 f"step {run.step}: {STOP_AFTER} gradients in a row were not finite; lower --lr, and go on "
                 f"from an earlier checkpoint in {run.out}"
