@@ -1,0 +1,645 @@
+"""The loop, end to end: runs of seconds on a tiny policy, in this process."""
+
+import errno
+import json
+import math
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import hf_logprobs
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import (
+    flags,
+    heldout_of,
+    let_be_right,
+    lucky,
+    make_base,
+    odd_start,
+    odd_sum,
+    read_jsonl,
+    run_training,
+    same_tensors,
+    steps_of,
+    weights_of,
+)
+
+import run
+import toy
+import train
+from config import Config
+from model import save_policy
+from rethink import TRIGGERS
+from reward import reward
+
+# What other tools may count on in a line of metrics.jsonl.
+FIELDS = {
+    "step", "episode", "reward", "effective_queries", "replayed", "rethought", "loss", "sft_loss",
+    "grad_norm", "clip_fraction", "entropy", "logp_mismatch", "response_length", "response_tokens",
+    "truncated", "lr", "step_seconds", "rollout_seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def base():
+    return make_base()
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """A run with both ideas of the paper: 2 episodes of 4 steps, half of the responses look again."""
+    out = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        let_be_right(monkeypatch, lucky)
+        return run_training(base, out, steps=8, batch_size=8, rethink_fraction=0.5, eval_every=4)
+
+
+# ---------------------------------------------------------------------------- what is written
+
+
+def test_metrics_have_a_line_a_step_with_the_promised_fields(finished):
+    rows = read_jsonl(finished / "metrics.jsonl")
+    steps = [row for row in rows if "heldout_accuracy" not in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert [row["episode"] for row in steps] == [1] * 4 + [2] * 4
+    for row in steps:
+        assert not FIELDS - row.keys()
+        assert row["step_seconds"] > row["rollout_seconds"] > 0
+
+
+def test_held_out_accuracy_is_measured_before_during_and_after(finished):
+    rows = read_jsonl(finished / "metrics.jsonl")
+    assert rows[0]["step"] == 0 and "heldout_accuracy" in rows[0]
+    assert [row["step"] for row in heldout_of(finished)] == [0, 4, 8]
+    assert all(0 <= row["heldout_accuracy"] <= 1 for row in heldout_of(finished))
+
+
+def test_the_tiny_run_meets_what_it_is_to_test(finished):
+    """Rewards of both kinds, kept second looks, replayed samples: else it would test nothing."""
+    rows = steps_of(finished)
+    assert any(0 < row["reward"] < 1 for row in rows)
+    assert any(row["rethink_kept"] > 0 for row in rows)
+    assert any(row["sft_loss"] > 0 for row in rows)
+    assert any(row["replayed"] > 0 for row in rows)
+
+
+def test_sampling_and_training_agree_on_log_probabilities(finished):
+    mismatches = [row["logp_mismatch"] for row in steps_of(finished)]
+    assert 0 < max(mismatches) < 1e-4
+
+
+def test_counts_of_second_looks_add_up(finished):
+    for row in steps_of(finished):
+        outcomes = ("wrong_right", "right_right", "right_wrong", "wrong_wrong")
+        assert sum(row[f"rethink_{name}"] for name in outcomes) == row["rethink_attempted"] <= 32
+        right = row["rethink_wrong_right"] + row["rethink_right_right"]
+        assert row["rethink_kept"] <= right
+        assert row["rethought"] == row["rethink_kept"] / 32
+
+
+def test_samples_show_pictures_and_tell_forced_text_from_sampled(finished):
+    rows = read_jsonl(finished / "samples.jsonl")
+    assert [row["step"] for row in rows] == [0, 0, 4, 4]
+    responses = [response for row in rows for response in row["responses"]]
+    assert len(responses) == 4 * 8
+    for row in rows:
+        assert row["question"]["answer"] in toy.COLOURS
+        assert row["question"]["images"][0].startswith("data:image/png;base64,")
+    for response in responses:
+        forced = [text for text, is_forced in response["pieces"] if is_forced]
+        # A trigger's spaces may be joined to the token before it; its words are forced.
+        expected = [TRIGGERS[response["rethought"]]] if response["rethought"] else []
+        assert forced == expected
+        said = "".join(text for text, _ in response["pieces"])
+        assert said.removesuffix("<|im_end|>") == response["text"]
+    assert any(response["rethought"] for response in responses)
+
+
+def test_the_last_line_says_what_was_learnt_and_where_it_is(base, tmp_path, capsys):
+    run_training(base, tmp_path, steps=2)
+    last = capsys.readouterr().out.splitlines()[-1]
+    before, after = (row["heldout_accuracy"] for row in heldout_of(tmp_path))
+    assert last.startswith("2 steps; held-out accuracy")
+    assert f"{before:.2f} -> {after:.2f}" in last and str(tmp_path / "checkpoint-2") in last
+
+
+def test_without_out_runs_are_numbered_and_resume_takes_the_newest(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [*flags(base, ""), "--steps", "2"]
+    del command[command.index("--out") : command.index("--out") + 2]
+    assert train.main(command) == train.main(command) == 0
+    assert train.main([*command, "--steps", "4", "--resume"]) == 0
+    assert len(steps_of(tmp_path / "runs/toy")) == 2
+    assert len(steps_of(tmp_path / "runs/toy-2")) == 4
+
+
+# ---------------------------------------------------------------------------- the gradient
+
+
+def spy_on_updates(monkeypatch) -> list:
+    """Collect (run, branches, gradients before clipping) of every optimiser step."""
+    seen, real = [], train.update
+
+    def update(run, branches):
+        def note(optimizer, args, kwargs):
+            gradients = {n: p.grad.clone() for n, p in run.policy.named_parameters()}
+            seen.append((run, branches, gradients))
+
+        handle = run.optimizer.register_step_pre_hook(note)
+        numbers = real(run, branches)
+        handle.remove()
+        return numbers
+
+    monkeypatch.setattr(train, "update", update)
+    return seen
+
+
+def formula_loss(run, branches) -> torch.Tensor:
+    """The loss as the paper writes it, a response at a time, by transformers' own forward pass."""
+    c = run.config
+    policy_terms, policy_weights, imitation = [], [], []
+    for b in branches:
+        s = b.sample
+        logprobs = hf_logprobs(run.policy, s.prompt, s.tokens, c.temperature)
+        ratio = (logprobs - s.logprobs).exp()
+        clipped = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
+        terms = -torch.minimum(ratio * s.advantage, clipped * s.advantage)[s.mask]
+        for _ in range(b.draws):
+            if c.average == "sequence":
+                policy_terms.append(terms.mean())
+                policy_weights.append(1)
+            else:
+                policy_terms.append(terms.sum())
+                policy_weights.append(len(terms))
+        if b.imitate:
+            imitation.append(-logprobs)
+    loss = torch.stack(policy_terms).sum() / sum(policy_weights)
+    if imitation:
+        loss = loss + c.rethink_sft_coef * torch.cat(imitation).mean()
+    return loss
+
+
+def relative_distance(a: dict, b: dict) -> float:
+    difference = math.sqrt(sum(float((a[n] - b[n]).square().sum()) for n in a))
+    return difference / math.sqrt(sum(float(b[n].square().sum()) for n in b))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"average": "sequence", "advantage": "std"},
+        {"ssr": "off", "rethink_fraction": 0, "temperature": 0.8},
+    ],
+    ids=["token", "sequence", "plain"],
+)
+def test_the_gradient_is_that_of_the_formula(base, tmp_path, monkeypatch, changes):
+    let_be_right(monkeypatch, lucky)
+    expected, real = [], train.choose_batch
+
+    def choose_batch(run):
+        fresh, branches = real(run)
+        loss = formula_loss(run, branches)
+        gradients = torch.autograd.grad(loss, list(run.policy.parameters()))
+        expected.append(dict(zip(dict(run.policy.named_parameters()), gradients)))
+        return fresh, branches
+
+    monkeypatch.setattr(train, "choose_batch", choose_batch)
+    seen = spy_on_updates(monkeypatch)
+    settings = {"rethink_fraction": 0.5, "max_grad_norm": 0, "steps": 2, "heldout": 0, "lr": 1e-2}
+    run_training(base, tmp_path, **settings | changes)
+    assert len(seen) == 2
+    for (_, branches, gradients), formula in zip(seen, expected):
+        assert relative_distance(gradients, formula) < 1e-4
+    if not changes:
+        assert any(b.draws > 1 for _, branches, _ in seen for b in branches)
+        assert any(b.imitate for _, branches, _ in seen for b in branches)
+
+
+def test_micro_batches_do_not_change_the_gradient(base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, lucky)
+    seen, cuts, real = spy_on_updates(monkeypatch), [], train.micro_batch_loss
+
+    def count(*args):
+        cuts[-1] += 1
+        return real(*args)
+
+    monkeypatch.setattr(train, "micro_batch_loss", count)
+    for tokens in (1, 150, 8192):
+        cuts.append(0)
+        run_training(base, tmp_path / str(tokens), steps=1, heldout=0, rethink_fraction=0.5,
+                     batch_size=32, micro_batch_tokens=tokens)  # fmt: skip
+    assert cuts[0] > cuts[1] > cuts[2] == 1
+    whole = seen[2][2]
+    for _, _, gradients in seen[:2]:
+        assert relative_distance(gradients, whole) < 1e-5
+
+
+def test_gradient_checkpointing_does_not_change_the_gradient(base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, lucky)
+    seen = spy_on_updates(monkeypatch)
+    for on in ("true", "false"):
+        run_training(base, tmp_path / on, steps=1, heldout=0, gradient_checkpointing=on)
+    assert relative_distance(seen[0][2], seen[1][2]) < 1e-5
+
+
+def test_recomputed_log_probabilities_take_the_place_of_the_sampled(base, tmp_path, monkeypatch):
+    """A sampler that is wrong by 1 shows in logp_mismatch; recomputing mends it."""
+    let_be_right(monkeypatch, lucky)
+    real = train.generate
+
+    def wrong(*args, **kwargs):
+        groups = real(*args, **kwargs)
+        for sample in (s for group in groups for s in group):
+            for one in filter(None, (sample, sample.extension)):
+                one.logprobs = one.logprobs + 1.0
+        return groups
+
+    monkeypatch.setattr(train, "generate", wrong)
+    settings = {"steps": 1, "heldout": 0, "rethink_fraction": 0.5, "batch_size": 32}
+    run_training(base, tmp_path / "sampled", **settings)
+    run_training(base, tmp_path / "recomputed", **settings, recompute_logprobs="true")
+    assert abs(steps_of(tmp_path / "sampled")[0]["logp_mismatch"] - 1.0) < 1e-3
+    assert steps_of(tmp_path / "recomputed")[0]["logp_mismatch"] < 1e-4
+
+
+# ---------------------------------------------------------------------------- off means off
+
+
+def test_without_replay_and_rethinking_their_flags_change_nothing(base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, lucky)
+    run_training(base, tmp_path / "plain", ssr="off")
+    run_training(base, tmp_path / "flags", ssr="off", rethink_fraction=0, rethink_quota=1,
+                 rethink_sft_coef=1.0, rethink_sft_on="second", rethink_trigger="oracle",
+                 rethink_cutback=1.0, rethink_min_tokens=5, rethink_baseline="after", ssr_alpha=3,
+                 ssr_replacement="false")  # fmt: skip
+    assert steps_of(tmp_path / "plain") == steps_of(tmp_path / "flags")
+    plain, other = (weights_of(tmp_path / name / "checkpoint-4") for name in ("plain", "flags"))
+    assert same_tensors(plain, other)
+    assert not same_tensors(plain, weights_of(base))
+
+
+def test_plain_grpo_trains_each_fresh_response_once(base, tmp_path, monkeypatch):
+    seen = spy_on_updates(monkeypatch)
+    run_training(base, tmp_path, ssr="off", steps=2, heldout=0)
+    trained = [b for _, branches, _ in seen for b in branches]
+    assert len(trained) == 32 and len({id(b.sample) for b in trained}) == 32
+    assert all(b.draws == 1 and b.fresh and not b.imitate for b in trained)
+
+
+def test_replay_keeps_the_batch_full_and_filter_does_not(base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, lambda s: lucky(s) and s.prompt.question.id.endswith("/0"))
+    sizes = {}
+    for ssr in ("replay", "filter", "off"):
+        rows = steps_of(run_training(base, tmp_path / ssr, ssr=ssr, steps=2, heldout=0))
+        sizes[ssr] = [row["batch_responses"] for row in rows]
+    # Only question 0 of 4 is effective: half of the first batch of two questions.
+    assert sizes == {"replay": [16, 16], "filter": [8, 0], "off": [16, 16]}
+
+
+@pytest.mark.parametrize("ssr", ["filter", "replay"])
+def test_a_step_without_anything_effective_is_skipped_and_counted(base, tmp_path, monkeypatch, ssr):
+    let_be_right(monkeypatch, lambda sample: True)
+    rows = steps_of(run_training(base, tmp_path, ssr=ssr, heldout=0))
+    assert [row["skipped"] for row in rows] == [True] * 4
+    assert all(row["reward"] == 1 and row["effective_queries"] == 0 for row in rows)
+    assert same_tensors(weights_of(tmp_path / "checkpoint-4"), weights_of(base))
+
+
+# ---------------------------------------------------------------------------- gradients that are not finite
+
+
+def spoil(monkeypatch, steps: set[int]) -> dict:
+    """Make the loss of these steps nan; note the weights after each step."""
+    weights, real_loss, real_step = {}, train.policy_loss, train.train_step
+    current = [0]
+
+    def policy_loss(*args):
+        loss = real_loss(*args)
+        return loss * math.nan if current[0] in steps else loss
+
+    def train_step(run, seconds):
+        current[0] = run.step + 1
+        row = real_step(run, seconds)
+        weights[run.step] = {n: p.detach().clone() for n, p in run.policy.named_parameters()}
+        return row
+
+    monkeypatch.setattr(train, "policy_loss", policy_loss)
+    monkeypatch.setattr(train, "train_step", train_step)
+    return weights
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_leaves_the_weights(base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, lucky)
+    weights = spoil(monkeypatch, {2, 3})
+    rows = steps_of(run_training(base, tmp_path, heldout=0))
+    assert [row["skipped"] for row in rows] == [False, True, True, False]
+    assert same_tensors(weights[1], weights[2]) and same_tensors(weights[2], weights[3])
+    assert not same_tensors(weights[3], weights[4])
+    assert all(bool(w.isfinite().all()) for w in weights[4].values())
+
+
+def test_five_steps_in_a_row_that_are_not_finite_stop_the_run(base, tmp_path, monkeypatch, capsys):
+    let_be_right(monkeypatch, lucky)
+    spoil(monkeypatch, {1, 2, 4, 5, 6, 7, 8})
+    assert train.main(flags(base, tmp_path, steps=20, heldout=0)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: step 8: 5 gradients in a row were not finite")
+    assert "--lr" in error and "Traceback" not in error
+    assert len(steps_of(tmp_path)) == 8
+
+
+def test_a_broken_weight_stops_the_run(base, tmp_path, monkeypatch, capsys):
+    real = train.prepare
+
+    def prepare(config):
+        prepared = real(config)
+        with torch.no_grad():
+            prepared.policy.text_model.norm.weight[0] = math.nan
+        return prepared
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    assert train.main(flags(base, tmp_path, steps=20, heldout=0, ssr="off")) == 2
+    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------- a file of questions
+
+
+@pytest.fixture(scope="module")
+def questions_file(tmp_path_factory):
+    """Ten questions: one without a picture, one with two, the others with one."""
+    folder = tmp_path_factory.mktemp("data")
+    recipe, lines = toy.LEVELS["easy"], []
+    (folder / "images").mkdir()
+    for i, question in enumerate(toy.toy_questions(recipe, 10, "file")):
+        names = [f"images/{i}.png"] * (0 if i == 0 else 2 if i == 1 else 1)
+        for name in names:
+            question.images[0].save(folder / name)
+        text = question.text.removeprefix("<image>") if i == 0 else question.text
+        lines.append({"qid": f"q{i}", "question": text, "image": names, "category": "toy",
+                      "answer": f"\\boxed{{{question.answer}}}"})  # fmt: skip
+    return write_lines(folder / "train.jsonl", lines)
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def spy_on_questions(monkeypatch) -> tuple[list, list]:
+    """The ids asked in training, in order, and those asked in measuring."""
+    trained, measured = [], []
+    real_sample, real_measure = train.sample_episode, train.measure
+
+    def sample_episode(run):
+        groups, counts = real_sample(run)
+        trained.extend(group[0].prompt.question.id for group in groups)
+        return groups, counts
+
+    def measure(run):
+        measured.extend(question.id for question in run.heldout)
+        return real_measure(run)
+
+    monkeypatch.setattr(train, "sample_episode", sample_episode)
+    monkeypatch.setattr(train, "measure", measure)
+    return trained, measured
+
+
+def test_a_file_with_pictures_is_passed_over_and_some_of_it_held_out(
+    base, questions_file, tmp_path, monkeypatch
+):
+    let_be_right(monkeypatch, odd_sum)
+    trained, measured = spy_on_questions(monkeypatch)
+    out = run_training(base, tmp_path, data=questions_file, template="plain", heldout=2, steps=0,
+                       passes=2)  # fmt: skip
+    # 2 passes over 8 questions x 8 responses are 8 steps of 16.
+    assert len(steps_of(out)) == 8 and len(heldout_of(out)) == 2
+    held = set(measured)
+    assert len(held) == 2 and not held & set(trained)
+    assert Counter(trained[:8]) == Counter(trained[8:]) == Counter(set(trained))
+    assert trained[:8] != trained[8:]  # every pass in an order of its own
+    assert not same_tensors(weights_of(out / "checkpoint-8"), weights_of(base))
+
+
+def test_the_same_questions_are_held_out_whatever_the_seed_and_the_order(
+    base, questions_file, tmp_path, monkeypatch
+):
+    held = []
+    for seed in (0, 1):
+        _, measured = spy_on_questions(monkeypatch)
+        if seed == 1:
+            lines = questions_file.read_text().splitlines(keepends=True)
+            questions_file = questions_file.with_name("reversed.jsonl")
+            questions_file.write_text("".join(reversed(lines)))
+        run_training(base, tmp_path / str(seed), data=questions_file, heldout=3, seed=seed, steps=1,
+                     batch_size=32)  # fmt: skip
+        held.append(set(measured))
+    assert len(held[0]) == 3 and held[0] == held[1]
+
+
+def test_long_prompts_are_dropped_and_counted_never_cut(
+    base, questions_file, tmp_path, monkeypatch, capsys
+):
+    trained, _ = spy_on_questions(monkeypatch)
+    settings = {"data": questions_file, "heldout": 0, "steps": 2, "episode_queries": 5,
+                "batch_size": 40}  # fmt: skip
+    run_training(base, tmp_path / "all", **settings)
+    assert "questions: prompts over" not in capsys.readouterr().out
+    lengths, real = {}, train.encode
+
+    def encode(policy, question, template):
+        prompt = real(policy, question, template)
+        lengths[question.id] = len(prompt.input_ids)
+        return prompt
+
+    monkeypatch.setattr(train, "encode", encode)
+    trained.clear()
+    run_training(base, tmp_path / "again", **settings)
+    longest = lengths["q1"]  # it has two pictures
+    assert longest > max(n for qid, n in lengths.items() if qid != "q1")
+    trained.clear()
+    run_training(base, tmp_path / "short", **settings, max_prompt_tokens=longest - 1)
+    assert "dropped 1 of 10 questions" in capsys.readouterr().out
+    assert "q1" not in trained and len(set(trained)) == 9
+    assert train.main(flags(base, tmp_path / "none", **settings, max_prompt_tokens=3)) == 2
+    assert "every prompt is longer" in capsys.readouterr().err
+
+
+def test_a_pass_rate_selects_questions(base, questions_file, tmp_path, monkeypatch):
+    rows = [row | {"PassRate_7BBase": i / 10} for i, row in enumerate(read_jsonl(questions_file))]
+    path = write_lines(questions_file.with_name("rates.jsonl"), rows)
+    trained, _ = spy_on_questions(monkeypatch)
+    run_training(base, tmp_path, data=path, heldout=0, steps=1, batch_size=32,
+                 pass_rate_column="PassRate_7BBase", pass_rate_min=0.15, pass_rate_max=0.5)  # fmt: skip
+    assert set(trained) == {"q2", "q3", "q4", "q5"}
+
+
+# ---------------------------------------------------------------------------- what the user can put right
+
+
+def row(**changes) -> dict:
+    return {"qid": "7", "question": "How many?", "answer": "\\boxed{4}", "image": []} | changes
+
+
+def without(name: str) -> dict:
+    return {k: v for k, v in row().items() if k != name}
+
+
+BAD_FILES = {
+    "missing answer": ([row(qid="6"), without("answer")], ["bad.jsonl:2", "answer"]),
+    "empty answer": ([row(answer=" ")], ["bad.jsonl:1", "answer"]),
+    "missing question": ([without("question")], ["bad.jsonl:1", "question"]),
+    "missing image": ([row(image=["gone.png"])], ["qid 7", "gone.png", "does not exist"]),
+    "corrupt image": ([row(image=["corrupt.png"])], ["qid 7", "corrupt.png", "replace it"]),
+    "cut image": ([row(image=["cut.png"])], ["qid 7", "cut.png", "replace it"]),
+    "invalid JSON": ('{"qid": "1", "quest', ["bad.jsonl:1", "invalid JSON"]),
+    "not an object": ("[1, 2]\n", ["bad.jsonl:1", "expected an object"]),
+    "duplicate qid": ([row(), row()], ["bad.jsonl:2", "duplicate qid '7'", "bad.jsonl:1"]),
+    "empty file": ("", ["bad.jsonl", "empty"]),
+    "more markers than images": (
+        [row(question="<image> or <image>?", image=["good.png"])],
+        ["bad.jsonl:1", "qid 7", "2 <image> markers but 1 images"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with a good picture, one that is none, and one whose end is missing."""
+    folder = tmp_path_factory.mktemp("bad")
+    toy.toy_questions(toy.LEVELS["easy"], 1, "picture")[0].images[0].save(folder / "good.png")
+    Image.effect_noise((200, 200), 50).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:4000])
+    (folder / "corrupt.png").write_text("this is no picture")
+    return folder
+
+
+def user_error(capsys, argv: list[str]) -> str:
+    """Run train.py with a mistake: exit code 2, one line to say so, nothing trained. Returns the line."""
+    assert train.main(argv) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and captured.err.splitlines()[-1] == lines[0]
+    assert "Traceback" not in captured.err + captured.out
+    assert "sampling" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_row_is_named(base, pictures, tmp_path, capsys, name):
+    content, expected = BAD_FILES[name]
+    path = pictures / "bad.jsonl"
+    path.write_text(content) if isinstance(content, str) else write_lines(path, content)
+    line = user_error(capsys, flags(base, tmp_path / "out", data=path, heldout=0))
+    assert all(part in line for part in expected), line
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_a_missing_data_file_is_named(base, tmp_path, capsys):
+    line = user_error(capsys, flags(base, tmp_path / "out", data=tmp_path / "gone.jsonl"))
+    assert "gone.jsonl: no such file" in line
+    (tmp_path / "table.csv").write_text("question,answer\n")
+    line = user_error(capsys, flags(base, tmp_path / "out", data=tmp_path / "table.csv"))
+    assert "table.csv" in line and ".jsonl" in line
+
+
+def test_more_held_out_than_there_are_is_said(base, questions_file, tmp_path, capsys):
+    line = user_error(capsys, flags(base, tmp_path / "out", data=questions_file, heldout=10))
+    assert "--heldout 10" in line and "10 questions" in line
+
+
+def test_a_model_that_is_no_qwen_vl_is_named(tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
+    line = user_error(capsys, flags(other, tmp_path / "out"))
+    assert str(other) in line and "'bert'" in line and "qwen2_5_vl" in line
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
+    line = user_error(capsys, flags(tmp_path / "nothing", tmp_path / "out"))
+    assert str(tmp_path / "nothing") in line
+    (tmp_path / "empty").mkdir()
+    line = user_error(capsys, flags(tmp_path / "empty", tmp_path / "out"))
+    assert str(tmp_path / "empty") in line
+
+
+def test_a_model_with_missing_weights_is_named(base, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    weights = weights_of(broken)
+    lost = next(name for name in weights if name.endswith("q_proj.weight"))
+    del weights[lost]
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    line = user_error(capsys, flags(broken, tmp_path / "out"))
+    assert str(broken) in line and "q_proj" in line
+    (broken / "model.safetensors").unlink()
+    assert str(broken) in user_error(capsys, flags(broken, tmp_path / "out"))
+
+
+def test_an_out_that_cannot_be_written_is_named(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert str(out) in user_error(capsys, flags(base, out))
+
+    def refuse(path, text):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(run, "write_atomically", refuse)
+    line = user_error(capsys, flags(base, tmp_path / "out"))
+    assert str(tmp_path / "out") in line and "read-only" in line
+
+
+def test_an_out_that_holds_a_run_is_left_alone(base, finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes(), (finished / "config.json").read_bytes()
+    line = user_error(capsys, flags(base, finished))
+    assert str(finished) in line and "--resume" in line
+    after = (finished / "metrics.jsonl").read_bytes(), (finished / "config.json").read_bytes()
+    assert before == after
+
+
+def test_a_full_disk_is_found_before_training(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 << 20))
+    line = user_error(capsys, flags(base, tmp_path))
+    assert "3 MiB free" in line and "--keep_last" in line
+
+
+# ---------------------------------------------------------------------------- learning
+
+
+def test_a_handful_of_steps_raises_the_reward_of_a_bandit(tmp_path, monkeypatch):
+    """A random policy learns to begin with an odd token, from nothing but the reward."""
+    save_policy(toy.new_policy(1, hidden=32, layers=2, heads=2), tmp_path / "random")
+    let_be_right(monkeypatch, odd_start)
+    out = run_training(tmp_path / "random", tmp_path / "run", steps=20, group_size=16,
+                       batch_size=64, max_new_tokens=2, heldout=0, lr=3e-2, save_every=100)  # fmt: skip
+    rewards = [row["reward"] for row in steps_of(out)]
+    assert rewards[0] < 0.7 and min(rewards[-3:]) > 0.85, rewards
+
+
+def test_the_learning_rate_rises_then_falls():
+    c = Config(warmup=0.1, final_lr=0.5)
+    rates = [train.lr_factor(step, 100, c) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10]) and rates[0] == 0.1 and max(rates) == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == 0.5
+
+
+def test_the_reward_is_that_of_the_text(base, tmp_path):
+    out = run_training(base, tmp_path, steps=2, rethink_fraction=0.5)
+    groups = read_jsonl(out / "samples.jsonl")
+    rewards = [(reward(response["text"], group["question"]["answer"]), response["reward"])
+               for group in groups for response in group["responses"]]  # fmt: skip
+    assert all(expected == given for expected, given in rewards)
+
+
+def test_one_seed_is_one_run_and_another_seed_another(base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, lucky)
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        run_training(base, tmp_path / name, seed=seed, steps=2, rethink_fraction=0.5)
+    a, b, c = (weights_of(tmp_path / name / "checkpoint-2") for name in "abc")
+    assert steps_of(tmp_path / "a") == steps_of(tmp_path / "b") and same_tensors(a, b)
+    assert not same_tensors(a, c)

@@ -1,0 +1,127 @@
+"""A tiny policy that guesses, and short runs of train.py with it: what the end-to-end tests share."""
+
+import functools
+import json
+import random
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import toy
+import train
+from model import encode, response_logprobs, save_policy
+from rethink import TRIGGERS
+from reward import extract_answer
+
+SECONDS = ("rollout_seconds", "step_seconds")
+TEMPORARY = tempfile.TemporaryDirectory(prefix="tiny-")  # goes when the tests end
+
+
+@functools.cache
+def make_base() -> Path:
+    """Two seconds of supervision teach a small policy to guess a colour, half of the time twice:
+
+        Looks like \\boxed{red}.            Looks like \\boxed{red}.\\n\\nWait, ...\\nSo \\boxed{pink}.
+
+    So boxes are filled, responses end, and what follows a forced trigger is an answer again.
+    """
+    policy = toy.new_policy(0, hidden=32, layers=2, heads=2)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-2, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=90)
+    rng, colours = random.Random(0), list(toy.COLOURS)[:6]
+    questions = toy.toy_questions(toy.LEVELS["easy"], 4, "base")
+    prompts = [encode(policy, question, "bare") for question in questions]
+
+    def guess() -> torch.Tensor:
+        pieces = [f"Looks like \\boxed{{{rng.choice(colours)}}}."]
+        if rng.random() < 0.5:
+            trigger = rng.choice(list(TRIGGERS.values()))
+            pieces += [trigger, f"\nSo \\boxed{{{rng.choice(colours)}}}."]
+        ids = [i for piece in pieces for i in policy.tokenizer(piece).input_ids]
+        return torch.tensor([*ids, policy.tokenizer.eos_token_id])
+
+    for _ in range(90):
+        groups = [(prompt, [guess() for _ in range(8)]) for prompt in prompts]
+        logprobs, _ = response_logprobs(policy, groups)
+        loss = -logprobs.sum() / sum(len(y) for _, responses in groups for y in responses)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    directory = Path(TEMPORARY.name) / "base"
+    save_policy(policy, directory)
+    return directory
+
+
+def flags(base: Path, out: Path, **changes) -> list[str]:
+    """The command line of a run of seconds: 4 questions x 8 responses, two steps an episode."""
+    values = {
+        "model": base, "data": "toy", "out": out, "steps": 4, "episode_queries": 4, "group_size": 8,
+        "batch_size": 16, "heldout": 4, "max_new_tokens": 32, "save_every": 2, "eval_every": 0,
+        "lr": 1e-3, "seed": 2,
+    } | changes  # fmt: skip
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+def run_training(base: Path, out: Path, **changes) -> Path:
+    """Train in this process; the run must go well."""
+    assert train.main(flags(base, out, **changes)) == 0
+    return out
+
+
+def strict_json(line: str):
+    """JSON as other tools read it: NaN and Infinity are none."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON: {line}")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [strict_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def steps_of(out: Path) -> list[dict]:
+    """The optimiser steps of metrics.jsonl, without what a clock says."""
+    rows = [row for row in read_jsonl(out / "metrics.jsonl") if "heldout_accuracy" not in row]
+    return [{k: v for k, v in row.items() if k not in SECONDS} for row in rows]
+
+
+def heldout_of(out: Path) -> list[dict]:
+    return [row for row in read_jsonl(out / "metrics.jsonl") if "heldout_accuracy" in row]
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def same_tensors(a: dict, b: dict) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------------- rewards that tests can rely on
+
+
+def let_be_right(monkeypatch, is_right) -> None:
+    """Let `is_right(sample)` be the reward."""
+    monkeypatch.setattr(train, "grade", lambda sample, text=None: float(is_right(sample)))
+
+
+def lucky(sample) -> bool:
+    """Right for half of the guesses at every question but the last of four, which teaches nothing."""
+    guess = extract_answer(sample.text)
+    return guess in ("red", "green", "blue") and not sample.prompt.question.id.endswith("3")
+
+
+def odd_start(sample) -> bool:
+    """Right when the first token is odd: half of what a random policy says."""
+    return int(sample.tokens[0]) % 2 == 1
+
+
+def odd_sum(sample) -> bool:
+    """Right for about half of the responses of a policy that varies them at all."""
+    return int(sample.tokens.sum()) % 2 == 1
