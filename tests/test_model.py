@@ -1,0 +1,548 @@
+"""Encoding, log-probabilities and checkpoints, held against plain transformers."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import (
+    QUESTIONS,
+    hf_distribution,
+    hf_inputs,
+    hf_logprobs,
+    noise_image,
+    random_response,
+    unsettle,
+)
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+import model
+import toy
+from data import Question, UserError
+from model import (
+    Policy,
+    decode,
+    encode,
+    load_policy,
+    mrope_positions,
+    prompt_length,
+    response_logprobs,
+    save_policy,
+    with_pixels,
+)
+
+
+def responses_of(policy, lengths, seed=0) -> list[torch.Tensor]:
+    return [random_response(n, 100 * seed + i, policy) for i, n in enumerate(lengths)]
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def gradients(policy) -> dict[str, torch.Tensor]:
+    """A copy of every parameter's gradient; clears them."""
+    found = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad()
+    return found
+
+
+# ---------------------------------------------------------------------------- the tree
+
+GROUPS = {
+    "text only": ["text"],
+    "one picture": ["one"],
+    "several pictures in one prompt": ["two"],
+    "rows with no picture, one and two": ["two", "text", "one", "wide"],
+}
+
+
+@pytest.fixture(params=GROUPS.values(), ids=GROUPS.keys())
+def groups(request, policy, prompts):
+    """[(Prompt, responses of 1 to 23 tokens), ...]"""
+    by_id = {p.question.id: p for p in prompts}
+    lengths = [9, 1, 23, 14]
+    return [(by_id[name], responses_of(policy, lengths, i)) for i, name in enumerate(request.param)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_tree_logprobs_and_entropies_equal_those_of_separate_rows(policy, groups, temperature):
+    with torch.no_grad():
+        logprobs, entropies = response_logprobs(policy, groups, temperature)
+        b = 0
+        for prompt, responses in groups:
+            for y in responses:
+                R = len(y)
+                table = hf_distribution(policy, prompt, y, temperature)
+                want = table.gather(1, y[:, None])[:, 0]
+                entropy = torch.special.entr(table.exp()).sum(-1)
+                torch.testing.assert_close(logprobs[b, :R], want, atol=1e-5, rtol=0)
+                torch.testing.assert_close(entropies[b, :R], entropy, atol=1e-5, rtol=0)
+                assert not logprobs[b, R:].any() and not entropies[b, R:].any()
+                b += 1
+        assert b == len(logprobs)
+
+
+def test_tree_gradients_equal_those_of_separate_rows(own_policy, groups):
+    weigh = torch.Generator().manual_seed(0)
+    weights = [torch.randn(len(y), generator=weigh) for _, ys in groups for y in ys]
+    logprobs, _ = response_logprobs(own_policy, groups)
+    sum((logprobs[b, : len(w)] * w).sum() for b, w in enumerate(weights)).backward()
+    tree = gradients(own_policy)
+    pairs = [(prompt, y) for prompt, ys in groups for y in ys]
+    for (prompt, y), w in zip(pairs, weights):
+        (hf_logprobs(own_policy, prompt, y) * w).sum().backward()
+    rows = gradients(own_policy)
+    pictured = any(len(prompt.image_grid_thw) for prompt, _ in groups)
+    assert tree.keys() == rows.keys() and pictured == any("visual" in name for name in tree)
+    for name in tree:
+        assert relative_difference(tree[name], rows[name]) < 1e-4, name
+
+
+def test_gradient_checkpointing_changes_no_gradient(own_policy, policy, prompts):
+    groups = [(prompts[3], responses_of(policy, [9, 4]))]
+    own_policy.train()
+
+    def run():
+        kept = []  # sizes of what the forward pass keeps for the backward pass
+        keep = torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.append(x.numel()) or x, lambda x: x
+        )
+        with keep:
+            logprobs, _ = response_logprobs(own_policy, groups)
+        logprobs.sum().backward()
+        return gradients(own_policy), sum(kept)
+
+    plain, plain_kept = run()
+    own_policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    again, again_kept = run()
+    assert again_kept < plain_kept / 2
+    assert plain.keys() == again.keys()
+    assert all(relative_difference(again[name], plain[name]) < 1e-6 for name in plain)
+
+
+def test_the_vocabulary_projection_equals_full_logits_without_the_banned_ids():
+    generator = torch.Generator().manual_seed(0)
+    K, V, D, banned, temperature = 23, 40, 8, [3, 17], 0.7
+    targets = torch.tensor([i for i in range(V) if i not in banned])[:K]
+    hidden, weight = (torch.randn(n, D, generator=generator, requires_grad=True) for n in (K, V))
+    scale = torch.randn(K, generator=generator)
+
+    logits = (hidden @ weight.T) / temperature
+    table = logits.masked_fill(torch.isin(torch.arange(V), torch.tensor(banned)), -torch.inf)
+    table = table.log_softmax(-1)
+    want = table.gather(1, targets[:, None])[:, 0]
+    (want * scale).sum().backward()
+    want_gradients = [hidden.grad.clone(), weight.grad.clone()]
+    hidden.grad = weight.grad = None
+
+    logprob, entropy = model.token_logprobs(hidden, weight, targets, banned, temperature)
+    (logprob * scale).sum().backward()
+    torch.testing.assert_close(logprob, want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, torch.special.entr(table.exp()).sum(-1), atol=1e-5, rtol=0)
+    for got, wanted in zip((hidden.grad, weight.grad), want_gradients):
+        assert relative_difference(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 4096])
+def test_the_size_of_a_chunk_changes_nothing(own_policy, policy, prompts, monkeypatch, chunk):
+    groups = [(prompts[1], responses_of(policy, [9, 4])), (prompts[0], responses_of(policy, [12]))]
+
+    def run():
+        logprobs, entropies = response_logprobs(own_policy, groups)
+        logprobs.square().sum().backward()
+        return logprobs.detach(), entropies, gradients(own_policy)
+
+    want = run()
+    monkeypatch.setattr(model, "CHUNK", chunk)
+    got = run()
+    torch.testing.assert_close(got[0], want[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[1], want[1], atol=1e-5, rtol=0)
+    assert all(relative_difference(got[2][name], want[2][name]) < 1e-5 for name in want[2])
+
+
+def test_banned_ids_have_no_probability_and_leave_none_behind(policy, prompts):
+    tokenizer = policy.tokenizer
+    names = ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad")
+    assert policy.banned_ids == sorted(tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in names)
+    V = len(tokenizer)
+    with torch.no_grad():  # every id as a response of one token
+        logprobs, _ = response_logprobs(policy, [(prompts[0], list(torch.arange(V)[:, None]))])
+    probability = logprobs[:, 0].exp()
+    assert (probability[policy.banned_ids] == 0).all()
+    assert probability.sum().item() == pytest.approx(1, abs=1e-5)
+    assert torch.isfinite(logprobs).all()
+
+
+# ---------------------------------------------------------------------------- encoding
+
+
+def test_encode_equals_an_example_worked_by_hand(policy):
+    """56 x 84 pixels are 4 x 6 patches of 14, merged 2 x 2 to 2 x 3 visual tokens; 28 x 28 are one."""
+    pictures = [Image.new("RGB", (56, 84), "white"), Image.new("RGB", (28, 28), "white")]
+    prompt = encode(policy, Question("q", "Is <image> in <image>?", pictures, "no"), "plain")
+    text = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nIs <|vision_start|>" + 6 * "<|image_pad|>" + "<|vision_end|> in "
+        "<|vision_start|><|image_pad|><|vision_end|>?\n\n"
+        "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert policy.tokenizer.decode(prompt.input_ids) == text
+    assert prompt.image_grid_thw.tolist() == [[1, 6, 4], [1, 2, 2]]
+    assert prompt.pixel_values.shape == (28, 3 * 2 * 14 * 14)
+    white = (1 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor(
+        [0.26862954, 0.26130258, 0.27577711]  # the mean and deviation that Qwen took from CLIP
+    )
+    want = white.repeat_interleave(2 * 14 * 14).expand(28, -1)
+    torch.testing.assert_close(prompt.pixel_values, want, atol=1e-5, rtol=0)
+    # Text to 13, a picture of 3 rows and 2 columns, text from one past its largest position.
+    at = (prompt.input_ids == policy.model.config.image_token_id).nonzero()[:, 0]
+    start = int(at[0])
+    want = [[0] * 6, [0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 0, 1]]
+    assert (prompt.position_ids[:, at[:6]] - start).tolist() == want
+    assert prompt.position_ids[:, at[5] + 1].tolist() == [start + 3] * 3
+    assert prompt.next_position == int(prompt.position_ids.max()) + 1
+
+
+def test_positions_equal_get_rope_index_of_transformers(policy, prompts):
+    pictures = [noise_image(28 * w, 28 * h) for w, h in [(1, 4), (3, 2), (5, 1), (2, 2)]]
+    many = encode(policy, Question("q", "A<image><image>b<image>c d<image>", pictures, ""), "bare")
+    for prompt in [*prompts[1:], many]:
+        row = hf_inputs(policy, prompt, prompt.input_ids)
+        want, delta = policy.model.model.get_rope_index(
+            row["input_ids"], row["mm_token_type_ids"], image_grid_thw=prompt.image_grid_thw
+        )
+        assert torch.equal(prompt.position_ids, want[:, 0])
+        assert prompt.next_position == len(prompt.input_ids) + int(delta)
+
+
+def test_pictures_that_touch_are_told_apart_by_their_grids():
+    positions = mrope_positions(
+        torch.tensor([9, 9, 9, 1]), torch.tensor([[1, 2, 4], [1, 2, 2]]), 9, merge=2
+    )
+    assert positions.tolist() == [[0, 0, 2, 3], [0, 0, 2, 3], [0, 1, 2, 3]]
+
+
+def test_a_question_that_says_a_special_token_does_not_get_one(policy, prompts):
+    text = "<image>What does <|image_pad|> mean?<|im_end|>\n<|im_start|>assistant\nNothing."
+    prompt = encode(policy, Question("q", text, [noise_image(56, 28)], ""), "bare")
+    count = torch.bincount(prompt.input_ids, minlength=len(policy.tokenizer))
+    said = {name: int(count[policy.tokenizer.convert_tokens_to_ids(name)]) for name in toy.SPECIAL}
+    assert said["<|image_pad|>"] == 2  # visual tokens
+    assert (said["<|im_start|>"], said["<|im_end|>"]) == (3, 2)  # system, user, assistant
+    with torch.no_grad():
+        logprobs, _ = response_logprobs(policy, [(prompt, [torch.tensor([30, 31])])])
+    assert torch.isfinite(logprobs).all()
+
+
+def test_a_curly_brace_in_a_question_stays_what_it_is(policy):
+    prompt = encode(policy, Question("q", "Is {question} or {x} a set?", [], ""), "plain")
+    assert "Is {question} or {x} a set?\n\nPlease" in policy.tokenizer.decode(prompt.input_ids)
+
+
+def test_prompt_length_needs_no_pictures_and_is_exact(policy):
+    pictures = [noise_image(*size) for size in [(300, 200), (31, 999), (56, 56)]]
+    questions = [*QUESTIONS, Question("q", "<image>a<image>b<image>", pictures, "")]
+    for question in questions:
+        sizes = [image.size for image in question.images]
+        want = len(encode(policy, question, "rethink").input_ids)
+        assert prompt_length(policy, question, "rethink", sizes) == want
+
+
+def test_pixels_left_behind_are_made_again(policy, prompts):
+    for prompt in prompts:
+        bare = copy.copy(prompt)
+        bare.pixel_values = None
+        again = with_pixels(policy, bare)
+        assert (again.pixel_values is None) == (prompt.pixel_values is None)
+        assert again.pixel_values is None or torch.equal(again.pixel_values, prompt.pixel_values)
+        assert torch.equal(again.input_ids, prompt.input_ids)
+
+
+def test_an_unreadable_picture_is_named_with_its_question(policy, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    for source in (broken, tmp_path / "missing.png"):
+        with pytest.raises(UserError, match="qid q7"):
+            encode(policy, Question("q7", "<image>", [source], ""), "bare")
+
+
+def test_decode_leaves_out_what_ends_a_turn_and_keeps_the_rest():
+    policy = toy.new_policy(0, hidden=32, layers=1, heads=2)
+    ids = policy.tokenizer("So \\boxed{red}.").input_ids
+    for eos in policy.eos_ids:
+        assert decode(policy, torch.tensor([*ids, eos])) == "So \\boxed{red}."
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def logits_of(policy, prompt) -> torch.Tensor:
+    with torch.no_grad():
+        return policy.model(**hf_inputs(policy, prompt, prompt.input_ids)).logits
+
+
+def untied(policy) -> Policy:
+    """A policy of the same kind whose head is not its embedding."""
+    config = copy.deepcopy(policy.model.config)
+    config.tie_word_embeddings = False
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        free = Qwen2_5_VLForConditionalGeneration(config)
+    free.generation_config = policy.model.generation_config
+    return unsettle(Policy(free, policy.tokenizer, policy.image_processor))
+
+
+@pytest.fixture(params=["tied", "untied"])
+def any_policy(request, policy):
+    return policy if request.param == "tied" else untied(policy)
+
+
+def test_the_head_is_the_embedding_only_where_they_are_tied(any_policy, policy, prompts):
+    is_tied = any_policy is policy
+    embedding = any_policy.text_model.embed_tokens.weight
+    assert torch.equal(any_policy.head_weight(), embedding) == is_tied
+    y = random_response(6, 0, any_policy)
+    with torch.no_grad():
+        got, _ = response_logprobs(any_policy, [(prompts[1], [y])])
+        want = hf_logprobs(any_policy, prompts[1], y)
+    torch.testing.assert_close(got[0], want, atol=1e-5, rtol=0)
+
+
+def test_a_saved_policy_loads_with_no_missing_or_unexpected_key(any_policy, prompts, tmp_path):
+    save_policy(any_policy, tmp_path)
+    again, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    loaded = load_policy(str(tmp_path))
+    for prompt in prompts:
+        want = logits_of(any_policy, prompt)
+        assert torch.equal(logits_of(loaded, prompt), want)
+        inputs = hf_inputs(any_policy, prompt, prompt.input_ids)
+        with torch.no_grad():
+            assert torch.equal(again(**inputs).logits, want)
+        encoded = encode(loaded, prompt.question, "bare")
+        assert torch.equal(encoded.input_ids, prompt.input_ids)
+        if prompt.pixel_values is not None:
+            assert torch.equal(encoded.pixel_values, prompt.pixel_values)
+    assert loaded.banned_ids == any_policy.banned_ids
+
+
+def test_a_given_state_dict_is_what_is_saved(any_policy, prompts, tmp_path):
+    """As sharded models are saved: the full tensors come from elsewhere."""
+    state = {name: value * 0.5 for name, value in any_policy.model.state_dict().items()}
+    save_policy(any_policy, tmp_path, state)
+    loaded = load_policy(str(tmp_path)).model.state_dict()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def hub_key(name: str) -> str:
+    """A parameter's name in the checkpoints on the hub, which transformers 4.49 wrote."""
+    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+
+
+def write_as_the_hub_serves(policy, directory) -> None:
+    """config, weights, tokenizer and processors as Qwen2.5-VL's repositories hold them today."""
+    tied = policy.model.config.tie_word_embeddings
+    text, vision = policy.model.config.text_config, policy.model.config.vision_config
+    ids = {name: policy.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
+           ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")}
+    config = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": policy.tokenizer.eos_token_id,
+        "vision_start_token_id": ids["vision_start"],
+        "vision_end_token_id": ids["vision_end"],
+        "vision_token_id": ids["vision_pad"],
+        "image_token_id": ids["image_pad"],
+        "video_token_id": ids["video_pad"],
+        "hidden_act": "silu",
+        "hidden_size": text.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": text.intermediate_size,
+        "max_position_embeddings": 128000,
+        "max_window_layers": 70,
+        "model_type": "qwen2_5_vl",
+        "num_attention_heads": text.num_attention_heads,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_key_value_heads": text.num_key_value_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": text.rope_parameters["rope_theta"],
+        "sliding_window": 32768,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.49.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vision_config": {
+            "depth": vision.depth,
+            "hidden_act": "silu",
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_heads": vision.num_heads,
+            "in_chans": 3,
+            "out_hidden_size": vision.out_hidden_size,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": list(vision.fullatt_block_indexes),
+            "tokens_per_second": 2,
+            "temporal_patch_size": 2,
+            "model_type": "qwen2_5_vl",
+        },
+        "rope_scaling": {
+            "type": "mrope",
+            "mrope_section": list(text.rope_parameters["mrope_section"]),
+        },
+        "vocab_size": text.vocab_size,
+    }
+    generation_config = {
+        "bos_token_id": 0, "pad_token_id": 0, "do_sample": True, "eos_token_id": [2, 0],
+        "repetition_penalty": 1.05, "temperature": 0.000001, "transformers_version": "4.49.0",
+    }  # fmt: skip
+    preprocessor_config = {
+        "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
+        "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
+    }  # fmt: skip
+    files = {
+        "config.json": config,
+        "generation_config.json": generation_config,
+        "preprocessor_config.json": preprocessor_config,
+        "chat_template.json": {"chat_template": toy.CHAT_TEMPLATE},
+    }
+    weights = {hub_key(name): value for name, value in policy.model.state_dict().items()}
+    if tied:
+        del weights["lm_head.weight"]
+    names = sorted(weights)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    index = {"metadata": {"total_size": 0}, "weight_map": {}}
+    for number, half in enumerate(halves, 1):
+        shard = f"model-{number:05d}-of-00002.safetensors"
+        tensors = {name: weights[name].contiguous() for name in half}
+        save_file(tensors, directory / shard, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(half, shard)
+    files["model.safetensors.index.json"] = index
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    tokenizer.chat_template = None  # only chat_template.json knows pictures
+    tokenizer.save_pretrained(directory)
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content, indent=2))
+
+
+def test_the_layout_of_the_hub_loads_to_the_same_logits(any_policy, prompts, tmp_path):
+    write_as_the_hub_serves(any_policy, tmp_path)
+    loaded = load_policy(str(tmp_path))
+    assert loaded.model.dtype == torch.float32
+    for prompt in prompts:
+        again = encode(loaded, prompt.question, "bare")
+        assert torch.equal(again.input_ids, prompt.input_ids)
+        assert torch.equal(logits_of(loaded, prompt), logits_of(any_policy, prompt))
+        y = random_response(5, 0, any_policy)
+        with torch.no_grad():
+            got, _ = response_logprobs(loaded, [(again, [y])])
+            want = hf_logprobs(any_policy, prompt, y)
+        torch.testing.assert_close(got[0], want, atol=1e-5, rtol=0)
+    assert loaded.banned_ids == any_policy.banned_ids
+    assert loaded.eos_ids == [0, 2]
+
+
+def test_what_came_from_the_hub_is_saved_so_that_it_loads_again(any_policy, prompts, tmp_path):
+    (tmp_path / "hub").mkdir()
+    write_as_the_hub_serves(any_policy, tmp_path / "hub")
+    save_policy(load_policy(str(tmp_path / "hub")), tmp_path / "saved")
+    _, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    loaded = load_policy(str(tmp_path / "saved"))
+    assert torch.equal(logits_of(loaded, prompts[3]), logits_of(any_policy, prompts[3]))
+    question = prompts[3].question
+    assert torch.equal(encode(loaded, question, "bare").input_ids, prompts[3].input_ids)
+
+
+def test_qwen2_vl_goes_through_the_same_path(policy, prompts, tmp_path):
+    text = policy.model.config.text_config.to_dict()
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+            "initializer_range", "rms_norm_eps", "bos_token_id", "eos_token_id", "rope_parameters")
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = Qwen2VLConfig(
+        text_config={key: text[key] for key in keys},
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": text["hidden_size"],
+                       "num_heads": 4, "mlp_ratio": 2},
+        tie_word_embeddings=True,
+        **{name: getattr(policy.model.config, name) for name in ids},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        older = Qwen2VLForConditionalGeneration(config)
+    older.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
+    older = unsettle(Policy(older, policy.tokenizer, policy.image_processor))
+    save_policy(older, tmp_path)
+    loaded = load_policy(str(tmp_path))
+    assert loaded.model.config.model_type == "qwen2_vl"
+    groups = [(encode(loaded, q, "bare"), responses_of(policy, [9, 4])) for q in QUESTIONS]
+    with torch.no_grad():
+        logprobs, _ = response_logprobs(loaded, groups)
+        pairs = [(prompt, y) for prompt, ys in groups for y in ys]
+        for got, (prompt, y) in zip(logprobs, pairs):
+            want = hf_logprobs(older, prompt, y)
+            torch.testing.assert_close(got[: len(y)], want, atol=1e-5, rtol=0)
+
+
+def test_pixel_limits_are_the_checkpoints_unless_given(policy, tmp_path):
+    write_as_the_hub_serves(policy, tmp_path)
+    question = Question("q", "<image>", [noise_image(280, 140)], "")  # 10 x 5 visual tokens
+
+    def visual_tokens(**limits):
+        grid = encode(load_policy(str(tmp_path), **limits), question, "bare").image_grid_thw
+        return int(grid.prod()) // 4
+
+    assert visual_tokens() == 50
+    assert visual_tokens(max_pixels=18 * 28 * 28) == 18
+    assert visual_tokens(min_pixels=200 * 28 * 28) >= 200
+    with pytest.raises(UserError, match="min_pixels"):
+        load_policy(str(tmp_path), min_pixels=10**6, max_pixels=10**5)
+
+
+def test_a_policy_loads_in_the_type_asked_for(policy, tmp_path):
+    save_policy(policy, tmp_path)
+    assert load_policy(str(tmp_path), dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_what_is_no_qwen_vl_is_refused_by_name(policy, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        load_policy(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_policy(str(tmp_path))  # an empty directory
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="llama.*qwen2_5_vl"):
+        load_policy(str(tmp_path))
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(policy, tmp_path):
+    write_as_the_hub_serves(policy, tmp_path)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100])
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_policy(str(tmp_path))
+    shard.unlink()
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_policy(str(tmp_path))
+    shard.write_bytes(whole)
+    (tmp_path / "chat_template.json").unlink()
+    with pytest.raises(UserError, match="chat template"):
+        load_policy(str(tmp_path))
