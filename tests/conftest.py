@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import toy
 from data import Question
@@ -47,6 +48,39 @@ def policy() -> Policy:
 def own_policy(policy) -> Policy:
     """A copy of `policy` that a test may change."""
     return copy.deepcopy(policy)
+
+
+@pytest.fixture(scope="session")
+def older_policy(policy) -> Policy:
+    """A tiny Qwen2-VL, the architecture before Qwen2.5-VL's, with the same tokenizer."""
+    text = policy.model.config.text_config.to_dict()
+    keys = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "bos_token_id",
+        "eos_token_id",
+        "rope_parameters",
+    )
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = Qwen2VLConfig(
+        text_config={key: text[key] for key in keys},
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": text["hidden_size"],
+                       "num_heads": 4, "mlp_ratio": 2},
+        tie_word_embeddings=True,
+        **{name: getattr(policy.model.config, name) for name in ids},
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
+    return unsettle(Policy(model, policy.tokenizer, policy.image_processor))
 
 
 def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -96,7 +130,9 @@ def hf_inputs(policy: Policy, prompt, input_ids: torch.Tensor) -> dict:
 def hf_distribution(policy: Policy, prompt, response, temperature: float = 1.0) -> torch.Tensor:
     """log softmax [R, V] by the full logits of prompt + response on a row of its own."""
     row = torch.cat([prompt.input_ids, response])
-    logits = policy.model(**hf_inputs(policy, prompt, row)).logits[0, len(prompt.input_ids) - 1 : -1]
+    logits = policy.model(**hf_inputs(policy, prompt, row)).logits[
+        0, len(prompt.input_ids) - 1 : -1
+    ]
     ban = torch.zeros(logits.shape[-1])
     ban[policy.banned_ids] = -torch.inf
     return (logits / temperature + ban).log_softmax(-1)

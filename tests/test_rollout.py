@@ -1,0 +1,353 @@
+"""Sampling, held against plain transformers' generate and forward."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import QUESTIONS, chi_squared, hf_distribution, hf_generate, hf_inputs, hf_logprobs
+
+import rollout
+from model import decode, encode, response_logprobs
+from rollout import Extension, generate
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def same(a, b) -> bool:
+    """Two responses, token for token."""
+    return torch.equal(a.tokens, b.tokens)
+
+
+# ---------------------------------------------------------------------------- greedy
+
+
+def test_greedy_equals_generate_of_transformers_token_for_token(policy, prompts):
+    """All at once: prompts of different lengths, with no picture, one and two; two responses each."""
+    groups = generate(policy, prompts, 2, 40, temperature=0)
+    lengths = []
+    for prompt, group in zip(prompts, groups):
+        want = hf_generate(policy, prompt, 40)
+        lengths.append(len(want))
+        for sample in group:
+            assert sample.prompt is prompt
+            assert torch.equal(sample.tokens, want)
+    assert len(set(lengths)) == len(lengths), "the rows must end at different times"
+
+
+def test_greedy_equals_generate_for_qwen2_vl(older_policy):
+    prompts = [encode(older_policy, question, "bare") for question in QUESTIONS]
+    for prompt, [sample] in zip(prompts, generate(older_policy, prompts, 1, 40, temperature=0)):
+        assert torch.equal(sample.tokens, hf_generate(older_policy, prompt, 40))
+
+
+def test_a_long_response_outgrows_the_cache_unharmed(own_policy, prompts):
+    own_policy.eos_ids = [0]  # one that greedy decoding does not say here
+    groups = generate(own_policy, prompts[:2], 1, 150, temperature=0)
+    for prompt, [sample] in zip(prompts, groups):
+        assert (sample.finish, len(sample.tokens)) == ("length", 150)
+        assert torch.equal(sample.tokens, hf_generate(own_policy, prompt, 150))
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 7, 256])
+def test_the_number_of_rows_decoded_at_once_changes_no_greedy_token(policy, prompts, max_rows):
+    order = [2, 0, 3, 1, 0]
+    shuffled = [prompts[i] for i in order]
+    for i, group in zip(order, generate(policy, shuffled, 2, 40, temperature=0, max_rows=max_rows)):
+        [[alone]] = generate(policy, [prompts[i]], 1, 40, temperature=0)
+        assert len(group) == 2
+        for sample in group:
+            assert sample.prompt is prompts[i] and same(sample, alone)
+            torch.testing.assert_close(sample.logprobs, alone.logprobs, atol=1e-5, rtol=0)
+
+
+def test_rows_that_have_finished_leave_and_the_others_do_not_notice(policy, prompts, monkeypatch):
+    sizes = []
+    step = rollout.decode_step
+
+    def watched(policy, cache, tokens, *rest):
+        sizes.append(len(tokens))
+        return step(policy, cache, tokens, *rest)
+
+    monkeypatch.setattr(rollout, "decode_step", watched)
+    results = {}
+    for below in (0.0, 0.75, 1.0):  # never, as it comes, at once
+        sizes.clear()
+        monkeypatch.setattr(rollout, "COMPACT_BELOW", below)
+        results[below] = [g[0] for g in generate(policy, prompts, 1, 40, temperature=0)]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] == 4 and (sizes[-1] == 1) == (below > 0)
+    for below in (0.75, 1.0):
+        assert all(same(a, b) for a, b in zip(results[below], results[0.0]))
+
+
+def test_nothing_is_taken_from_generation_config(own_policy, policy, prompts):
+    """The published checkpoints carry a repetition penalty and a temperature of 1e-6."""
+    config = own_policy.model.generation_config
+    config.repetition_penalty, config.temperature, config.do_sample = 1.5, 1e-6, True
+    config.top_k, config.max_new_tokens = 1, 3
+    for temperature in (0, 1.0):
+        got, want = (
+            generate(p, prompts, 3, 20, temperature, seeded(0)) for p in (own_policy, policy)
+        )
+        assert all(same(a, b) for x, y in zip(got, want) for a, b in zip(x, y))
+
+
+# ---------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_behaviour_logprobs_equal_the_training_forward(policy, prompts, temperature):
+    groups = generate(policy, prompts, 6, 30, temperature, seeded(1))
+    trees = [(group[0].prompt, [s.tokens for s in group]) for group in groups]
+    samples = [sample for group in groups for sample in group]
+    with torch.no_grad():
+        trained, _ = response_logprobs(policy, trees, temperature)
+    for sample, row in zip(samples, trained):
+        R = len(sample.tokens)
+        torch.testing.assert_close(sample.logprobs, row[:R], atol=1e-4, rtol=0)
+        assert sample.mask.all() and sample.mask.shape == sample.logprobs.shape == (R,)
+    finishes = Counter(sample.finish for sample in samples)
+    assert finishes["stop"] and finishes["length"]
+
+
+def test_greedy_logprobs_are_those_at_temperature_1(policy, prompts):
+    for prompt, [sample] in zip(prompts, generate(policy, prompts, 1, 20, temperature=0)):
+        with torch.no_grad():
+            want = hf_logprobs(policy, prompt, sample.tokens)
+        torch.testing.assert_close(sample.logprobs, want, atol=1e-4, rtol=0)
+
+
+def pooled(counts: Counter, probability: torch.Tensor) -> tuple[float, float]:
+    """chi_squared over tokens; those expected fewer than 5 times count as one."""
+    total = sum(counts.values())
+    common = [i for i, p in enumerate(probability.tolist()) if p * total >= 5]
+    assert len(common) >= 5
+    observed = [counts[i] for i in common]
+    expected = probability[common].tolist()
+    return chi_squared([*observed, total - sum(observed)], [*expected, 1 - sum(expected)])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampled_frequencies_follow_the_softmax(policy, prompts, temperature):
+    """The first token of each response, and the second of those that share the likeliest first."""
+    [group] = generate(policy, [prompts[1]], 12000, 2, temperature, seeded(2), max_rows=12000)
+    first = Counter(int(s.tokens[0]) for s in group)
+    going_on = [i for i, _ in first.most_common() if i not in policy.eos_ids]
+    likeliest = torch.tensor([going_on[0], 0])
+    with torch.no_grad():
+        table = hf_distribution(policy, prompts[1], likeliest, temperature).exp()
+    second = Counter(int(s.tokens[1]) for s in group if s.tokens[0] == likeliest[0])
+    for counts, probability in ((first, table[0]), (second, table[1])):
+        statistic, limit = pooled(counts, probability)
+        assert statistic < limit
+    wrong = table[0] ** 1.2 / (table[0] ** 1.2).sum()  # the test can tell a distribution so close
+    statistic, limit = pooled(first, wrong)
+    assert statistic > limit
+
+
+def test_all_randomness_comes_from_the_generator(policy, prompts):
+    def sample(seed):
+        groups = generate(policy, prompts, 4, 20, 1.0, seeded(seed))
+        return [s.tokens.tolist() for group in groups for s in group]
+
+    torch.manual_seed(0)
+    first = sample(3)
+    torch.manual_seed(1)
+    assert sample(3) == first
+    assert sample(4) != first
+
+
+def test_responses_of_a_group_differ(policy, prompts):
+    [group] = generate(policy, [prompts[0]], 8, 10, 1.0, seeded(5))
+    assert len({tuple(s.tokens.tolist()) for s in group}) == 8
+
+
+def test_banned_ids_are_never_sampled_even_when_their_logits_are_the_largest(own_policy, prompts):
+    with torch.no_grad():  # tied: this is the head's weight too
+        own_policy.text_model.embed_tokens.weight[own_policy.banned_ids] *= 1000
+    for temperature in (0, 1.0):
+        groups = generate(own_policy, prompts, 4, 20, temperature, seeded(6))
+        for prompt, group in zip(prompts, groups):
+            for sample in group:
+                row = hf_inputs(own_policy, prompt, torch.cat([prompt.input_ids, sample.tokens]))
+                with torch.no_grad():
+                    want = hf_logprobs(own_policy, prompt, sample.tokens)
+                    logits = own_policy.model(**row).logits[0, len(prompt.input_ids) - 1 : -1]
+                top = torch.isin(logits.argmax(-1), torch.tensor(own_policy.banned_ids))
+                assert top.float().mean() > 0.5
+                assert not set(sample.tokens.tolist()) & set(own_policy.banned_ids)
+                torch.testing.assert_close(sample.logprobs, want, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------- what a Sample holds
+
+
+def test_a_response_ends_at_its_first_eos_or_at_the_limit(policy, prompts):
+    for group in generate(policy, prompts, 8, 15, 1.0, seeded(7)):
+        for s in group:
+            *before, last = (i in policy.eos_ids for i in s.tokens.tolist())
+            assert not any(before)
+            assert s.finish == ("stop" if last else "length")
+            assert last or len(s.tokens) == 15
+            assert s.text == decode(policy, s.tokens)
+            assert s.extension is None and s.rethought is None
+
+
+def test_a_limit_of_one_token_is_legal(policy, prompts):
+    for group in generate(policy, prompts, 3, 1, 1.0, seeded(8)):
+        assert [len(s.tokens) for s in group] == [1, 1, 1]
+
+
+def test_no_prompts_give_no_responses(policy):
+    assert generate(policy, [], 4, 10) == []
+
+
+def test_progress_counts_every_response_once(policy, prompts):
+    for extend in (None, extend_every([30, 31], 12)):
+        finished = []
+        generate(policy, prompts, 5, 12, 1.0, seeded(9), extend, 10, finished.append)
+        assert sum(finished) == 5 * len(prompts)
+
+
+def test_the_policy_is_left_in_the_mode_it_was_in(own_policy, prompts):
+    """Also while activations are checkpointed, when transformers keeps no cache in training mode."""
+    own_policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for training in (True, False):
+        own_policy.train(training)
+        [[sample]] = generate(own_policy, [prompts[1]], 1, 10, temperature=0)
+        assert own_policy.training is training and own_policy.model.training is training
+        assert torch.equal(sample.tokens, hf_generate(own_policy.eval(), prompts[1], 10))
+        assert not sample.logprobs.requires_grad
+
+
+def test_prompts_run_once_whatever_is_sampled_and_extended(own_policy, prompts):
+    runs = Counter()
+    own_policy.text_model.register_forward_hook(lambda *_: runs.update(["text"]))
+    own_policy.model.model.visual.register_forward_hook(lambda *_: runs.update(["pictures"]))
+    generate(own_policy, prompts, 8, 20, 1.0, seeded(10), extend_every([30, 31], 20))
+    assert runs == {"text": 1, "pictures": 1}
+
+
+# ---------------------------------------------------------------------------- forced tokens
+
+
+def extend_every(forced, limit, keep=None, only=None):
+    """Extend each response that ended by itself and leaves room, or the one (n, g) `only`.
+
+    `keep` tokens of it stay, or all but its EOS.
+    """
+
+    def extend(n, g, sample):
+        kept = keep or len(sample.tokens) - 1
+        fits = 1 <= kept and kept + len(forced) <= limit
+        if sample.finish != "stop" or not fits or only not in (None, (n, g)):
+            return None
+        return Extension(kept, forced, "a kind")
+
+    return extend
+
+
+def go_on(policy, prompt, said: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+    """transformers' greedy continuation of a response that has begun."""
+    longer = replace(prompt, input_ids=torch.cat([prompt.input_ids, said]))
+    return hf_generate(policy, longer, max_new_tokens)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_forced_tokens_stand_where_they_were_fed(policy, prompts, temperature):
+    forced = [30, policy.eos_ids[5], 31]  # an id that ends a turn does not when it is forced
+    asked = []
+
+    def extend(n, g, sample):
+        asked.append((n, g))
+        return extend_every(forced, 39)(n, g, sample)  # room for a second part
+
+    groups = generate(policy, prompts, 8, 40, temperature, seeded(11), extend)
+    assert sorted(asked) == [(n, g) for n in range(len(prompts)) for g in range(8)]
+    seen = Counter()
+    for prompt, group in zip(prompts, groups):
+        for first in group:
+            again = first.extension
+            assert (again is None) == (first.finish != "stop" or not 2 <= len(first.tokens) <= 37)
+            assert first.rethought is None and first.mask.all()
+            if again is None:
+                continue
+            keep, R = len(first.tokens) - 1, len(again.tokens)
+            second = slice(keep + len(forced), R)
+            assert again.tokens[:keep].equal(first.tokens[:-1])
+            assert again.tokens[keep : second.start].tolist() == forced
+            assert (~again.mask).nonzero()[:, 0].tolist() == list(range(keep, second.start))
+            assert again.mask.shape == again.logprobs.shape == (R,)
+            assert again.rethought == "a kind" and again.extension is None
+            assert again.prompt is prompt and again.text == decode(policy, again.tokens)
+            # y1's log-probabilities are those recorded when it was sampled; y2's, a fresh forward's.
+            assert again.logprobs[:keep].equal(first.logprobs[:keep])
+            with torch.no_grad():
+                want = hf_logprobs(policy, prompt, again.tokens, temperature)
+            torch.testing.assert_close(again.logprobs[second], want[second], atol=1e-4, rtol=0)
+            said = again.tokens[second].tolist()
+            assert not any(i in policy.eos_ids for i in said[:-1])
+            ended = said[-1] in policy.eos_ids
+            assert again.finish == ("stop" if ended else "length") and (ended or R == 40)
+            seen[again.finish] += 1
+    assert seen["stop"] and seen["length"]
+
+
+@pytest.mark.parametrize("max_rows", [256, 2])
+def test_a_greedy_extension_equals_generate_from_prompt_response_and_trigger(
+    policy, prompts, max_rows
+):
+    forced = [30, 31, 32]
+    groups = generate(policy, prompts, 2, 60, 0, None, extend_every(forced, 60), max_rows)
+    extended = 0
+    for prompt, group in zip(prompts, groups):
+        for first in group:
+            assert torch.equal(first.tokens, hf_generate(policy, prompt, 60))
+            if first.extension is not None:
+                extended += 1
+                begun = torch.cat([first.tokens[:-1], torch.tensor(forced)])
+                rest = go_on(policy, prompt, begun, 60 - len(begun))
+                assert torch.equal(first.extension.tokens, torch.cat([begun, rest]))
+    assert extended >= 6
+
+
+def test_a_response_can_be_cut_back_before_it_goes_on(policy, prompts):
+    forced = [30, 31]
+    groups = generate(policy, prompts, 1, 60, 0, extend=extend_every(forced, 60, keep=1))
+    for prompt, [first] in zip(prompts, groups):
+        begun = torch.cat([first.tokens[:1], torch.tensor(forced)])
+        again = first.extension
+        assert torch.equal(again.tokens, torch.cat([begun, go_on(policy, prompt, begun, 57)]))
+        assert (~again.mask).nonzero()[:, 0].tolist() == [1, 2]
+        with torch.no_grad():
+            want = hf_logprobs(policy, prompt, again.tokens)
+        torch.testing.assert_close(again.logprobs[again.mask], want[again.mask], atol=1e-4, rtol=0)
+
+
+def test_other_rows_do_not_notice_an_extension(policy, prompts):
+    plain = generate(policy, prompts, 2, 40, 0)
+    for chosen in [(0, 0), (1, 1), (3, 0)]:
+        extend = extend_every([30, 31], 40, only=chosen)
+        groups = generate(policy, prompts, 2, 40, 0, extend=extend)
+        for n, group in enumerate(groups):
+            for g, sample in enumerate(group):
+                assert same(sample, plain[n][g])
+                torch.testing.assert_close(sample.logprobs, plain[n][g].logprobs, atol=1e-5, rtol=0)
+                assert (sample.extension is not None) == ((n, g) == chosen)
+
+
+def test_the_limit_may_be_reached_in_the_second_part_or_right_after_the_trigger(policy, prompts):
+    [[free]] = generate(policy, [prompts[1]], 1, 60, 0, extend=extend_every([30, 31, 32], 60))
+    start, end = len(free.tokens) + 2, len(free.extension.tokens)
+    assert free.extension.finish == "stop" and end - start >= 3
+    for limit in range(start, end + 1):
+        extend = extend_every([30, 31, 32], limit)
+        [[first]] = generate(policy, [prompts[1]], 1, limit, 0, extend=extend)
+        again = first.extension
+        assert same(first, free)
+        assert again.tokens.equal(free.extension.tokens[:limit])
+        assert again.finish == ("stop" if limit == end else "length")
+        assert int((~again.mask).sum()) == 3
