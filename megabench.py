@@ -1,65 +1,41 @@
-"""MEGA-Bench's metrics: a response to one of 440 tasks -> a score from 0 to 1.
+"""MEGA-Bench: a response to one of 440 tasks -> a score from 0 to 1.
 
 In MEGA-Bench (arXiv 2410.10563) every task brings its own form of answer: a letter, a number, a
 set, a JSON object of several fields. `metric_info` of a row names a metric for each field, how the
 fields' scores are aggregated (weighted mean, or minimum) and how the response is parsed. This file
-parses and scores; `METRICS` holds the metrics under their published names.
+parses and aggregates; the metrics are in megametrics.py.
 
-What we do differently: the official scorer eval()s numbers that the model wrote, and takes the
-first letter of any text ("Apple") as a choice; here numbers go through rules.value and letters
-through rules.choose. LaTeX is compared by reward.is_correct. Metrics that execute code, ask a judge
-or a network, or need a language model or a pronouncing dictionary are not run: `unsupported` names
-them, and a task that has one is left out whole and said to be.
+What we do differently: the answer is looked for as in the other benchmarks, and what has none is
+counted, where the official parser falls back to the whole response. A task with a metric that is
+not run here is left out whole and said to be (`unsupported`), where a zero would blame the model.
 """
 
-import json
-import math
 import re
-import unicodedata
-from fractions import Fraction
 
-from reward import is_correct
-from rules import bare, choose, literal, value
+from megametrics import FENCE, METRICS, parsed, unquoted
 from rules import extract as extract_short
 
 # ---------------------------------------------------------------------------- parsing a response
-
-FENCE = re.compile(r"```\w*[ \t]*\n?(.*?)\s*```", re.DOTALL)
-BRACES = re.compile(r"[{}]")
 
 
 def last_object(text: str) -> tuple[dict, str] | None:
     """The last JSON object (or printed dict) in a text, and the text it was read from.
 
-    >>> last_object('Maybe {"a": 1}. Finally {"a": {"b": 2}} holds.')[0]
+    >>> last_object('Maybe {"a": 1}. Finally {"a": {"b": 2}} for x_{1}.')[0]
     {'a': {'b': 2}}
     """
-    found, place, tries = None, text.find("{"), 0
-    while place >= 0 and tries < 100:  # bounds the work on a text of nothing but braces
-        tries += 1
-        depth, end = 0, 0
-        for brace in BRACES.finditer(text, place):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                end = brace.end()
-                break
-        parsed = _parsed(text[place:end]) if end else None
-        if isinstance(parsed, dict):
-            found = parsed, text[place:end]
-        place = text.find("{", end if isinstance(parsed, dict) else place + 1)
-    return found
-
-
-def _parsed(text: str):
-    """JSON or a printed Python value, or None."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return literal(text)
-    except ValueError:
-        return None
+    opened, spans = [], []
+    for brace in re.finditer("[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            spans.append((opened.pop(), brace.end()))
+    # The latest end first: an object before the objects in it. Formulas have braces too, and many.
+    for start, end in reversed(spans[-1000:]):
+        found = parsed(text[start:end]) if end - start < 20_000 else None
+        if isinstance(found, dict):
+            return found, text[start:end]
+    return None
 
 
 def extract(response: str, info: dict) -> str | None:
@@ -90,9 +66,9 @@ def extract(response: str, info: dict) -> str | None:
 def parse(found: str, answer: dict, info: dict) -> dict:
     """The extracted text by field; JSON that cannot be parsed goes to every field as it is."""
     if info.get("response_parse_function") == "json":
-        parsed = last_object(found)
-        if parsed and parsed[0]:
-            return parsed[0]
+        final = last_object(found)
+        if final and final[0]:
+            return final[0]
         return dict.fromkeys(answer, found)
     fenced = FENCE.search(found)
     if fenced:
@@ -101,295 +77,6 @@ def parse(found: str, answer: dict, info: dict) -> dict:
         # A one-line answer ends with its paragraph; what follows explains it.
         found = found.split("\n\n")[0]
     return dict.fromkeys(answer, found)
-
-
-# ---------------------------------------------------------------------------- casting
-
-
-def unquoted(text):
-    """'"a"' -> 'a': answers are often printed with quotes of their own."""
-    if isinstance(text, str) and text[:1] in "'\"" and len(text) > 1:
-        parsed = _parsed(text)
-        return parsed if isinstance(parsed, str) else text
-    return text
-
-
-def as_list(thing) -> list:
-    """A list from a list or from its text; without brackets, a text is split at commas.
-
-    >>> as_list("[1, 'b']"), as_list("a, b"), as_list("(x, y)")
-    ([1, 'b'], ['a', 'b'], ['x', 'y'])
-    """
-    if isinstance(thing, (list, tuple, set, frozenset)):
-        return list(thing)
-    if not isinstance(thing, str):
-        return [] if thing is None else [thing]
-    text = thing.strip()
-    if not text:
-        return []
-    parsed = _parsed(text)
-    if isinstance(parsed, (list, tuple, set, dict)):
-        return list(parsed)
-    if isinstance(parsed, (int, float)):
-        return [parsed]
-    closing = {"(": ")", "[": "]", "{": "}"}.get(text[0])
-    if closing:
-        if not text.endswith(closing):
-            return []
-        text = text[1:-1]
-    return [part.strip() for part in text.split(",")]
-
-
-def frozen(thing):
-    if isinstance(thing, dict):
-        return frozenset((key, frozen(item)) for key, item in thing.items())
-    return tuple(map(frozen, thing)) if isinstance(thing, (list, tuple)) else thing
-
-
-def as_set(thing) -> set:
-    return {frozen(item) for item in as_list(thing)}
-
-
-def as_dict(thing) -> dict:
-    parsed = _parsed(thing) if isinstance(thing, str) else thing
-    return parsed if isinstance(parsed, dict) else {}
-
-
-def lower(thing):
-    if isinstance(thing, (list, tuple)):
-        return type(thing)(map(lower, thing))
-    return thing.lower() if isinstance(thing, str) else thing
-
-
-def as_boxes(thing) -> list:
-    parsed = list((_parsed(thing) if isinstance(thing, str) else thing) or [])
-    boxes = parsed if parsed and isinstance(parsed[0], (list, tuple)) else [parsed]
-    return [tuple(map(float, box)) for box in boxes if len(box) == 4]
-
-
-def xml_numbers(text, tag: str) -> list[tuple[float, ...]]:
-    """Numbers in <tag>1, 2</tag>."""
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", str(text))
-    return [tuple(float(part) for part in inner.split(",")) for inner in found]
-
-
-# ---------------------------------------------------------------------------- metrics
-
-
-def exact(ours, gold) -> bool:
-    ours, gold = str(ours), str(gold)
-    if re.fullmatch("[A-Za-z]", gold) and len(ours) > 1:  # a choice: "(B)" or "B. red" will do
-        return choose(ours, []) == gold.upper()
-    return ours == gold
-
-
-def simple(ours, gold) -> bool:
-    strip = str.maketrans("", "", " -\n\t.")
-    return str(ours).translate(strip).lower() == str(gold).translate(strip).lower()
-
-
-def share(common: set, of: set) -> float:
-    return len(common) / len(of) if of else 1.0
-
-
-def jaccard(ours: set, gold: set) -> float:
-    return share(ours & gold, ours | gold)
-
-
-def over_keys(ours, gold, metric) -> float:
-    """The mean of a metric over the keys of either dict."""
-    ours, gold = as_dict(ours), as_dict(gold)
-    keys = set(ours) | set(gold)
-    return sum(metric(ours.get(key, []), gold.get(key, [])) for key in keys) / len(keys)
-
-
-def matching_keys(ours, gold) -> int:
-    """How many items of `gold` the other dict has."""
-    ours, gold = as_dict(ours), as_dict(gold)
-    return sum(key in ours and exact(ours[key], wanted) for key, wanted in gold.items())
-
-
-def number_of(text):
-    """A number as the numeric matchers read it: a percentage is a hundredth."""
-    if isinstance(text, (int, float)) and not isinstance(text, bool):
-        return Fraction(text)
-    return value(str(text), percent=Fraction(1, 100))
-
-
-def numerical(ours, gold) -> bool:
-    """Within 1 % of the answer; lists of numbers in any order; else as text."""
-    several, wanted = _parsed(str(ours)), _parsed(str(gold))
-    if isinstance(several, (list, tuple)) and isinstance(wanted, (list, tuple)):
-        same_size = len(several) == len(wanted)
-        return same_size and all(map(numerical, sorted(several), sorted(wanted)))
-    a, b = number_of(ours), number_of(gold)
-    if a is None or b is None:
-        return simple(bare(str(ours)), bare(str(gold)))
-    return abs(a - b) <= abs(b) / 100
-
-
-def boxed_numerical(ours, gold) -> bool:
-    ours, gold = (extract_short(str(x)) if "\\boxed" in str(x) else x for x in (ours, gold))
-    return numerical(ours, gold)
-
-
-def relative_difference(ours, gold) -> float:
-    a, b = number_of(ours), number_of(gold)
-    if a is None or b is None:
-        return 0.0
-    return float(max(0, 1 - abs(a - b) / abs(b))) if b else float(a == b)
-
-
-def positive_int(ours, gold) -> float:
-    """-1, dropped from the mean, where neither is positive: only amounts present count."""
-    ours, gold = int(str(ours)), int(str(gold))
-    return -1.0 if gold <= 0 and ours <= 0 else float(ours == gold)
-
-
-def common_prefix(ours, gold) -> float:
-    ours, gold = as_list(ours), as_list(gold)
-    same = [a == b for a, b in zip(ours, gold, strict=False)]
-    return (same.index(False) if False in same else len(same)) / len(gold)
-
-
-def accuracy_by_place(ours, gold) -> float:
-    ours, gold = lower(as_list(ours)), lower(as_list(gold))
-    same = sum(a == b for a, b in zip(ours, gold, strict=False))
-    return same / len(gold) if len(ours) == len(gold) else 0.0
-
-
-def similarity(ours, gold) -> float:
-    """1 - Damerau-Levenshtein distance / length of the longer."""
-    a, b = str(ours)[:2000], str(gold)[:2000]
-    width = len(a) + len(b)
-    last_row: dict[str, int] = {}
-    table = [[width] * (len(b) + 2), [width, *range(len(b) + 1)]]
-    for i, x in enumerate(a, 1):
-        row, last_column = [width, i], 0
-        for j, y in enumerate(b, 1):
-            before = last_row.get(y, 0)
-            swap = table[before][last_column] + (i - before - 1) + 1 + (j - last_column - 1)
-            row.append(min(table[i][j] + (x != y), row[j] + 1, table[i][j + 1] + 1, swap))
-            last_column = j if x == y else last_column
-        last_row[x] = i
-        table.append(row)
-    return 1 - table[-1][-1] / max(len(a), len(b)) if a or b else 1.0
-
-
-def near(ours, gold) -> float:
-    """Similarity of texts without accents and articles, 0 below 0.9."""
-
-    def plain(text):
-        text = unicodedata.normalize("NFKD", str(text)).encode("ascii", "ignore").decode().lower()
-        return re.sub(r"\b(?:the|an?)\s+", "", text)
-
-    score_ = similarity(plain(ours), plain(gold))
-    return score_ if score_ >= 0.9 else 0.0
-
-
-def overlap(box, other) -> float:
-    """Intersection over union of two boxes (left, top, right, bottom)."""
-    width = min(box[2], other[2]) - max(box[0], other[0])
-    height = min(box[3], other[3]) - max(box[1], other[1])
-    common = max(0.0, width) * max(0.0, height)
-    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)]
-    union = sum(areas) - common
-    return common / union if union > 0 else 0.0
-
-
-def best_overlap(ours: list, gold: list) -> float:
-    """The mean over predicted boxes of the best overlap with a true one."""
-    best = [max((overlap(box, other) for other in gold), default=0.0) for box in ours]
-    return sum(best) / len(best) if best else 0.0
-
-
-def box_sequence(ours, gold) -> float:
-    ours, gold = as_boxes(ours), as_boxes(gold)
-    return sum(map(overlap, ours, gold)) / len(gold) if len(ours) == len(gold) else 0.0
-
-
-def point_distance(ours, gold) -> float:
-    (ours,), (gold,) = xml_numbers(ours, "point"), xml_numbers(gold, "point")
-    inside = all(0 <= number <= 1 for number in (*ours, *gold))
-    return max(0.0, 1 - math.dist(ours, gold)) if inside else 0.0
-
-
-def keypoints(ours, gold) -> float:
-    ours, gold = as_list(ours), as_list(gold)
-    far = [math.dist(a, b) / math.sqrt(2) for a, b in zip(ours, gold, strict=True)]
-    return sum(math.exp(-10 * distance) for distance in far) / len(far)
-
-
-def closeness(ours, gold, worst: float) -> float:
-    """1 at no mean difference, 0 at `worst` and beyond."""
-    pairs = list(zip(as_list(ours), as_list(gold), strict=True))
-    difference = sum(abs(float(a) - float(b)) for a, b in pairs) / len(pairs)
-    return max(0.0, 1 - difference / worst)
-
-
-def latex_in_text(ours, gold) -> bool:
-    def split(text):
-        parts = re.split(r"\$([^$]*)\$", str(text))
-        return "".join(parts[::2]).replace(",", ""), " ".join(parts[1::2])
-
-    (words, formula), (gold_words, gold_formula) = split(ours), split(gold)
-    same = formula == gold_formula or is_correct(formula, gold_formula)
-    return simple(words, gold_words) and same
-
-
-def line_set(text) -> set:
-    return set(str(text).replace("\\n", "\n").lower().split("\n"))
-
-
-def lower_set(thing) -> set:
-    return as_set(lower(as_list(thing)))
-
-
-def chess_moves(thing) -> set:
-    return {str(move).rstrip("!#") for move in as_list(thing)}
-
-
-METRICS = {
-    "exact_str_match": exact,
-    "exact_str_match_case_insensitive": lambda a, b: exact(str(a).upper(), str(b).upper()),
-    "code_result_exact_str_match": lambda a, b: exact(a, FENCE.sub(r"\1", str(b))),
-    "simple_str_match": simple,
-    "multi_ref_phrase": lambda a, b: any(simple(a, c) for c in as_list(str(b).replace("，", ","))),
-    "near_str_match": near,
-    "normalized_similarity_damerau_levenshtein": similarity,
-    "set_equality": lambda a, b: as_set(a) == as_set(b),
-    "set_equality_case_insensitive": lambda a, b: lower_set(a) == lower_set(b),
-    "str_set_equality_line_break": lambda a, b: line_set(a) == line_set(b),
-    "str_set_equality_comma": lambda a, b: lower_set(a) == lower_set(b),
-    "set_precision": lambda a, b: share(as_set(a) & as_set(b), as_set(a)),
-    "jaccard_index": lambda a, b: jaccard(as_set(a), as_set(b)),
-    "jaccard_index_case_insensitive": lambda a, b: jaccard(lower_set(a), lower_set(b)),
-    "chess_move_list_jaccard_index": lambda a, b: jaccard(chess_moves(a), chess_moves(b)),
-    "sequence_equality": lambda a, b: as_list(a) == as_list(b),
-    "sequence_equality_case_insensitive": lambda a, b: lower(as_list(a)) == lower(as_list(b)),
-    "sequence_accuracy_case_insensitive": accuracy_by_place,
-    "longest_common_list_prefix_ratio": common_prefix,
-    "dict_equality": lambda a, b: as_dict(a) == as_dict(b),
-    "dict_precision": lambda a, b: matching_keys(b, a) / len(as_dict(a)),
-    "dict_exact_str_match_agg_recall": lambda a, b: matching_keys(a, b) / len(as_dict(b)),
-    "dict_set_equality_agg_jaccard": lambda a, b: over_keys(a, b, METRICS["set_equality"]),
-    "dict_jaccard_agg_jaccard": lambda a, b: over_keys(a, b, METRICS["jaccard_index"]),
-    "dict_nbbox_iou_tuple_agg_jaccard": lambda a, b: over_keys(a, b, METRICS["nbbox_iou_tuple"]),
-    "positive_int_match": positive_int,
-    "number_rel_diff_ratio": relative_difference,
-    "general_single_numerical_match": numerical,
-    "boxed_single_numerical_match": boxed_numerical,
-    "latex_expr_equality": lambda a, b: is_correct(str(a), str(b)),
-    "text_with_latex_expr_equality": latex_in_text,
-    "nbbox_iou_tuple": lambda a, b: best_overlap(as_boxes(a), as_boxes(b)),
-    "nbbox_iou_single": lambda a, b: best_overlap(as_boxes(a)[:1], as_boxes(b)[:1]),
-    "nbbox_iou_sequence": box_sequence,
-    "xml_nbbox_iou_single": lambda a, b: best_overlap(xml_numbers(a, "box"), xml_numbers(b, "box")),
-    "xml_norm_point_distance": point_distance,
-    "sequence_coords_similarity": keypoints,
-    "normalized_rmse": lambda a, b: closeness(a, b, worst=0.1),
-    "angle_seq_float_rmse": lambda a, b: closeness(a, b, worst=10.0),
-}
 
 
 # ---------------------------------------------------------------------------- a sample
@@ -422,11 +109,11 @@ def score(found: str, answer: dict, info: dict) -> float:
     >>> score('{"who": "Ada L.", "n": 2}', {"who": "ada l", "n": "3"}, info)
     0.25
     """
-    parsed = parse(found, answer, info)
+    fields = parse(found, answer, info)
     scores = {}
     for field, name in metrics_of(info, answer).items():
         whole = field in (info.get("global_aux_metrics") or {})
-        ours, gold = (parsed, answer) if whole else (parsed.get(field), answer[field])
+        ours, gold = (fields, answer) if whole else (fields.get(field), answer[field])
         metric = METRICS[name.lower()]
         try:
             mark = 0.0 if ours is None else float(metric(unquoted(ours), unquoted(gold)))

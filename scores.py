@@ -183,6 +183,8 @@ def summarise(
             "unsupported_metrics": dict(Counter(reasons[x.stratum] for x in left_out)),
             "micro": round(sum(values) / len(values), 6),
         }
+    if name in BENCHMARKS:
+        summary["rules_cover"] = BENCHMARKS[name].covers
     if name in PUBLISHED:
         summary["published"] = dict(zip(MODELS, PUBLISHED[name], strict=True))
     return summary
@@ -228,7 +230,8 @@ def table(summaries: dict[str, dict]) -> str:
         several = [f"{key} {100 * s[key]:.1f}" for key in s if key.split("@")[0] in ("pass", "maj")]
         rows = [(name, "accuracy", "n")]
         rows += [(g, f"{100 * v['accuracy']:.1f}", str(v["n"])) for g, v in s["groups"].items()]
-        blocks.append("\n".join([_aligned(rows), *several]))
+        covers = [f"rules cover {s['rules_cover']}"] if "rules_cover" in s else []
+        blocks.append("\n".join([_aligned(rows), *several, *covers]))
     return "\n\n".join(blocks)
 
 

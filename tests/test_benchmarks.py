@@ -12,6 +12,7 @@ from PIL import Image
 
 import benchmarks
 import megabench
+import megametrics
 import rules
 import scores
 import sources
@@ -128,7 +129,7 @@ def extracted(response: str):
     return rules.extract(response)
 
 
-@pytest.mark.parametrize("module", [benchmarks, megabench, rules, scores, sources])
+@pytest.mark.parametrize("module", [benchmarks, megabench, megametrics, rules, scores, sources])
 def test_the_examples_in_the_docstrings_hold(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -456,7 +457,7 @@ def test_megabench_metrics_score_as_published(metric, answer, response, score):
     assert mega_score(metric, answer, response) == pytest.approx(score)
 
 
-@pytest.mark.parametrize("metric", sorted(megabench.METRICS))
+@pytest.mark.parametrize("metric", sorted(megametrics.METRICS))
 def test_megabench_metrics_survive_any_answer(metric):
     for response in ("Answer: nonsense", "Answer: [[[", 'Answer: {"x": [1, {}]}', "Answer: 1/0"):
         assert 0 <= mega_score(metric, "5", response) <= 1
@@ -467,7 +468,8 @@ def test_megabench_json_answers_are_weighted_or_take_the_least():
             "aggregation": {"function": "mean", "field_weights": {"a": 1, "b": 3}},
             "response_parse_function": "json"}  # fmt: skip
     answer = {"a": "x", "b": "2"}
-    text = 'Thinking {of} it.\nAnswer: ```json\n{"a": "x", "b": 3}\n```'
+    formulas = "x_{1}" * 300
+    text = formulas + 'Thinking {of} it.\nAnswer: ```json\n{"a": "x", "b": 3}\n```'
     assert megabench.score(megabench.extract(text, info), answer, info) == 0.25
     info["aggregation"]["function"] = "min"
     assert megabench.score(megabench.extract(text, info), answer, info) == 0
