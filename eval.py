@@ -153,9 +153,7 @@ def find_model(config: Config) -> str:
     if config.model not in ("", "toy"):
         return config.model
     if any(name != "toy" for name in names(config)):
-        raise UserError(
-            f"--benchmark {config.benchmark}: give a --model that has seen more than toys"
-        )
+        raise UserError(f"--benchmark {config.benchmark}: give a --model, a directory or hub id")
     found = [path.parent for path in Path("runs").glob("*/checkpoint-*/trainer.json")]
     found = [path for path in found if trainer_config(str(path)).get("model") == "toy"]
     if found and not config.model:

@@ -30,9 +30,10 @@ def is_wanted(benchmark: Benchmark, path: str) -> bool:
     >>> is_wanted(mmmu, "Art/dev-00000.parquet"), is_wanted(mmmu, "Art/validation-00000.parquet")
     (False, True)
     """
+    path = path.lower()
     if re.search(benchmark.beside, path) or any(part.startswith(".") for part in path.split("/")):
         return False
-    words = set(re.split(r"[^a-z]+", path.rsplit(".", 1)[0].lower())) & SPLITS
+    words = set(re.split(r"[^a-z]+", path.rsplit(".", 1)[0])) & SPLITS
     return not words or benchmark.split in {"validation" if w == "val" else w for w in words}
 
 
@@ -83,7 +84,11 @@ def find_data(name: str, data: str, several: bool) -> Path:
         return download(name, data or BENCHMARKS[name].hub)
     plain = re.sub("[^a-z]", "", BENCHMARKS[name].hub.split("/")[1].lower())
     for child in sorted(path.iterdir()) if path.is_dir() else []:
-        if re.sub("[^a-z]", "", child.stem.lower().split("--")[-1]) == plain:
+        # A file NAME.jsonl may be a result of ours.
+        if (
+            child.suffix != ".jsonl"
+            and re.sub("[^a-z]", "", child.stem.lower().split("--")[-1]) == plain
+        ):
             return child
     if several:
         raise UserError(f"{path}: no folder of {name} in it; several benchmarks need one each")
