@@ -55,9 +55,10 @@ def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str,
     tensors = {}
     for name, parameter in policy.named_parameters():
         tensors[f"param/{name}"] = parallel.local(parameter.detach()).contiguous()
-        for moment in MOMENTS:
-            state = optimizer.state.get(parameter)
-            if state:
+        state = optimizer.state.get(parameter)
+        if state:  # none where there was no gradient yet, as in the tower before the first picture
+            tensors[f"step/{name}"] = state["step"].reshape(1)
+            for moment in MOMENTS:
                 tensors[f"{moment}/{name}"] = parallel.local(state[moment]).contiguous()
     return tensors
 
@@ -137,14 +138,14 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
             raise UserError(f"{directory}: no weights for {name}; it is a checkpoint of another model")
         with torch.no_grad():
             mine.copy_(read_rows(files, f"param/{name}", start, stop))
-        if trainer["adam_step"] == 0:
+        if f"step/{name}" not in names:
             continue
-        moments = {}
+        state = {"step": files[0].get_tensor(f"step/{name}")[0]}
         for moment in MOMENTS:
-            moments[moment] = torch.zeros_like(parameter)
+            state[moment] = torch.zeros_like(parameter)
             values = read_rows(files, f"{moment}/{name}", start, stop)
-            parallel.local(moments[moment]).copy_(values)
-        optimizer.state[parameter] = moments | {"step": torch.tensor(float(trainer["adam_step"]))}
+            parallel.local(state[moment]).copy_(values)
+        optimizer.state[parameter] = state
     return trainer
 
 

@@ -227,8 +227,12 @@ def resume(run: Run) -> bool:
     known = {q.id: q for q in run.questions or []}
     prompts = {}
     for qid in {row["qid"] for rows in packed.values() for row in rows}:
-        question = known.get(qid) or toy.question_by_id(toy.LEVELS[run.config.toy_level], qid)
-        prompts[qid] = encode(run.policy, question, run.config.template)
+        if run.questions is None:
+            known[qid] = toy.question_by_id(toy.LEVELS[run.config.toy_level], qid)
+        elif qid not in known:
+            raise UserError(f"{run.config.data}: no question {qid}, which the episode under way needs; "
+                            "resume with the file and the flags of before")  # fmt: skip
+        prompts[qid] = encode(run.policy, known[qid], run.config.template)
     run.fresh = [checkpoint.unpack_sample(row, prompts) for row in packed["fresh"]]
     run.buffer.samples = [checkpoint.unpack_sample(row, prompts) for row in packed["buffer"]]
     return True
