@@ -382,37 +382,36 @@ def train(run: Run, record: Recorder) -> None:
     sampling_seconds = 0.0
     first = parallel.rank() == 0
     bar = tqdm(total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not first)
-    if run.step == 0 and run.heldout:
-        record.metrics(measure(run))
-    while run.step < run.total_steps:
-        if not run.fresh:
-            start = time.perf_counter()
-            groups, run.counts = sample_episode(run)
-            sampling_seconds = (time.perf_counter() - start) / steps_per_episode
-            run.fresh = [sample for group in groups for sample in group]
-            run.buffer.clear()
-            run.episode += 1
-            record.samples(run.step, groups[:2], run.policy.tokenizer)
-        row = train_step(run, sampling_seconds)
-        record.metrics(row)
-        bar.update()
-        bar.set_postfix(reward=f"{row['reward']:.2f}", effective=f"{row['effective_queries']:.0%}",
-                        replayed=f"{row['replayed']:.0%}", length=f"{row['response_length']:.0f}")  # fmt: skip
-        stop = any(parallel.gather([run.interrupted])) or run.not_finite >= STOP_AFTER
-        last = run.step == run.total_steps or stop
-        if run.heldout and not stop and (last or (c.eval_every and run.step % c.eval_every == 0)):
+    with bar:
+        if run.step == 0 and run.heldout:
             record.metrics(measure(run))
-        if last or run.step % c.save_every == 0:
-            save(run)
-        if run.not_finite >= STOP_AFTER:
-            bar.close()  # or the message would stand on the bar's line
-            raise UserError(
-                f"step {run.step}: {STOP_AFTER} gradients in a row were not finite; lower --lr, and go on "
-                f"from an earlier checkpoint in {run.out}"
-            )
-        if stop:
-            break
-    bar.close()
+        while run.step < run.total_steps:
+            if not run.fresh:
+                start = time.perf_counter()
+                groups, run.counts = sample_episode(run)
+                sampling_seconds = (time.perf_counter() - start) / steps_per_episode
+                run.fresh = [sample for group in groups for sample in group]
+                run.buffer.clear()
+                run.episode += 1
+                record.samples(run.step, groups[:2], run.policy.tokenizer)
+            row = train_step(run, sampling_seconds)
+            record.metrics(row)
+            bar.update()
+            bar.set_postfix(reward=f"{row['reward']:.2f}", effective=f"{row['effective_queries']:.0%}",
+                            replayed=f"{row['replayed']:.0%}", length=f"{row['response_length']:.0f}")  # fmt: skip
+            stop = any(parallel.gather([run.interrupted])) or run.not_finite >= STOP_AFTER
+            last = run.step == run.total_steps or stop
+            if run.heldout and not stop and (last or (c.eval_every and run.step % c.eval_every == 0)):
+                record.metrics(measure(run))
+            if last or run.step % c.save_every == 0:
+                save(run)
+            if run.not_finite >= STOP_AFTER:
+                raise UserError(
+                    f"step {run.step}: {STOP_AFTER} gradients in a row were not finite; lower --lr, and "
+                    f"go on from an earlier checkpoint in {run.out}"
+                )
+            if stop:
+                break
 
 
 def main(argv: list[str]) -> int:
