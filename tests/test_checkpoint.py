@@ -1,0 +1,378 @@
+"""Checkpoints: whole or not there, and a resumed run is the run that was not interrupted."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny import (
+    flags,
+    heldout_of,
+    let_be_right,
+    lucky,
+    make_base,
+    odd_sum,
+    read_jsonl,
+    run_training,
+    same_tensors,
+    steps_of,
+    weights_of,
+)
+from transformers import AutoModelForImageTextToText
+
+import checkpoint
+import parallel
+import toy
+import train
+from checkpoint import list_checkpoints, pack_sample, read_rows, rows_of, unpack_sample
+from data import write_atomically
+from model import Sample, encode
+
+# Two episodes of four steps with both ideas of the paper.
+BOTH = {"steps": 8, "batch_size": 8, "rethink_fraction": 0.5, "save_every": 3, "keep_last": 9}
+
+
+@pytest.fixture(scope="session")
+def base():
+    return make_base()
+
+
+@pytest.fixture(autouse=True)
+def reward_by_luck(monkeypatch):
+    let_be_right(monkeypatch, lucky)
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """A run that nothing interrupted, with a checkpoint at steps 3, 6 and 8."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        let_be_right(monkeypatch, lucky)
+        return run_training(base, out, **BOTH)
+
+
+def at_step(monkeypatch, step: int, action) -> None:
+    """Call `action` in the middle of optimiser step `step`."""
+    real = train.update
+
+    def update(run, branches):
+        if run.step + 1 == step:
+            action()
+        return real(run, branches)
+
+    monkeypatch.setattr(train, "update", update)
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    """The same metrics, but for the clock's, and the same final weights, bit for bit."""
+    assert steps_of(out) == steps_of(whole)
+    assert heldout_of(out) == heldout_of(whole)
+    last, expected = (list_checkpoints(path)[-1] for path in (out, whole))
+    assert last.name == expected.name
+    assert same_tensors(weights_of(last), weights_of(expected))
+    assert samples_of(out) == samples_of(whole)
+
+
+def samples_of(out: Path) -> list:
+    return read_jsonl(out / "samples.jsonl")
+
+
+# ---------------------------------------------------------------------------- resuming exactly
+
+
+def test_the_run_that_is_interrupted_has_something_to_lose(whole):
+    """Its checkpoints hold a part of an episode, a buffer, a second look, and Adam's moments."""
+    held = json.loads((whole / "checkpoint-6" / "samples.json").read_text())
+    assert len(held["fresh"]) == 16 and held["buffer"]
+    assert any(row["rethought"] for part in held.values() for row in part)
+    assert any(row["replayed"] > 0 for row in steps_of(whole)[3:])
+
+
+@pytest.mark.parametrize("step", [4, 6], ids=["between_episodes", "within_an_episode"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_ends_the_step_and_saves_and_resuming_is_exact(
+    base, whole, tmp_path, monkeypatch, capsys, step, number
+):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: os.kill(os.getpid(), number))
+        assert train.main(flags(base, tmp_path, **BOTH)) == 0
+    captured = capsys.readouterr()
+    assert "finishing this step, then saving" in captured.err
+    last = captured.out.splitlines()[-1]
+    assert last.startswith(f"stopped after step {step} of 8")
+    assert f"checkpoint-{step}" in last and f"--resume --out {tmp_path}" in last
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert len(steps_of(tmp_path)) == step
+    assert list_checkpoints(tmp_path)[-1].name == f"checkpoint-{step}"
+    run_training(base, tmp_path, **BOTH, resume="true")
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(base, tmp_path, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 2, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags(base, tmp_path))
+    assert len(steps_of(tmp_path)) == 1
+
+
+KILLED_WHILE_IT_SAVES = """
+import os, signal, sys
+sys.path[:0] = sys.argv[1].split(os.pathsep)
+import torch
+import checkpoint, tiny, train
+
+torch.set_num_threads(int(sys.argv[2]))
+train.grade = lambda sample, text=None: float(tiny.lucky(sample))
+save_policy, saves = checkpoint.save_policy, []
+
+def save_and_die(policy, directory, weights):
+    save_policy(policy, directory, weights)
+    saves.append(directory)
+    if len(saves) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save_policy = save_and_die
+train.main(sys.argv[3:])
+"""
+
+
+def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(base, whole, tmp_path):
+    """Killed at step 6 with the weights written and the rest not: resuming starts from step 3."""
+    path = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])
+    command = [sys.executable, "-c", KILLED_WHILE_IT_SAVES, path, str(torch.get_num_threads())]
+    process = subprocess.run([*command, *flags(base, tmp_path, **BOTH)], timeout=100, check=False,
+                             capture_output=True)  # fmt: skip
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert (tmp_path / "unfinished-6" / "model.safetensors").exists()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert len(steps_of(tmp_path)) == 6
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "episode": 2, "rewa')  # killed while it wrote a line
+    run_training(base, tmp_path, **BOTH, resume="true")
+    assert_same_run(tmp_path, whole)
+    assert not list(tmp_path.glob("unfinished-*"))
+
+
+def test_resuming_from_an_earlier_checkpoint_forgets_the_later_lines(base, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    for step in (6, 8):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    run_training(base, out, **BOTH, resume="true")
+    assert_same_run(out, whole)
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(base, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    run_training(base, out, **BOTH, resume="true")  # nothing is left to do
+    assert_same_run(out, whole)
+    run_training(base, out, **BOTH | {"steps": 10}, resume="true")
+    assert [row["step"] for row in steps_of(out)] == list(range(1, 11))
+    assert steps_of(out)[:8] == steps_of(whole)
+
+
+def test_resuming_where_nothing_is_yet_starts_anew(base, tmp_path):
+    run_training(base, tmp_path, resume="true")
+    assert len(steps_of(tmp_path)) == 4
+
+
+def test_flags_that_changed_since_are_noted(base, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    changed = BOTH | {"steps": 9, "lr": 2e-3, "ssr": "filter", "resume": "true"}
+    run_training(base, out, **changed)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert notes == ["note: lr, ssr differ from the run that is resumed"]
+
+
+def test_resuming_is_exact_where_the_vision_tower_has_seen_nothing_yet(base, tmp_path, monkeypatch):
+    """Text for an episode, then pictures: the tower's Adam is younger than the others'."""
+    question = toy.toy_questions(toy.LEVELS["easy"], 1, "late")[0]
+    question.images[0].save(tmp_path / "picture.png")
+
+    rows = [{"qid": f"q{i}", "question": f"{i} + {i}?", "answer": "4"} for i in range(4)]
+    rows += [row | {"qid": f"p{i}", "image": "picture.png"} for i, row in enumerate(rows)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def text_first(run, episode):
+        wanted = "q" if episode == 0 else "p"
+        return [q for q in run.questions if q.id.startswith(wanted)]
+
+    monkeypatch.setattr(train, "episode_questions", text_first)
+    let_be_right(monkeypatch, odd_sum)
+    settings = {"data": data, "heldout": 0, "steps": 5, "save_every": 1, "keep_last": 9}
+    run_training(base, tmp_path / "whole", **settings)
+    for step in (1, 3):
+        out = shutil.copytree(tmp_path / "whole", tmp_path / str(step))
+        for later in range(step + 1, 6):
+            shutil.rmtree(out / f"checkpoint-{later}")
+        run_training(base, out, **settings, resume="true")
+        assert_same_run(out, tmp_path / "whole")
+
+
+def test_a_question_that_has_left_the_file_is_named(base, tmp_path, monkeypatch, capsys):
+    rows = [{"qid": f"q{i}", "question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"data": data, "heldout": 0, "ssr": "off", "episode_queries": 8, "steps": 4}
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_training(base, tmp_path / "run", **settings)
+    held = json.loads((tmp_path / "run/checkpoint-2/samples.json").read_text())
+    needed = {row["qid"] for row in held["fresh"]}
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows if row["qid"] not in needed))
+    capsys.readouterr()
+    assert train.main(flags(base, tmp_path / "run", **settings, resume="true")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert str(data) in line and any(qid in line for qid in needed)
+
+
+# ---------------------------------------------------------------------------- what a checkpoint is
+
+
+def test_the_last_checkpoints_are_kept(base, tmp_path):
+    run_training(base, tmp_path, steps=11, save_every=3, keep_last=2, heldout=0)
+    # By number: 11 comes after 9.
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-11"]
+    assert not list(tmp_path.glob("unfinished-*"))
+
+
+def test_what_is_not_a_whole_checkpoint_is_not_listed(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-tmp", "unfinished-12"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+
+
+def test_a_checkpoint_loads_by_transformers_with_no_key_missing_or_left(whole):
+    directory = list_checkpoints(whole)[-1]
+    model, report = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+    assert not any(report.values()), report
+    with safe_open(directory / "state-0-of-1.safetensors", framework="pt") as state:
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, state.get_tensor(f"param/model.{name}"))
+
+
+def test_a_checkpoint_is_a_model_to_train_on(base, whole, tmp_path):
+    run_training(whole / "checkpoint-8", tmp_path, steps=1, batch_size=32)
+    assert heldout_of(tmp_path)[0]["heldout_accuracy"] == heldout_of(whole)[-1]["heldout_accuracy"]
+
+
+def test_nothing_is_pickled(base, whole, tmp_path, monkeypatch):
+    names = {p.suffix for p in (whole / "checkpoint-8").iterdir()}
+    assert names == {".json", ".jinja", ".safetensors"}
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr("pickle.load", refuse)
+    monkeypatch.setattr("pickle.loads", refuse)
+    out = shutil.copytree(whole, tmp_path / "copy")
+    run_training(base, out, **BOTH | {"steps": 9}, resume="true")
+
+
+def test_a_checkpoint_that_lacks_a_part_is_named(base, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    (out / "checkpoint-8" / "state-0-of-1.safetensors").unlink()
+    assert train.main(flags(base, out, **BOTH, resume="true")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "checkpoint-8/state-0-of-1.safetensors: missing" in line
+
+
+def test_a_checkpoint_of_another_model_is_named(base, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    state = out / "checkpoint-8" / "state-0-of-1.safetensors"
+    with safe_open(state, framework="pt") as file:
+        names = [name for name in list(file.keys()) if "layers.1." not in name]
+        tensors = {name: file.get_tensor(name) for name in names}
+    save_file(tensors, state)
+    assert train.main(flags(base, out, **BOTH, resume="true")) == 2
+    assert "another model" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------- its parts
+
+
+def test_a_sample_survives_json_exactly():
+    policy = toy.new_policy(0, hidden=32, layers=1, heads=2)
+    question = toy.toy_questions(toy.LEVELS["easy"], 1, "json")[0]
+    prompt = encode(policy, question, "bare")
+    torch.manual_seed(0)
+    sample = Sample(prompt, torch.tensor([5, 6, 7]), -10 * torch.rand(3) ** 9,
+                    torch.tensor([True, False, True]), 'quote " and \u2603', "stop", 1.0, 1 / 3, 7,
+                    "self_correction")  # fmt: skip
+    row = json.loads(json.dumps(pack_sample(sample)))
+    back = unpack_sample(row, {question.id: prompt})
+    for name, value in vars(sample).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, getattr(back, name))
+            assert value.dtype == getattr(back, name).dtype
+        else:
+            assert value is getattr(back, name) or value == getattr(back, name)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 8])
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 4), (4, 3), (3, 8)])
+def test_any_number_of_ranks_finds_its_rows(tmp_path, monkeypatch, rows, before, after):
+    """Parts are cut as torch.chunk cuts, empty ones included: what is split is put together again."""
+    tensor = torch.arange(rows * 2.0).view(rows, 2)
+
+    def parts_for(count: int) -> list[torch.Tensor]:
+        chunks = list(tensor.chunk(count))
+        return chunks + [tensor[:0]] * (count - len(chunks))
+
+    for i, part in enumerate(parts_for(before)):
+        save_file({"w": part.clone()}, tmp_path / str(i))
+    files = [safe_open(tmp_path / str(i), framework="pt") for i in range(before)]
+    for i, expected in enumerate(parts_for(after)):
+        monkeypatch.setattr(parallel, "shard_place", lambda _, i=i: (i, after))
+        assert torch.equal(read_rows(files, "w", *rows_of(tensor)), expected)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError):
+            write_atomically(path, "new")
+    assert path.read_text() == "old"
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "no space left"), (errno.EACCES, "no right to write")],
+)
+def test_a_disk_that_fails_while_a_run_writes_is_one_line(
+    base, tmp_path, monkeypatch, capsys, number, words
+):
+    real = checkpoint.save
+
+    def save(directory, *args):
+        if (directory / "checkpoint-2").exists():
+            raise OSError(number, os.strerror(number), str(directory / "unfinished-4"))
+        real(directory, *args)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert train.main(flags(base, tmp_path)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and words in line and str(tmp_path) in line
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2"]
