@@ -21,231 +21,43 @@ from functools import lru_cache
 from mathexpr import Unreadable, parse
 from mathvalue import proportional, same_value, symbols
 from measures import clock, date, measure, same_clock
+from tidy import enclosed, split, splitter, tidy, ungrouped, words
 
 MAX_LIST, MAX_NESTING = 50, 8
 
-# ------------------------------------------------------------------------------ tidy
-
-_CHARACTERS = {
-    **dict.fromkeys("−–—‐‑‒﹣－", "-"), **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u3000", " "),
-    **dict.fromkeys("·⋅∙×✕", "*"), **dict.fromkeys("÷∕⁄", "/"), **dict.fromkeys("º˚", "°"),
-    **dict.fromkeys("“”„", '"'), **dict.fromkeys("‘’′`", "'"),
-    "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "⩽": "≤", "⩾": "≥",
-    "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ",
-    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "∠": " angle ", "△": " triangle ", "⊥": r"\perp ",
-    "∥": r"\parallel ", "℃": "° C", "℉": "° F", "％": "%", "（": "(", "）": ")", "，": ",",
-    "：": ":", "；": ";", "＝": "=", "＋": "+", "″": "''", "⟨": r"\langle ", "⟩": r"\rangle ",
-    "Δ": r"\Delta ", "Ω": r"\Omega ", "Ω": r"\Omega ", "Φ": r"\Phi ", "ϕ": r"\phi ",
-}  # fmt: skip
-_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi _ _ rho _ sigma"
-_GREEK += " tau upsilon phi chi psi omega"
-_CHARACTERS |= {chr(0x3B1 + k): rf"\{n} " for k, n in enumerate(_GREEK.split()) if n != "_"}
-_VULGAR = "½12 ⅓13 ⅔23 ¼14 ¾34 ⅕15 ⅖25 ⅗35 ⅘45 ⅙16 ⅚56 ⅐17 ⅛18 ⅜38 ⅝58 ⅞78 ⅑19"
-_CHARACTERS |= {v[0]: rf"\frac{{{v[1]}}}{{{v[2]}}}" for v in _VULGAR.split()}
-_TABLE = str.maketrans(_CHARACTERS)
-_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ"
-_PLAIN = str.maketrans(_RAISED + _LOWERED, "0123456789+-n" * 2)
-
-_COMMANDS = {
-    name: replacement
-    for names, replacement in (
-        ("left right big Big bigl bigr Bigl Bigr bigg Bigg biggl biggr Biggl Biggr middle", ""),
-        ("displaystyle textstyle scriptstyle limits nolimits nonumber rm bf it therefore !", ""),
-        ("text textbf textit textrm textsf texttt textnormal mathrm mathbf mathit mathsf", ""),
-        ("mathtt mathcal mathnormal mbox hbox operatorname boldsymbol bm emph underline ce", ""),
-        ("quad qquad enspace thinspace space hfill , ; : > ( ) [ ]", " "),
-        ("dfrac tfrac cfrac nicefrac sfrac", r"\frac"), ("dbinom tbinom", r"\binom"),
-        ("leq le leqslant leqq", "≤"), ("geq ge geqslant geqq", "≥"), ("neq ne", "≠"),
-        ("lt", "<"), ("gt", ">"), ("approx simeq approxeq", "≈"), ("times cdot ast", "*"),
-        ("div", "/"), ("lbrace", r"\{"), ("rbrace", r"\}"), ("lbrack", "["), ("rbrack", "]"),
-        ("lvert rvert vert", "|"), ("colon", ":"), ("degree textdegree", "°"), ("%", "%"),
-        ("$ textdollar", "$"), ("euro", "€"), ("pounds", "£"), ("# &", ""), ("_", "_"),
-        ("varnothing", r"\emptyset "), ("to rightarrow longrightarrow", "→"), ("prime", "'"),
-        ("lor vee", " or "), ("land wedge", " and "), ("angle measuredangle", " angle "),
-        ("triangle", " triangle "), ("dots ldots cdots", "..."), ("varphi", r"\phi "),
-        ("varepsilon", r"\epsilon "), ("vartheta", r"\theta "), ("infin", r"\infty "),
-    )
-    for name in names.split()
-}  # fmt: skip
-_COMMANDS[" "] = " "
-_COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
-_STYLED = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox"
-    r"|operatorname\*?|boldsymbol|bm|emph|underline|ce)\s*\{([^{}]*)\}"
-)
-_BLANKS = re.compile(r"\\(?:[hv]space\*?|[hv]?phantom|color|textcolor)\s*\{[^{}]*\}")
-# $ around all of it, or around a part as in pandoc: no space inside, no digit after the closing.
-_DOLLARS = [
-    re.compile(r"^\s*\$\$?((?:[^$\\]|\\.)*)\$\$?[\s.,;]*$"),
-    re.compile(r"(?<!\\)\$\$?(?![\s$])((?:[^$\\]|\\.)*)(?<![\s\\])\$\$?(?![0-9])"),
-]
-_BOLD = re.compile(r"(?<![\w)}*])(\*\*?)([^*]+)\1(?!\*)")  # in Markdown
-_CIRCLE = re.compile(r"\^\s*(?:\{\s*(?:\\circ|°)\s*\}|\\circ(?![A-Za-z])|°|\{?\\degree\}?)")
-_RECURRING = re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar|dot)\s*\{([0-9]{1,20})\}")
-_GROUPED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
-_SPACED = re.compile(r"(?<![0-9.,])(?<![0-9] )[1-9][0-9]{0,2}(?: [0-9]{3})+(?! ?[0-9]|,[0-9]|/)")
-_ANSWER_IS = re.compile(
-    r"(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:(?:correct|final|right|best) )*"
-    r"(?:answer|solution|result|choice|option)s?(?: choice| option)?(?: is ?:?| are| ?[:=]) *",
-    re.IGNORECASE,
-)
-_SMALL_RULES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"([0-9]) ?\^? ?\{ ?(st|nd|rd|th) ?\}", r"\1\2"),  # 5^{\text{th}}
-        (r"([0-9]) ?\^? ?(st|nd|rd|th)\b", r"\1\2"),
-        (r"(?<=[0-9]) ?\^ ?(?:\{o\}|o\b)", "°"),
-        (r"(?<![A-Za-z.])(sq|cu|in|ft|yd|mi|lb|oz|hr|min|sec)\.(?= |$)", r"\1"),
-        (r"(?<=[0-9.]) ?[xX] ?(?=10 ?\^)", "*"),  # 3 x 10^5
-        (r"\^ ?\{?'+ ?\}?", "'"),
-        (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
-        (r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
-        (r"\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r"\\frac{\1}{\2}"),
-        (r"(?<=[0-9} ])\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+(?:\^\{?[23]\}?)?) ?\}$", r" \1/\2"),
-        (r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
-        (r"\\\{ *\\\}", r"\\emptyset"),
-        (r"° ?([CF])\b", r" ° \1"),
-        (r"^([`'\"])(.*)\1$", r"\2"),
-        (r" +", " "),
-    )
-]
-
-
-@lru_cache(maxsize=4096)
-def tidy(text: str) -> str:
-    r"""One spelling for what looks alike: signs, wrappers, spacing, thousands separators.
-
-    >>> tidy(r"$\dfrac{1}{2}\,\text{cm}$."), tidy(r"1{,}234"), tidy("1 234"), tidy("12,34")
-    ('\\frac{1}{2} cm', '1234', '1234', '12,34')
-    """
-    text = _ungrouped(text)
-    return _SPACED.sub(lambda m: m[0].replace(" ", ""), _GROUPED.sub(_without_commas, text))
-
-
-def _without_commas(match: re.Match) -> str:
-    return match[0].replace(",", "")
-
-
-@lru_cache(maxsize=4096)
-def _ungrouped(text: str) -> str:
-    """tidy() before thousands separators are taken out."""
-    text = _BOLD.sub(r"\2", text)
-    if "$" in text:
-        text = _DOLLARS[1].sub(r"\1", _DOLLARS[0].sub(r"\1", text))
-    if not text.isascii():
-        text = re.sub("³√", r"\\sqrt[3]", text)
-        text = re.sub(f"[{_RAISED}]+", lambda m: f"^{{{m[0].translate(_PLAIN)}}}", text)
-        text = re.sub(f"[{_LOWERED}]+", lambda m: f"_{{{m[0].translate(_PLAIN)}}}", text)
-        text = re.sub("[µμ](?=[mgsLAFCV])", "u", text).translate(_TABLE)
-    if "\\" in text:
-        text = _BLANKS.sub("", text).replace(r"\left.", "").replace(r"\right.", "")
-        text = _CIRCLE.sub("°", text)
-        for _ in range(3):
-            text = _STYLED.sub(_unstyled, text)
-        text = _RECURRING.sub(_recurring, text)
-        text = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), text)
-    text = text.replace("{,}", ",").replace("~", " ").strip()
-    if "\n" in text and "\\begin" not in text:
-        text = re.sub(r"(?<=[\w)}\]])\s*\n\s*(?=[\w\\({\[])", "; ", text)
-    text = _bare(text)
-    for pattern, replacement in _SMALL_RULES:
-        text = pattern.sub(replacement, text)
-    return re.sub(r"^[=≈] ?(?![=<>])", "", _bare(text))
-
-
-def _bare(text: str) -> str:
-    """Without final punctuation, 'The answer is' and braces around all of it."""
-    text = " ".join(text.split())
-    for _ in range(2):
-        text = text.strip(" ").rstrip(".,; ")
-        if text[:1] == "{" and text[-1:] == "}" and _enclosed(text):
-            text = text[1:-1]
-        match = _ANSWER_IS.match(text) if len(text) > 5 else None
-        text = text[match.end() :] if match else text
-    return text.strip(" ").rstrip(".,; ")
-
-
-def _unstyled(match: re.Match) -> str:
-    """A wrapper's content; a space keeps letters of two wrappers, or a unit, apart."""
-    inner, text = match[1], match.string
-    before, after = text[match.start() - 1 : match.start()], text[match.end() : match.end() + 1]
-    left = " " if inner[:1].isalpha() and (before.isalnum() or before in ("}", ")")) else ""
-    right = " " if inner[-1:].isalpha() and after.isalpha() else ""
-    return left + inner + right
-
-
-def _recurring(match: re.Match) -> str:
-    r"""0.1\overline{6} -> (\frac{15}{90})"""
-    whole, fixed, period = match.groups()
-    above = int(whole + fixed + period) - int((whole + fixed) or 0)
-    return rf"(\frac{{{above}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}})"
-
-
 # ------------------------------------------------------------------------------ read
 
-_BRACKET = r"(?P<open>\\\{|\\langle|\\begin(?=\{)|[(\[{])|(?P<close>\\\}|\\rangle|\\end(?=\{)|[)\]}])"
-
-
-def _splitter(separator: str) -> re.Pattern:
-    return re.compile(f"(?P<separator>{separator})|{_BRACKET}")
-
-
-_COMMA = _splitter(r",? +(?:and|or) +|[,;]")
-_CUP = _splitter(r"\\cup(?![A-Za-z])|(?<=[)\]]) ?U ?(?=[(\[])")
-_RELATION = _splitter(r"<=|>=|!=|[=<>≤≥≠≈]|\\in(?![A-Za-z])")
-_COLON = _splitter(r":| to ")
-_NEVER = _splitter(r"(?!)")
+_COMMA = splitter(r",? +(?:and|or) +|[,;]")
+_CUP = splitter(r"\\cup(?![A-Za-z])|(?<=[)\]]) ?U ?(?=[(\[])")
+_RELATION = splitter(r"<=|>=|!=|[=<>≤≥≠≈]|\\in(?![A-Za-z])")
+_COLON = splitter(r":| to ")
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "≈": "=", "\\in": "="}
 _PAIRS = {("(", ")"), ("(", "]"), ("[", ")"), ("[", "]"), ("\\langle", "\\rangle"), ("\\{", "\\}")}
-_MATRIX = re.compile(
-    r"\\begin\{([bpvBV]?matrix|array)\}(?:\{[lcr| ]*\})?((?:(?!\\begin|\\end).)*)\\end\{\1\}"
+_ENVIRONMENT = re.compile(
+    r"\\begin\{([bpvBV]?matrix|array|cases|aligned|gathered)\}(?:\{[lcr| ]*\})?"
+    r"((?:(?!\\begin|\\end).)*)\\end\{\1\}"
 )
+_NEW_ROW = re.compile(r"\\\\(?:\[[^\]]*\])?")
+_COMPOUND_PART = re.compile(r"[0-9.]+ ?[A-Za-z]+")
+_COMPOUND = re.compile(r"[0-9.]+ ?[A-Za-z]+(?: ?[0-9.]+ ?[A-Za-z]+){1,2}")
 _CHAIN = re.compile(r"[A-Z][a-z]?(?:-[A-Z][a-z]?)+")  # H-O-H, and not a difference
 _BUILDER = re.compile(r"[a-z] ?(?:\\in ?\\mathbb ?\{R\} ?)?(?:\\mid|\||:)(.+)")
 _NAME = (
     r"(?:[A-Za-z][A-Za-z]*|\\[A-Za-z]+(?:\{[A-Za-z ]*\})?)(?: ?_ ?(?:\{[^{}]*\}|[0-9A-Za-z]))?'*"
 )
+# What may stand before "=" without being part of the answer: x, f(x), Area of ABC, angle 1,
+# |AB|, dy/dx, a:b, (x, y). Not 2x, x + y or x^2: those are equations.
 _LABEL = re.compile(
-    rf"(?:{_NAME}(?:\^\{{-1\}})?(?: {_NAME}){{0,7}} ?(?:\([^()=<>]{{1,20}}\))?)|\|[A-Z]{{1,2}}\|"
-    r"|\\frac ?\{d[a-z]?\} ?\{d[a-z]\}|d[a-z] ?/ ?d[a-z]|\([a-zA-Z](?: ?, ?[a-zA-Z]){1,3}\)"
+    rf"{_NAME}(?:\^\{{-1\}})?(?: {_NAME}){{0,7}}(?: [0-9])? ?(?:\([^()<>]{{1,20}}\))?"
+    r"|\|[A-Z]{1,2}\||\\frac ?\{d[a-z]?\} ?\{d[a-z]\}|d[a-z] ?/ ?d[a-z]"
+    r"|[a-zA-Z](?: ?: ?[a-zA-Z]){1,2}|\([a-zA-Z](?: ?, ?[a-zA-Z]){1,3}\)"
 )
-
-
-def _split(text: str, splitter: re.Pattern) -> tuple[list[str], list[str]]:
-    """Pieces and separators of a text, cut outside all brackets; Unreadable if unbalanced."""
-    pieces, separators, depth, start = [], [], 0, 0
-    for match in splitter.finditer(text):
-        if match["separator"] is None:
-            depth += 1 if match["open"] else -1
-            if depth < 0:
-                raise Unreadable("unbalanced")
-        elif depth == 0:
-            pieces.append(text[start : match.start()].strip())
-            separators.append(match["separator"].strip())
-            start = match.end()
-    if depth:
-        raise Unreadable("unbalanced")
-    return [*pieces, text[start:].strip()], separators
-
-
-def _enclosed(text: str) -> tuple[str, str, str] | None:
-    """(opening, inside, closing) if the first bracket closes at the very end of the text."""
-    depth, first = 0, None
-    for match in _NEVER.finditer(text):
-        if first is None and match.start():
-            return None
-        first = first or match[0]
-        depth += 1 if match["open"] else -1
-        if depth <= 0:
-            inside = text[len(first) : match.start()].strip()
-            return (first, inside, match[0]) if match.end() == len(text) else None
-    return None
 
 
 @lru_cache(maxsize=4096)
 def readings(text: str) -> tuple[tuple, ...]:
     """All readings of a raw text: two where 1,234 in brackets is one number or two, else one."""
-    plain, raw = tidy(text), _ungrouped(text)
+    plain, raw = tidy(text), ungrouped(text)
     if plain != raw and re.search(r"[(\[{].*[0-9],[0-9]", raw):
         return read(plain), read(raw)
     return (read(plain),)
@@ -270,37 +82,55 @@ def read(text: str, nesting: int = 0) -> tuple:
 def _structure(text: str, nesting: int) -> tuple | None:
     """Whatever is more than one expression, or None."""
     below = nesting + 1
-    pieces, separators = _split(text, _COMMA)
+    pieces, separators = split(text, _COMMA)
     if separators:
         joiners = {s.strip(", ") or "," for s in separators}
         pieces[0] = re.sub(r"^[Bb]oth ", "", pieces[0]) if "and" in joiners else pieces[0]
         joiner = next((j for j in ("or", "and") if j in joiners), ",")
         return _list([read(piece, below) for piece in pieces], joiner)
-    pieces, separators = _split(text, _RELATION)
+    pieces, separators = split(text, _RELATION)
     if separators and all(pieces):
         signs = tuple(_SIGNS.get(s, s) for s in separators)
         if r"\pm" not in text:
             return _relation(signs, pieces, below)
-    pieces, separators = _split(text, _CUP)
+    pieces, separators = split(text, _CUP)
     if separators:
         return _list([read(piece, below) for piece in pieces], ",")
     if r"\pm" in text:
         return _list([read(t, below) for t in _both_signs(text)], ",")
-    enclosed = _enclosed(text)
-    if enclosed:
-        return _bracketed(*enclosed, below)
-    matrix = _MATRIX.fullmatch(text)
-    if matrix:
-        rows = [row.split("&") for row in re.split(r"\\\\(?:\[[^\]]*\])?", matrix[2]) if row.strip()]
-        determinant = matrix[1].lower() == "vmatrix"
-        return ("matrix", determinant, tuple(tuple(read(c, below) for c in row) for row in rows))
-    pieces, separators = _split(text, _COLON)
-    if separators and len(set(separators)) == 1:
-        return ("ratio", tuple(("value", *measure(piece)) for piece in pieces))
-    point = re.fullmatch(r"([A-Z]'?) ?(\(.+\))", text)
-    if point and "," in point[2]:
-        return _relation(("=",), [point[1], point[2]], below)
-    return None
+    bracketed = enclosed(text)
+    if bracketed:
+        return _bracketed(*bracketed, below)
+    return _environment(text, below) or _ratio(text) or _named_or_compound(text, below)
+
+
+def _environment(text: str, nesting: int) -> tuple | None:
+    match = _ENVIRONMENT.fullmatch(text)
+    if match is None:
+        return None
+    rows = [row.strip(" ,") for row in _NEW_ROW.split(match[2]) if row.strip()]
+    if match[1] in ("cases", "aligned", "gathered"):  # a system, one equation a row
+        return _list([read(row.replace("&", " "), nesting) for row in rows], ",")
+    cells = tuple(tuple(read(cell, nesting) for cell in row.split("&")) for row in rows)
+    return ("matrix", match[1].lower() == "vmatrix", cells)
+
+
+def _ratio(text: str) -> tuple | None:
+    pieces, separators = split(text, _COLON)
+    if len(set(separators)) != 1:
+        return None
+    return ("ratio", tuple(("value", *measure(piece)) for piece in pieces))
+
+
+def _named_or_compound(text: str, nesting: int) -> tuple | None:
+    """A(1,2) is a point with its name; 2 hours 30 minutes is a list of two quantities."""
+    point = re.fullmatch(r"([A-Z]'?) ?(\(.+,.+\))", text)
+    if point:
+        return _relation(("=",), [point[1], point[2]], nesting)
+    if not _COMPOUND.fullmatch(text):
+        return None
+    parts = [("value", *measure(part)) for part in _COMPOUND_PART.findall(text)]
+    return _list(parts, ",") if all(part[2] for part in parts) else None
 
 
 def _list(items: list[tuple], joiner: str) -> tuple:
@@ -315,14 +145,14 @@ def _list(items: list[tuple], joiner: str) -> tuple:
 def _bracketed(opening: str, inside: str, closing: str, nesting: int) -> tuple | None:
     if opening == "\\begin" or not inside:
         return None
-    if (opening, closing) in (("{", "}"), ("(", ")")) and not _split(inside, _COMMA)[1]:
+    if (opening, closing) in (("{", "}"), ("(", ")")) and not split(inside, _COMMA)[1]:
         inner = read(inside, nesting)
         return inner if inner[0] != "words" or opening == "{" else None
     if opening == "{":
         return read(inside, nesting)
     if (opening, closing) not in _PAIRS:
         raise Unreadable("no such brackets")
-    if opening == "[" and _MATRIX.fullmatch(inside):
+    if opening == "[" and _ENVIRONMENT.fullmatch(inside):
         return read(inside, nesting)
     if opening == "\\{":
         built = _BUILDER.fullmatch(inside)
@@ -334,7 +164,7 @@ def _bracketed(opening: str, inside: str, closing: str, nesting: int) -> tuple |
 
 
 def _items(inside: str, nesting: int) -> list[tuple]:
-    pieces = _split(inside, _COMMA)[0]
+    pieces = split(inside, _COMMA)[0]
     if len(pieces) > MAX_LIST or not all(pieces):
         raise Unreadable("an empty place, or too many")
     return [read(piece, nesting) for piece in pieces]
@@ -347,30 +177,14 @@ def _both_signs(text: str) -> list[str]:
         raise Unreadable("too many signs")
     texts = [parts[0]]
     for part in parts[1:]:
-        texts = [t + sign + part for t in texts for sign in "+-"]
-    against = [text.replace(r"\mp", "-" if "+" in text[len(parts[0]) :][:1] else "+") for text in texts]
-    return against
+        texts = [text + sign + part for text in texts for sign in "+-"]
+    return [t.replace(r"\mp", "-" if t[len(parts[0])] == "+" else "+") for t in texts]
 
 
 def _relation(signs: tuple, pieces: list[str], nesting: int) -> tuple:
     sides = tuple(read(piece, nesting) for piece in pieces)
     labels = tuple(words(p) if _LABEL.fullmatch(p) else "" for p in (pieces[0], pieces[-1]))
     return ("relation", signs, sides, labels)
-
-
-_SUBSCRIPT = re.compile(r"(?<=[A-Za-z)\]])[_^] ?\{?([0-9]*[A-Za-z0-9+-])\}?")
-
-
-def words(text: str) -> str:
-    """The text as words: without case, quotes, one leading article, final period.
-
-    >>> words('"The Eiffel  Tower."')
-    'eiffel tower'
-    """
-    if not re.search(r"[^\W\d_]\.?[^\W\d_]", text):
-        return text
-    text = re.sub(r"\{([^{}]*)\}", r"\1", _SUBSCRIPT.sub(r"\1", text)).casefold()
-    return re.sub(r"^(?:an?|the) (?=\w)", "", " ".join(text.strip("\"'. ").split()))
 
 
 # ------------------------------------------------------------------------------ same
@@ -416,9 +230,12 @@ _HUNDRED = parse("100")
 
 
 def _same_list(a: tuple, b: tuple) -> bool:
-    """Equal counts, any order. And is not or, except between values (5 and -5, 5 or -5)."""
-    if {a[2], b[2]} == {"and", "or"} and not all(map(_is_solution, a[1])):
-        return False
+    """Equal counts, any order. 5 or -5 is 5 and -5 (solutions); A or C is not A, C."""
+    joiners = {a[2], b[2]}
+    if "or" in joiners and len(joiners) > 1:
+        loose = ("tuple", "relation") if "," in joiners else ()
+        if not all(_is_solution(item) or item[0] in loose for item in a[1]):
+            return False
     return _same_bag(a[1], b[1], same)
 
 

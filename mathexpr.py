@@ -22,7 +22,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-MAX_TOKENS, MAX_DEPTH, MAX_DIGITS = 300, 40, 60
+MAX_TOKENS, MAX_DEPTH, MAX_DIGITS = 200, 40, 60
 
 Tree = Fraction | str | tuple  # a value, a symbol, (operation, tree, ...)
 

@@ -24,9 +24,13 @@ MAX_BITS = 8000  # of an exact number
 LOW, HIGH = 40, 80  # digits
 
 class Point(NamedTuple):
-    symbols: dict[str, Fraction]
-    mp: mpmath.ctx_mp.MPContext
+    """Where trees are evaluated: a value for each free symbol, a precision, and a number line."""
+
+    names: tuple[str, ...]  # of the free symbols, sorted; () for constants
+    index: int  # which of the fixed points
+    counts: bool  # whole numbers only
     real: bool  # True: a value off the real line is an error, as sqrt(-1) is in school
+    mp: mpmath.ctx_mp.MPContext
 
 
 class Undefined(ArithmeticError):
@@ -43,28 +47,43 @@ def _context(digits: int, thread: int) -> mpmath.ctx_mp.MPContext:
 
 # mpmath memoises pi, e and logarithms without a lock, in two writes: a thread between the two
 # reads garbage. Asked once at import for more digits than are used later, they never change.
-for _constant in (mpmath.libmp.mpf_pi, mpmath.libmp.mpf_e, mpmath.libmp.mpf_ln2, mpmath.libmp.mpf_ln10):
-    _constant(4000)
+for _constant in ("mpf_pi", "mpf_e", "mpf_ln2", "mpf_ln10"):
+    getattr(mpmath.libmp, _constant)(4000)
 
 
+@lru_cache(maxsize=4096)
 def evaluate(tree: Tree, at: Point):
-    """The tree's value at a point: a Fraction while it can be, else a number of at.mp."""
+    """The tree's value at a point: a Fraction while it can be, else a number of at.mp; or None
+    where it has none."""
+    try:
+        return _value(tree, at)
+    except (ArithmeticError, ValueError):
+        return None
+
+
+def _value(tree: Tree, at: Point):
     if isinstance(tree, Fraction):
         return tree
-    if isinstance(tree, str):
-        return _constant_or_symbol(tree, at)
-    values = [evaluate(part, at) for part in tree[1:]]
-    return _checked(_apply(tree[0], values, at), at)
-
-
-def _constant_or_symbol(name: str, at: Point):
-    if name == "pi":
-        return +at.mp.pi
-    if name == "e":
-        return +at.mp.e
-    if name == "i":
+    if tree in ("pi", "e"):
+        return +getattr(at.mp, tree)
+    if tree == "i":
         return at.mp.mpc(0, 1)
-    return at.symbols[name]
+    if isinstance(tree, str):
+        return _coordinate(at.names.index(tree), at)
+    return _checked(_apply(tree[0], [_value(part, at) for part in tree[1:]], at), at)
+
+
+# Fixed coordinates, of both signs and on both sides of 1. Every other point is positive in all
+# symbols, so that roots and logarithms have a domain in common; odd and even numerators, so
+# that (-1)^n is neither 1 nor -1.
+_BASES = [Fraction(*f) for f in ((4, 7), (-13, 5), (31, 9), (-6, 11), (17, 3), (8, 13))]
+_COUNTS = [Fraction(n) for n in (7, 4, 9, 5, 11, 6)]
+
+
+def _coordinate(k: int, at: Point) -> Fraction:
+    if at.counts:
+        return _COUNTS[(at.index + 2 * k) % 6] + k
+    return _BASES[(at.index + 2 * k) % 6] + Fraction(k, 19)
 
 
 def _apply(operation: str, values: list, at: Point):
@@ -106,7 +125,7 @@ def _checked(value, at: Point):
     if isinstance(value, Fraction):
         if value.numerator.bit_length() + value.denominator.bit_length() <= MAX_BITS:
             return value
-        if not at.symbols:  # a constant must stay exact: 2^100 + 1 is not 2^100
+        if not at.names:  # a constant must stay exact: 2^100 + 1 is not 2^100
             raise Undefined("too large")
         value = _inexact(value, at)
     if not at.mp.isfinite(value):
@@ -123,7 +142,7 @@ def _raise(base, exponent, at: Point):
         exact = _exact_power(base, exponent)
         if exact is not None:
             return exact
-        if exponent.denominator == 1 and not at.symbols:
+        if exponent.denominator == 1 and not at.names:
             raise Undefined("too large")
         if base < 0 and exponent.denominator % 2:  # the real cube root of -8 is -2
             sign = -1 if exponent.numerator % 2 else 1
@@ -175,12 +194,6 @@ def _count(operation: str, values: list) -> Fraction:
 
 # --------------------------------------------------------------------------- equality
 
-# Fixed points, of both signs and on both sides of 1. Every other one is positive in all
-# symbols, so that roots and logarithms have a domain in common.
-_BASES = [Fraction(*f) for f in ((3, 7), (-13, 5), (31, 9), (-5, 11), (17, 3), (8, 13))]
-_COUNTS = [Fraction(n) for n in (7, 4, 9, 5, 11, 6)]
-
-
 def symbols(tree: Tree) -> set[str]:
     """The names of a tree's free symbols."""
     if isinstance(tree, str):
@@ -189,24 +202,18 @@ def symbols(tree: Tree) -> set[str]:
 
 
 def _points(trees: tuple, real: bool, digits: int) -> list[Point]:
-    names = sorted(set().union(*map(symbols, trees)))
+    names = tuple(sorted(set().union(*map(symbols, trees))))
     if "infty" in names or "emptyset" in names:
         return []
-    mp = _context(digits, threading.get_ident())
-    if not names:
-        return [Point({}, mp, real)]
     # Factorials and binomials live on whole numbers.
-    bases = _COUNTS if any(mentions(t, "factorial", "binom") for t in trees) else _BASES
-    shift = 1 if bases is _COUNTS else Fraction(1, 19)
-    return [
-        Point({n: bases[(j + 2 * k) % 6] + k * shift for k, n in enumerate(names)}, mp, real)
-        for j in range(6)
-    ]
+    counts = bool(names) and any(mentions(tree, "factorial", "binom") for tree in trees)
+    mp = _context(digits, threading.get_ident())
+    return [Point(names, j, counts, real, mp) for j in range(6 if names else 1)]
 
 
-def _realms(trees: tuple) -> tuple[bool, ...]:
-    """Real numbers first; complex ones if i is mentioned or nothing is defined on the real line."""
-    return (False,) if any("i" in _leaves(t) for t in trees) else (True, False)
+def _lines(trees: tuple) -> tuple[bool, ...]:
+    """The real line first; complex numbers if i is mentioned, or if nothing is real."""
+    return (False,) if any("i" in _leaves(tree) for tree in trees) else (True, False)
 
 
 def _leaves(tree: Tree) -> set:
@@ -226,30 +233,36 @@ def same_value(a: Tree, b: Tree) -> bool:
         return True
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return False
-    for real in _realms((a, b)):
-        agreed = 0
+    for real in _lines((a, b)):
         low, high = _points((a, b), real, LOW), _points((a, b), real, HIGH)
+        agreed = 0
         for point, sharper in zip(low, high):
-            try:
-                if not _close(a, b, point, sharper):
-                    return False
-            except (ArithmeticError, ValueError):
-                continue
-            agreed += 1
-        if agreed >= 2 or (agreed and len(low) == 1):
+            close = _close(a, b, point, sharper)
+            if close is False:
+                return False
+            agreed += close is True
+            if agreed == min(len(low), 3):
+                return True
+        if agreed == 2:  # the domains have little in common
             return True
     return False
 
 
-def _close(a: Tree, b: Tree, point: Point, sharper: Point) -> bool:
+def _close(a: Tree, b: Tree, point: Point, sharper: Point) -> bool | None:
+    """Is it one value at this point? None where one of them has none."""
     left, right = evaluate(a, point), evaluate(b, point)
+    if left is None or right is None:
+        return None
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return left == right
     gap, size = _gap(left, right, point)
     if size > 1e-10 and gap > size * 1e-10:
         return False
-    new_gap, size = _gap(evaluate(a, sharper), evaluate(b, sharper), sharper)
-    return new_gap <= size * sharper.mp.mpf(10) ** -60 or new_gap < gap * 1e-20
+    left, right = evaluate(a, sharper), evaluate(b, sharper)
+    if left is None or right is None:
+        return None
+    new_gap, size = _gap(left, right, sharper)
+    return bool(new_gap <= size * sharper.mp.mpf(10) ** -60 or new_gap < gap * 1e-20)
 
 
 def _gap(left, right, at: Point) -> tuple:
@@ -264,13 +277,10 @@ def proportional(a: Tree, b: Tree, positive: bool) -> bool:
     >>> proportional(parse("2x - 10"), parse("5 - x"), positive=False)
     True
     """
-    for real in _realms((a, b)):
-        pairs = []
-        for point in _points((a, b), real, HIGH):
-            try:
-                pairs.append([_inexact(evaluate(tree, point), point) for tree in (a, b)])
-            except (ArithmeticError, ValueError):
-                continue
+    for real in _lines((a, b)):
+        points = _points((a, b), real, HIGH)
+        values = [(evaluate(a, point), evaluate(b, point), point) for point in points]
+        pairs = [(_inexact(x, at), _inexact(y, at)) for x, y, at in values if None not in (x, y)]
         if len(pairs) >= 2:
             return _one_ratio(pairs, positive)
     return False

@@ -65,12 +65,19 @@ celsius
 fahrenheit
 % percent pct
 eV
+MeV
 MW megawatt
 MHz megahertz
-atm
-bar
+GHz gigahertz
+MPa megapascal
+kWh
+dB decibel
+GB gigabyte
+MB megabyte
+M molar
+Bq
 mph
-kph
+kph kmph kmh
 dollar $ USD usd US$
 cent ¢
 euro € EUR eur
@@ -85,20 +92,20 @@ SCALES = {
     "trillion": 10**12,
 }  # fmt: skip
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
-_OPENERS = {"(", "/", "\\Omega"}
-_SILENT = {"{", "}", "old", "long", "tall", "wide", "high", "deep"}
+_SILENT = {"{", "}", "(", ")", "old", "long", "tall", "wide", "high", "deep"}
 # Lower-case letters that people glue to a number as a unit; 2h and 3t look more like algebra.
 GLUED = {"m", "g", "s", "L", "l", "°", "%", "$", "€", "£", "¥", "₹", "¢"}
 # Words that change the number before them, or that are no noun: 5 halves is not 5.
-NO_NOUN = set(
-    "and or not to by of the times plus minus over less more than half halves third thirds quarter"
-    " quarters fourth fourths fifth fifths sixth sixths seventh eighth eighths ninth ninths tenth"
-    " tenths hundredth hundredths thousandth factorial point negative only mod choose per percent"
-    " if else elif for while with from import lambda return yield none true false nan exit quit"
-    " eval exec print pass del raise assert global max min sum int float noon midnight clock"
-    " through until till versus but nor percentage fold one two three four five six seven eight"
-    " nine ten squared cubed root sin cos tan log approximately about".split()
-)
+_NO_NOUN = """
+and or not to by of the times plus minus over less more than half halves third thirds quarter
+quarters fourth fourths fifth fifths sixth sixths seventh eighth eighths ninth ninths tenth tenths
+hundredth hundredths thousandth factorial point negative only mod choose per percent percentage
+if else elif for while with from import lambda return yield none true false nan exit quit eval
+exec print pass del raise assert global max min sum int float noon midnight clock through until
+till versus but nor fold one two three four five six seven eight nine ten squared cubed root sin
+cos tan log approximately about is are was were wrong correct incorrect right left it its this
+that what why how so then because"""
+NO_NOUN = set(_NO_NOUN.split())
 
 
 def measure(text: str) -> tuple[Tree, Unit]:
@@ -128,56 +135,54 @@ def _currency_in_front(tokens: list[Token]) -> tuple[list[Token], Unit]:
 
 
 def _split_at(tokens: list[Token], k: int, currency: Unit) -> tuple[Tree, Unit] | None:
-    """Value before token k, unit from there on; None where that is not the reading."""
-    token = tokens[k]
-    if not (token.kind == "word" or token.text in UNITS or token.text in _OPENERS):
-        return None
-    if token.text == "/" and (len(tokens) != k + 2 or len(tokens[k + 1].text) < 3):
-        return None  # $12/hour, but 2/m is algebra
-    scale = SCALES.get(token.text.lower(), 1)
-    unit = _unit(tokens[k + 1 :] if scale != 1 else tokens[k:]) or ()
-    if scale == 1 and not unit and not _is_empty_unit(tokens[k:]):
-        unit = _noun(tokens[k:])
-        if unit is None or any(t.kind == "word" for t in tokens[:k]):
-            return None
-    elif scale != 1 and not unit and len(tokens) > k + 1 and not _is_empty_unit(tokens[k + 1 :]):
-        return None
-    if tokens[k - 1].text in ("%", "°"):
+    """A value before token k, a scale word and a unit from there on; None if they are not."""
+    first, before = tokens[k], tokens[:k]
+    scale = SCALES.get(first.text.lower())
+    rest = tokens[k + 1 :] if scale else tokens[k:]
+    unit = _unit(rest) if rest else ()
+    if unit is None and not any(token.kind == "word" for token in before):
+        unit = _noun(rest)
+    if unit is None:
         return None
     try:
-        tree = parse_tokens(tokens[:k])
+        tree = parse_tokens(before)
     except Unreadable:
         return None
-    if token.text == "°" and any(t.text.removeprefix("\\") in FUNCTIONS for t in tokens[:k]):
-        return None  # \sin 30° is a half
-    if symbols(tree) and not any(t.kind == "number" for t in tokens[:k]):
+    if not _separable(tree, before, first, len(tokens) == k + 1):
         return None
-    short = len(token.text) == 1 and not token.spaced and token.text not in GLUED
-    if symbols(tree) and (len(token.text) == 1 and token.kind == "word" or not token.spaced):
-        return (tree, unit) if token.text in ("°", "%") else None
-    if short and scale == 1 and token.kind == "word" and len(tokens) == k + 1:
-        return None
-    if scale != 1:
-        tree = tree * scale if isinstance(tree, Fraction) else ("*", tree, Fraction(scale))
-    return tree, tuple(sorted(set(currency) | set(unit)))
+    tree = tree if scale is None else ("*", tree, Fraction(scale))
+    return tree, tuple(sorted({*currency, *unit}))
 
 
-def _is_empty_unit(tokens: list[Token]) -> bool:
-    return len(tokens) == 1 and tokens[0].text in ("unit", "units")
+def _separable(tree: Tree, before: list[Token], first: Token, last: bool) -> bool:
+    """May a unit begin at this token? 5 m and 5m, yes; 2h and \\sin 30°, no: that is algebra."""
+    if first.text in ("°", "%"):
+        functions = any(token.text.removeprefix("\\") in FUNCTIONS for token in before)
+        return before[-1].text not in ("°", "%") and not functions
+    if first.text == "/":
+        return last is False and not symbols(tree)
+    letter = first.kind == "word" and len(first.text) == 1
+    if symbols(tree):
+        return first.spaced and not letter and any(token.kind == "number" for token in before)
+    return not (letter and last and not first.spaced and first.text not in GLUED)
 
 
 def _noun(tokens: list[Token]) -> Unit | None:
-    word = tokens[0].text
-    plain = len(tokens) == 1 and tokens[0].spaced and len(word) > 2 and word.islower()
-    if not plain or word in NO_NOUN:
+    if len(tokens) > 2 or not all(_is_noun(token) for token in tokens):
         return None
-    return ((word.removesuffix("s"), 1),)
+    return ((" ".join(token.text for token in tokens).lower().removesuffix("s"), 1),)
+
+
+def _is_noun(token: Token) -> bool:
+    word = token.text
+    plain = token.kind == "word" and token.spaced and len(word) > 2 and word[1:].islower()
+    return plain and word.lower() not in NO_NOUN
 
 
 def _unit(tokens: list[Token]) -> Unit | None:
-    """m / s^2, square miles per hour, (cm), degrees Celsius -> canonical pairs; None if it is none."""
-    if len(tokens) > 2 and tokens[0].text == "(" and tokens[-1].text == ")":
-        tokens = tokens[1:-1]
+    """m / s^2, square miles per hour, (cm), degrees Celsius -> canonical pairs; None if no unit."""
+    if tokens[0].text == "/" and len(tokens[1:]) == 1 and len(tokens[1].text) < 3:
+        return None  # $12/hour; but 2/m is algebra
     words = [token.text for token in tokens if token.text not in _SILENT]
     if words[:1] in (["°"], ["degrees"], ["degree"]) and len(words) == 2:
         scale = {"c": "celsius", "f": "fahrenheit"}.get(words[1].lower()[:1])
@@ -229,7 +234,7 @@ def _unit_exponent(words: list[str], k: int) -> tuple[int, int]:
 # --------------------------------------------------------------------- times and dates
 
 _CLOCK = re.compile(r"([0-9]{1,2})(?::([0-9]{2}))?(?::([0-9]{2}))? ?(?:([ap])\.? ?m\.?|o'? ?clock)")
-_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _MONTH = (
     r"(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
     r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
@@ -278,7 +283,7 @@ def date(text: str) -> tuple | None:
     >>> date("March 5th, 2020") == date("5 March 2020") == date("2020-03-05")
     True
     """
-    lower = text.lower()
+    lower = text.lower().removeprefix("the ")
     slashed = _SLASHED.fullmatch(lower)
     if slashed:
         return ("date", "as written", *(int(slashed[k]) for k in (1, 3, 4)))

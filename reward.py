@@ -5,7 +5,8 @@ DOCSTRING TO COME
 
 import re
 
-from answers import readings, same, tidy, words
+from answers import readings, same
+from tidy import tidy, words
 
 MAX_LENGTH = 1000
 # A brace, or a backslash with what it escapes: \\{ is a line break and a brace, \{ is no brace.
@@ -57,7 +58,9 @@ def is_correct(prediction: str, answer: str, choices: list[str] | None = None) -
     """
     try:
         return _judge(prediction, answer, choices)
-    except Exception:  # a text made to break the grader costs its writer the reward, not the run
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError):
+        return False
+    except RuntimeError:  # RecursionError, where the caller's own stack is nearly full
         return False
 
 
@@ -84,10 +87,17 @@ def _content(text: str) -> str:
 
 # -------------------------------------------------------------------- letters and options
 
-_WRAPPED = r"(?:[(\[]?\s*([A-Za-z])\s*[)\]]?)"
-_LETTER = re.compile(rf"(?:(?:option|choice|answer)\s+)?{_WRAPPED}\s*[.:)]?(?:\s+is (?:the )?"
-                     r"(?:correct|right|best)(?: (?:answer|option|choice))?)?", re.IGNORECASE)
-_LABELLED = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Za-z])\s*[.):])\s*(?![\s,;&]|and\b|or\b|\([A-Z]\))(.+)", re.IGNORECASE)
+_RIGHT = "(?:correct|right|best)"
+_LETTER = re.compile(
+    r"(?:the )?(?:(?:option|choice|answer|letter)\s+)?[(\[]?\s*([A-Za-z])\s*[)\]]?\s*[.:)]?"
+    rf"(?: is (?:the )?(?:{_RIGHT}|(?:{_RIGHT} )?(?:answer|option|choice)))?",
+    re.IGNORECASE,
+)
+_LABELLED = re.compile(
+    r"(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Za-z])\s*(?:[.)]|:(?!\s*[A-Za-z]\b)))\s*"
+    r"(?![\s,;&]|and\b|or\b|\([A-Z]\))(.+)",
+    re.IGNORECASE,
+)
 _SEVERAL = re.compile(r"(?:both )?\(?[A-Z]\)?(?:(?:\s*[,;&]\s*(?:and )?|\s+and\s+|\s*)\(?[A-Z]\)?)+")
 
 
@@ -147,7 +157,7 @@ def _same_text(a: str, b: str) -> bool:
         (letter_a, text_a), (letter_b, text_b) = letter_a, letter_b
         return letter_a == letter_b and (not text_a or not text_b or _same_text(text_a, text_b))
     for letter, other in ((letter_a, tidy_b), (letter_b, tidy_a)):
-        if letter and letter[1]:
+        if letter and letter[1] and letter[0].isupper():
             return _same_text(letter[1], other)
     letters = _letters(tidy_a)
     if letters and letters == _letters(tidy_b) and not (tidy_a.isalpha() and tidy_b.isalpha()):

@@ -1,0 +1,228 @@
+r"""One spelling for texts that look alike, and cutting a text outside its brackets.
+
+The idea: LaTeX, Unicode and plain text write one thing in many ways (\tfrac12, ½, 1/2; \le,
+≤, <=; 1{,}234, 1,234). tidy() maps them onto one by tables and linear substitutions, so that
+the parsers behind it know a single spelling; most right answers are equal to the reference
+as soon as both are tidy. What the sign means is kept: \{ is not {, 12,34 is not 1234.
+"""
+
+import re
+from functools import lru_cache
+
+from mathexpr import Unreadable
+
+_CHARACTERS = {
+    **dict.fromkeys("−–—‐‑‒﹣－", "-"), **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u3000", " "),
+    **dict.fromkeys("·⋅∙×✕", "*"), **dict.fromkeys("÷∕⁄", "/"), **dict.fromkeys("º˚", "°"),
+    **dict.fromkeys("“”„", '"'), **dict.fromkeys("‘’′`", "'"),
+    "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "⩽": "≤", "⩾": "≥",
+    "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "∠": " angle ", "△": " triangle ", "⊥": r"\perp ",
+    "∥": r"\parallel ", "≧": "≥", "≦": "≤", "＞": ">", "＜": "<", "。": ".", "、": ",", "∴": " ",
+    "℃": "° C", "℉": "° F", "％": "%", "（": "(", "）": ")", "，": ",",
+    "：": ":", "；": ";", "＝": "=", "＋": "+", "″": "''", "⟨": r"\langle ", "⟩": r"\rangle ",
+    "Δ": r"\Delta ", "\u03a9": r"\Omega ", "\u2126": r"\Omega ", "Φ": r"\Phi ", "ϕ": r"\phi ",
+}  # fmt: skip
+_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi _ _ rho _ sigma"
+_GREEK += " tau upsilon phi chi psi omega"
+_CHARACTERS |= {chr(0x3B1 + k): rf"\{n} " for k, n in enumerate(_GREEK.split()) if n != "_"}
+_VULGAR = "½12 ⅓13 ⅔23 ¼14 ¾34 ⅕15 ⅖25 ⅗35 ⅘45 ⅙16 ⅚56 ⅐17 ⅛18 ⅜38 ⅝58 ⅞78 ⅑19"
+_CHARACTERS |= {v[0]: rf"\frac{{{v[1]}}}{{{v[2]}}}" for v in _VULGAR.split()}
+_TABLE = str.maketrans(_CHARACTERS)
+_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ"
+_PLAIN = str.maketrans(_RAISED + _LOWERED, "0123456789+-n" * 2)
+
+_COMMANDS = {
+    name: replacement
+    for names, replacement in (
+        ("left right big Big bigl bigr Bigl Bigr bigg Bigg biggl biggr Biggl Biggr middle", ""),
+        ("displaystyle textstyle scriptstyle limits nolimits nonumber rm bf it therefore !", ""),
+        ("text textbf textit textrm textsf texttt textnormal mathrm mathbf mathit mathsf", ""),
+        ("mathtt mathcal mathnormal mbox hbox operatorname boldsymbol bm emph underline ce", ""),
+        ("quad qquad enspace thinspace space hfill , ; : > ( ) [ ]", " "),
+        ("dfrac tfrac cfrac nicefrac sfrac", r"\frac"), ("dbinom tbinom", r"\binom"),
+        ("leq le leqslant leqq", "≤"), ("geq ge geqslant geqq", "≥"), ("neq ne", "≠"),
+        ("lt", "<"), ("gt", ">"), ("approx simeq approxeq", "≈"), ("times cdot ast", "*"),
+        ("div", "/"), ("lbrace", r"\{"), ("rbrace", r"\}"), ("lbrack", "["), ("rbrack", "]"),
+        ("lvert rvert vert", "|"), ("colon", ":"), ("degree textdegree", "°"), ("%", "%"),
+        ("$ textdollar", "$"), ("euro", "€"), ("pounds", "£"), ("#", ""), ("&", "&"), ("_", "_"),
+        ("varnothing", r"\emptyset "), ("to rightarrow longrightarrow", "→"), ("prime", "'"),
+        ("lor vee", " or "), ("land wedge", " and "), ("angle measuredangle", " angle "),
+        ("triangle", " triangle "), ("dots ldots cdots", "..."), ("varphi", r"\phi "),
+        ("varepsilon", r"\epsilon "), ("vartheta", r"\theta "), ("infin", r"\infty "),
+    )
+    for name in names.split()
+}  # fmt: skip
+_COMMANDS[" "] = " "
+_COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
+_STYLED = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox"
+    r"|operatorname\*?|boldsymbol|bm|emph|underline|ce)\s*\{([^{}]*)\}"
+)
+_BLANKS = re.compile(r"\\(?:[hv]space\*?|[hv]?phantom|color|textcolor)\s*\{[^{}]*\}")
+# $ around all of it, or around a part as in pandoc: no space inside, no digit after the closing.
+_DOLLARS = [
+    re.compile(r"^\s*\$\$?((?:[^$\\]|\\.)*)\$\$?[\s.,;]*$"),
+    re.compile(r"(?<!\\)\$\$?(?![\s$])((?:[^$\\]|\\.)*)(?<![\s\\])\$\$?(?![0-9])"),
+]
+_BOLD = re.compile(r"(?<![\w)}*])(\*\*?)([^*]+)\1(?!\*)")  # in Markdown
+_CIRCLE = re.compile(r"\^\s*(?:\{\s*(?:\\circ|°)\s*\}|\\circ(?![A-Za-z])|°|\{?\\degree\}?)")
+_RECURRING = re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar|dot)\s*\{([0-9]{1,20})\}")
+_GROUPED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
+_SPACED = re.compile(r"(?<![0-9.,])(?<![0-9] )[1-9][0-9]{0,2}(?: [0-9]{3})+(?! ?[0-9]|,[0-9]|/)")
+_ANSWER_IS = re.compile(
+    r"(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:(?:correct|final|right|best) )*"
+    r"(?:answer|solution|result|choice|option)s?(?: choice| option)?(?: is ?:?| are| ?[:=]) *",
+    re.IGNORECASE,
+)
+_SMALL_RULES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"([0-9]) ?\^? ?\{ ?(st|nd|rd|th) ?\}", r"\1\2"),  # 5^{\text{th}}
+        (r"([0-9]) ?\^? ?(st|nd|rd|th)\b", r"\1\2"),
+        (r"(?<=[0-9]) ?\^ ?(?:\{o\}|o\b)", "°"),
+        (r"(?<![A-Za-z.])(sq|cu|in|ft|yd|mi|lb|oz|hr|min|sec|deg|Rs)\.(?= |$)", r"\1"),
+        (r"(?<![A-Za-z])(?:US|HK|NZ|[ACS])\$", "$"),
+        (r"(?<=[0-9.]) ?[xX] ?(?=10 ?\^)", "*"),  # 3 x 10^5
+        (r"\^ ?\{?'+ ?\}?", "'"),
+        (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
+        (r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
+        (r"\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r"\\frac{\1}{\2}"),
+        (r"(?<=[0-9} ])\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+(?:\^\{?[23]\}?)?) ?\}$", r" \1/\2"),
+        (r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
+        (r"\\\{ *\\\}", r"\\emptyset"),
+        (r"° ?([CF])\b", r" ° \1"),
+        (r"^([`'\"])(.*)\1$", r"\2"),
+        (r" +", " "),
+    )
+]
+
+
+@lru_cache(maxsize=4096)
+def tidy(text: str) -> str:
+    r"""One spelling for what looks alike: signs, wrappers, spacing, thousands separators.
+
+    >>> tidy(r"$\dfrac{1}{2}\,\text{cm}$."), tidy(r"1{,}234"), tidy("1 234"), tidy("12,34")
+    ('\\frac{1}{2} cm', '1234', '1234', '12,34')
+    """
+    text = ungrouped(text)
+    return _SPACED.sub(lambda m: m[0].replace(" ", ""), _GROUPED.sub(_without_commas, text))
+
+
+def _without_commas(match: re.Match) -> str:
+    return match[0].replace(",", "")
+
+
+@lru_cache(maxsize=4096)
+def ungrouped(text: str) -> str:
+    """tidy() before thousands separators are taken out."""
+    text = _BOLD.sub(r"\2", text)
+    if "$" in text:
+        text = _DOLLARS[1].sub(r"\1", _DOLLARS[0].sub(r"\1", text))
+    if not text.isascii():
+        text = re.sub("³√", r"\\sqrt[3]", text)
+        text = re.sub(f"[{_RAISED}]+", lambda m: f"^{{{m[0].translate(_PLAIN)}}}", text)
+        text = re.sub(f"[{_LOWERED}]+", lambda m: f"_{{{m[0].translate(_PLAIN)}}}", text)
+        text = re.sub("[µμ](?=[mgsLAFCV])", "u", text).translate(_TABLE)
+    if "\\" in text:
+        text = _BLANKS.sub("", text).replace(r"\left.", "").replace(r"\right.", "")
+        text = _CIRCLE.sub("°", text)
+        for _ in range(3):
+            text = _STYLED.sub(_unstyled, text)
+        text = _RECURRING.sub(_recurring, text)
+        text = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), text)
+    text = text.replace("{,}", ",").replace("~", " ").strip()
+    if "\n" in text and "\\begin" not in text:
+        text = re.sub(r"(?<=[\w)}\]])\s*\n\s*(?=[\w\\({\[])", "; ", text)
+    text = _bare(text)
+    for pattern, replacement in _SMALL_RULES:
+        text = pattern.sub(replacement, text)
+    return re.sub(r"^[=≈] ?(?![=<>])", "", _bare(text))
+
+
+def _bare(text: str) -> str:
+    """Without final punctuation, 'The answer is' and braces around all of it."""
+    text = " ".join(text.split())
+    for _ in range(2):
+        text = text.strip(" ").rstrip(".,; ")
+        if text[:1] == "{" and text[-1:] == "}" and enclosed(text):
+            text = text[1:-1]
+        match = _ANSWER_IS.match(text) if len(text) > 5 else None
+        text = text[match.end() :] if match else text
+    return text.strip(" ").rstrip(".,; ")
+
+
+def _unstyled(match: re.Match) -> str:
+    """A wrapper's content; a space keeps letters of two wrappers, or a unit, apart."""
+    inner, text = match[1], match.string
+    before, after = text[match.start() - 1 : match.start()], text[match.end() : match.end() + 1]
+    left = " " if inner[:1].isalpha() and (before.isalnum() or before in ("}", ")")) else ""
+    right = " " if inner[-1:].isalpha() and after.isalpha() else ""
+    return left + inner + right
+
+
+def _recurring(match: re.Match) -> str:
+    r"""0.1\overline{6} -> (\frac{15}{90})"""
+    whole, fixed, period = match.groups()
+    above = int(whole + fixed + period) - int((whole + fixed) or 0)
+    return rf"(\frac{{{above}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}})"
+
+
+_SUBSCRIPT = re.compile(r"(?<=[A-Za-z)\]])[_^] ?\{?([0-9]*[A-Za-z0-9+-])\}?")
+
+
+def words(text: str) -> str:
+    """The text as words: without case, quotes, one leading article, final period.
+
+    >>> words('"The Eiffel  Tower."')
+    'eiffel tower'
+    """
+    if not re.search(r"[^\W\d_]\.?[^\W\d_]", text):
+        return text
+    text = re.sub(r"\{([^{}]*)\}", r"\1", _SUBSCRIPT.sub(r"\1", text)).casefold()
+    return re.sub(r"^(?:an?|the) (?=\w)", "", " ".join(text.strip("\"'. ").split()))
+
+
+# --------------------------------------------------------------------------- brackets
+
+_BRACKET = (
+    r"(?P<open>\\\{|\\langle|\\begin(?=\{)|[(\[{])|(?P<close>\\\}|\\rangle|\\end(?=\{)|[)\]}])"
+)
+
+
+def splitter(separator: str) -> re.Pattern:
+    return re.compile(f"(?P<separator>{separator})|{_BRACKET}")
+
+
+_BRACKETS = splitter(r"(?!)")  # no separator: brackets only
+
+
+def split(text: str, splitter: re.Pattern) -> tuple[list[str], list[str]]:
+    """Pieces and separators of a text, cut outside all brackets; Unreadable if unbalanced."""
+    pieces, separators, depth, start = [], [], 0, 0
+    for match in splitter.finditer(text):
+        if match["separator"] is None:
+            depth += 1 if match["open"] else -1
+            if depth < 0:
+                raise Unreadable("unbalanced")
+        elif depth == 0:
+            pieces.append(text[start : match.start()].strip())
+            separators.append(match["separator"].strip())
+            start = match.end()
+    if depth:
+        raise Unreadable("unbalanced")
+    return [*pieces, text[start:].strip()], separators
+
+
+def enclosed(text: str) -> tuple[str, str, str] | None:
+    """(opening, inside, closing) if the first bracket closes at the very end of the text."""
+    depth, first = 0, None
+    for match in _BRACKETS.finditer(text):
+        if first is None and match.start():
+            return None
+        first = first or match[0]
+        depth += 1 if match["open"] else -1
+        if depth <= 0:
+            inside = text[len(first) : match.start()].strip()
+            return (first, inside, match[0]) if match.end() == len(text) else None
+    return None
