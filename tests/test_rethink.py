@@ -1,0 +1,352 @@
+"""Forced Rethinking: who looks again, what is kept, and what it earns."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import chi_squared
+
+from data import Question
+from grpo import group_advantages
+from model import Prompt, Sample
+from rethink import (
+    TRIGGERS,
+    Rethinking,
+    before_rethinking,
+    extender,
+    is_kept,
+    merge_rethought,
+    rethinks,
+    second_length,
+    tokens_before_answer,
+)
+from rollout import generate
+
+EVERY = Rethinking(fraction=1.0)
+
+
+def prompt(qid="q") -> Prompt:
+    question = Question(qid, "", [], "")
+    return Prompt(question, "bare", torch.zeros(1), torch.zeros(3, 1), torch.zeros(0, 3), None)
+
+
+def said(policy, text="Looks like \\boxed{red}.", qid="q", finish="stop", reward=0.0) -> Sample:
+    """A response that ended by itself, or ran into the limit."""
+    ids = policy.tokenizer(text, add_special_tokens=False).input_ids
+    ids += [policy.tokenizer.eos_token_id] if finish == "stop" else []
+    R = len(ids)
+    everywhere = torch.ones(R, dtype=torch.bool)
+    return Sample(prompt(qid), torch.tensor(ids), torch.zeros(R), everywhere, text, finish, reward)
+
+
+def again(first=4, forced=3, second=5, reward=1.0, finish="stop", cut=0) -> Sample:
+    """The whole of y1 + trigger + y2, of so many tokens each."""
+    R = first - cut + forced + second
+    mask = torch.ones(R, dtype=torch.bool)
+    mask[first - cut : first - cut + forced] = False
+    return Sample(
+        prompt(), torch.arange(R), torch.zeros(R), mask, "", finish, reward,
+        rethought="self_correction",
+    )  # fmt: skip
+
+
+def group(*rewards, extensions=()) -> list[Sample]:
+    """Samples of these rewards; `extensions` maps places to what their second looks became."""
+    made = []
+    for i, reward in enumerate(rewards):
+        sample = again(forced=0, reward=reward)
+        sample.rethought, sample.extension = None, dict(extensions).get(i)
+        made.append(sample)
+    return made
+
+
+def ask(policy, settings, samples, limit=100, grade=None, key=(0, 0)):
+    extend = extender(settings, policy.tokenizer, grade, limit, key)
+    return [extend(0, g, sample) for g, sample in enumerate(samples)]
+
+
+# ---------------------------------------------------------------------------- the triggers
+
+
+def test_the_triggers_are_the_paper_s_to_the_character():
+    assert TRIGGERS == {
+        "self_questioning": "\n\nWait, does it seem right?",
+        "self_correction": "\n\nWait, there might be a mistake",
+        "self_verification": "\n\nWait, let's double check",
+    }
+
+
+def test_the_forced_ids_are_the_trigger_s_and_stand_in_the_place_of_eos(policy):
+    kinds = set()
+    for extension in ask(policy, EVERY, [said(policy)] * 40):
+        assert policy.tokenizer.decode(extension.forced) == TRIGGERS[extension.kind]
+        assert extension.keep == len(said(policy).tokens) - 1
+        kinds.add(extension.kind)
+    assert kinds == set(TRIGGERS)
+
+
+# ---------------------------------------------------------------------------- who looks again
+
+
+def test_a_fraction_of_zero_switches_it_off(policy):
+    assert extender(Rethinking(fraction=0.0), policy.tokenizer, None, 100, (0, 0)) is None
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.65])
+def test_the_share_of_eligible_responses_is_q_and_the_triggers_are_uniform(policy, fraction):
+    settings = Rethinking(fraction=fraction)
+    asked = ask(policy, settings, [said(policy)] * 3000)
+    kinds = Counter("none" if e is None else e.kind for e in asked)
+    third = fraction / 3
+    counts = [kinds["none"], *(kinds[kind] for kind in TRIGGERS)]
+    statistic, limit = chi_squared(counts, [1 - fraction, third, third, third])
+    assert statistic < limit
+
+
+def test_a_response_that_was_cut_off_is_not_extended(policy):
+    assert ask(policy, EVERY, [said(policy, finish="length")] * 20) == [None] * 20
+
+
+def test_a_response_that_said_nothing_is_not_extended(policy):
+    assert ask(policy, EVERY, [said(policy, "")] * 20) == [None] * 20
+
+
+@pytest.mark.parametrize("min_tokens", [1, 6])
+def test_there_must_be_room_for_the_trigger_and_the_least_second_look(policy, min_tokens):
+    sample = said(policy)
+    settings = replace(EVERY, min_tokens=min_tokens)
+    for limit in range(len(sample.tokens), len(sample.tokens) + 40):
+        for free, extension in zip(
+            ask(policy, settings, [sample] * 12, 1000), ask(policy, settings, [sample] * 12, limit)
+        ):
+            fits = free.keep + len(free.forced) + min_tokens <= limit
+            assert (extension is not None) == fits
+    assert fits, "with 40 tokens more there is room for every trigger"
+
+
+def test_the_trigger_is_drawn_without_looking_at_the_label_by_default(policy):
+    def grade(sample):
+        raise AssertionError("the label was looked at")
+
+    right, wrong = said(policy, reward=1.0), said(policy, reward=0.0)
+    settings = Rethinking(fraction=0.5)
+    assert ask(policy, settings, [right] * 50, 100, grade) == ask(
+        policy, settings, [wrong] * 50, 100, grade
+    )
+
+
+def test_the_oracle_verifies_what_is_right_and_corrects_what_is_wrong(policy):
+    settings = replace(EVERY, trigger="oracle")
+    samples = [said(policy, reward=r) for r in (1.0, 0.0, 0.0, 1.0)]
+    kinds = [e.kind for e in ask(policy, settings, samples, grade=lambda s: s.reward)]
+    right, wrong = "self_verification", "self_correction"
+    assert kinds == [right, wrong, wrong, right]
+
+
+def test_one_response_s_luck_depends_on_its_question_its_number_and_the_key_alone(policy):
+    settings = Rethinking(fraction=0.5, cutback=0.5)
+
+    def luck(qid, n, g, key, text):
+        sample = said(policy, text, qid)
+        extension = extender(settings, policy.tokenizer, None, 100, key)(n, g, sample)
+        return extension and extension.kind
+
+    for g in range(30):
+        alone = luck("a", 0, g, (0, 1), "Looks like \\boxed{red}.")
+        assert luck("a", 9, g, (0, 1), "red to blue. So \\boxed{blue}.") == alone
+    for other in [("b", 0, (0, 1)), ("a", 0, (0, 2)), ("a", 0, (1, 1))]:
+        qid, n, key = other
+        text = "Looks like \\boxed{red}."
+        assert [luck(qid, n, g, key, text) for g in range(30)] != [
+            luck("a", 0, g, (0, 1), text) for g in range(30)
+        ]
+
+
+# ---------------------------------------------------------------------------- cutting back
+
+
+def test_tokens_before_answer_is_the_longest_part_without_the_last_box(policy):
+    decode = policy.tokenizer.decode
+    texts = ["red to blue. So \\boxed{blue}.", "\\boxed{red}, no, \\boxed{\\frac{1}{2}} it is",
+             "Ist die Lösung \\boxed{日本}?"]  # fmt: skip
+    for text in texts:
+        ids = [*policy.tokenizer(text).input_ids, policy.tokenizer.eos_token_id]
+        keep = tokens_before_answer(ids, decode)
+        before = text[: text.rindex("\\boxed")]
+        assert before.startswith(decode(ids[:keep]))
+        assert len(decode(ids[: keep + 1])) > len(before)
+
+
+def test_a_response_without_a_box_is_cut_at_its_end(policy):
+    sample = said(policy, "I do not know.")
+    [extension] = ask(policy, replace(EVERY, cutback=1.0), [sample])
+    assert extension.keep == len(sample.tokens) - 1
+
+
+def test_cutting_back_leaves_what_stands_before_the_answer(policy):
+    sample = said(policy, "red to blue. So \\boxed{blue}.")
+    [extension] = ask(policy, replace(EVERY, cutback=1.0), [sample])
+    kept = policy.tokenizer.decode(sample.tokens[: extension.keep])
+    assert kept.strip() == "red to blue. So"
+
+
+def test_a_response_that_is_all_answer_cannot_be_cut_back(policy):
+    sample = said(policy, "\\boxed{blue}")
+    assert ask(policy, replace(EVERY, cutback=1.0), [sample] * 10) == [None] * 10
+
+
+def test_the_share_that_is_cut_back_is_the_one_asked_for(policy):
+    sample = said(policy)
+    asked = ask(policy, replace(EVERY, cutback=0.3), [sample] * 2000)
+    whole = sum(e.keep == len(sample.tokens) - 1 for e in asked)
+    statistic, limit = chi_squared([whole, 2000 - whole], [0.7, 0.3])
+    assert statistic < limit
+
+
+# ---------------------------------------------------------------------------- what is kept
+
+
+def test_second_length_counts_what_was_said_after_the_trigger():
+    assert second_length(again(first=4, forced=3, second=5)) == 5
+    assert second_length(again(first=4, forced=3, second=5, cut=2)) == 5
+    assert second_length(again(second=0)) == 0
+
+
+def test_a_second_look_is_kept_when_right_ended_and_of_fit_length():
+    settings = Rethinking(min_tokens=3, max_tokens=7)
+    assert [is_kept(settings, again(second=n)) for n in (2, 3, 7, 8)] == [False, True, True, False]
+    assert not is_kept(settings, again(reward=0.0))
+    assert not is_kept(settings, again(finish="length"))
+
+
+def test_a_kept_second_look_takes_the_place_of_its_first_with_its_own_reward():
+    """The released code gives it the reward of another response."""
+    kept, failed = again(reward=1.0), again(reward=0.0)
+    first = group(1.0, 0.0, 0.0, 0.0, extensions=[(1, kept), (2, failed)])
+    [merged], counts = merge_rethought(EVERY, [first])
+    assert merged == [first[0], kept, first[2], first[3]]
+    assert [s.reward for s in merged] == [1.0, 1.0, 0.0, 0.0]
+    assert first[1].reward == 0.0 and failed.reward == 0.0
+    assert counts["kept"] == 1
+
+
+@pytest.mark.parametrize("quota", [0, 1, 2, 8])
+def test_no_more_than_the_quota_are_kept_a_question(quota):
+    def one():
+        return group(*[0.0] * 5, extensions=[(i, again(reward=float(i != 0))) for i in range(5)])
+
+    groups = [one(), one()]
+    merged, counts = merge_rethought(replace(EVERY, quota=quota), groups)
+    for before, after in zip(groups, merged):
+        replaced = [i for i in range(5) if after[i] is not before[i]]
+        assert replaced == [1, 2, 3, 4][:quota]  # the first, being wrong, takes no place
+        assert all(after[i] is before[i].extension for i in replaced)
+    assert counts["kept"] == 2 * min(quota, 4) and counts["attempted"] == 10
+
+
+def test_every_attempt_is_counted_by_what_became_of_it():
+    first = group(0.0, 0.0, 1.0, 1.0, 0.0, 1.0, extensions=[
+        (0, again(second=2, reward=1.0)), (1, again(second=3, reward=0.0)),
+        (2, again(second=4, reward=1.0)), (3, again(second=5, reward=0.0)),
+        (4, again(second=6, reward=1.0, finish="length")),
+    ])  # fmt: skip
+    _, counts = merge_rethought(EVERY, [first, group(0.0, 1.0)])
+    assert counts == {
+        "attempted": 5, "kept": 2, "tokens": 20,
+        "wrong_right": 2, "wrong_wrong": 1, "right_right": 1, "right_wrong": 1,
+    }  # fmt: skip
+
+
+def with_advantages(samples, scale) -> list[Sample]:
+    rewards = torch.tensor([[s.reward for s in samples]])
+    for s, a in zip(samples, group_advantages(rewards, scale)[0].tolist()):
+        s.advantage = a
+    return samples
+
+
+@pytest.mark.parametrize("scale", ["mean", "std"])
+def test_the_baseline_is_the_group_s_before_replacement(scale):
+    """Rewards 1 0 0 0, mean 1/4, deviation sqrt(3)/4; the kept one gets 1 - 1/4 over it."""
+    kept = again(reward=1.0)
+    first = with_advantages(group(1.0, 0.0, 0.0, 0.0, extensions=[(2, kept)]), scale)
+    before = [s.advantage for s in first]
+    [merged], _ = merge_rethought(EVERY, [first], scale, "before")
+    size = {"mean": 1.0, "std": math.sqrt(3) / 4}[scale]
+    assert kept.advantage == pytest.approx(0.75 / size)
+    for i in (0, 1, 3):  # siblings are neither lifted nor pushed down
+        assert merged[i].advantage == before[i] == pytest.approx((first[i].reward - 0.25) / size)
+
+
+@pytest.mark.parametrize("scale", ["mean", "std"])
+@pytest.mark.parametrize(("reward", "advantage"), [(0.0, 1.0), (1.0, 0.0)])
+def test_a_group_of_equal_rewards_has_no_deviation_to_divide_by(scale, reward, advantage):
+    kept = again(reward=1.0)
+    first = with_advantages(group(*[reward] * 4, extensions=[(0, kept)]), scale)
+    merge_rethought(EVERY, [first], scale)
+    assert kept.advantage == advantage
+    assert [s.advantage for s in first[1:]] == [0, 0, 0]
+
+
+def test_after_replacement_leaves_the_advantages_to_be_taken_anew():
+    """The code's form: rewards 1 0 1 0 have the mean 1/2."""
+    kept = again(reward=1.0)
+    first = group(1.0, 0.0, 0.0, 0.0, extensions=[(2, kept)])
+    [merged], _ = merge_rethought(EVERY, [first], "mean", "after")
+    assert kept.advantage == 0.0
+    with_advantages(merged, "mean")
+    assert [s.advantage for s in merged] == [0.5, -0.5, 0.5, -0.5]
+
+
+def test_without_attempts_nothing_changes():
+    groups = [group(1.0, 0.0), group(0.0, 0.0)]
+    merged, counts = merge_rethought(EVERY, groups)
+    assert merged == groups and not counts
+
+
+# ---------------------------------------------------------------------------- with a policy
+
+
+def test_merged_ids_are_those_that_were_fed(policy, prompts):
+    generator = torch.Generator().manual_seed(0)
+    extend = extender(EVERY, policy.tokenizer, None, 60, (0, 0))
+    groups = generate(policy, prompts, 4, 60, 1.0, generator, extend)
+    for samples in groups:
+        for first in samples:
+            if first.extension:
+                first.extension.reward = 1.0
+    merged, counts = merge_rethought(replace(EVERY, quota=4), groups)
+    assert counts["attempted"] >= counts["kept"] >= 4
+    for before, after in zip(groups, merged):
+        for first, sample in zip(before, after):
+            if sample is first:
+                assert sample.rethought is None and sample.mask.all()
+                continue
+            trigger = policy.tokenizer(TRIGGERS[sample.rethought]).input_ids
+            keep, R = len(first.tokens) - 1, len(sample.tokens)
+            start = keep + len(trigger)
+            assert sample.tokens.tolist() == [
+                *first.tokens.tolist()[:-1], *trigger, *sample.tokens.tolist()[start:],
+            ]  # fmt: skip
+            assert sample.mask.tolist() == [*[True] * keep, *[False] * len(trigger),
+                                            *[True] * (R - start)]  # fmt: skip
+            assert second_length(sample) == R - start
+            assert sample.logprobs[:keep].equal(first.logprobs[:keep])
+
+
+# ---------------------------------------------------------------------------- unforced
+
+
+def test_a_response_that_looks_again_by_itself_is_told_from_one_that_does_not():
+    for trigger in TRIGGERS.values():
+        assert rethinks(f"It is 5.{trigger} It is 6.")
+        assert rethinks(f"It is 5. {trigger.strip()}: it is 6.")
+        assert before_rethinking(f"It is 5.{trigger} It is 6.") == "It is 5.\n\n"
+    assert not rethinks("Wait, it is 5.")
+    assert before_rethinking("Wait, it is 5.") == "Wait, it is 5."
+
+
+def test_what_was_said_before_ends_at_the_first_trigger():
+    a, b, c = TRIGGERS.values()
+    assert before_rethinking(f"One.{c} Two.{a} Three.{b}") == "One.\n\n"
