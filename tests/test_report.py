@@ -1,0 +1,346 @@
+"""What report.py promises: all is in the page; nothing is run or fetched, whoever wrote it."""
+
+import doctest
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import curves
+import report
+import transcripts
+from data import UserError
+from record import Recorder
+from report import main, write_report
+
+HOSTILE = (
+    "</script><script>document.title='owned'</script>"
+    "<img src=x onerror=\"document.title='owned'\">"
+)
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AA"
+    "AAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+)
+
+
+def metrics_row(step: int, **changes) -> dict:
+    return {
+        "step": step, "episode": (step + 1) // 2, "reward": 0.5, "effective_queries": 0.75,
+        "replayed": 0.25, "rethought": 0.1, "rethinks": 0.2, "response_length": 20.0,
+        "truncated": 0.0, "entropy": 0.4, "clip_fraction": 0.001, "grad_norm": 1.5,
+        "response_tokens": 300, "step_seconds": 1.5, "rethink_attempted": 3,
+        "rethink_wrong_right": 2, "rethink_right_right": 1,
+    } | changes  # fmt: skip
+
+
+def response(pieces: list, **changes) -> dict:
+    text = "".join(text for text, _ in pieces)
+    return {
+        "text": text, "pieces": pieces, "reward": 1.0, "advantage": 0.5, "finish": "stop",
+        "tokens": 9, "rethought": None,
+    } | changes  # fmt: skip
+
+
+def group(step: int, text: str = "<image>What is 2 + 3?", responses: list | None = None) -> dict:
+    trigger = "\n\nWait, does it seem right?"
+    forced = [["\\boxed{4}.", False], [trigger, True], [" \\boxed{5}", False]]
+    usual = [
+        response(forced, rethought="self_questioning"),
+        response([["\\boxed{4}<|im_end|>", False]], reward=0.0, advantage=-0.5, finish="length"),
+    ]
+    question = {"id": "1", "text": text, "answer": "5", "images": [PIXEL]}
+    return {"step": step, "question": question, "responses": responses or usual}
+
+
+def write_run(folder, metrics=None, samples=None, config=None):
+    """A run's folder, as train.py leaves it."""
+    folder.mkdir(parents=True)
+    if metrics is None:
+        heldout = [{"step": step, "heldout_accuracy": 0.25 + step / 8} for step in (0, 4)]
+        metrics = [heldout[0], *map(metrics_row, range(1, 5)), heldout[1]]
+    samples = [group(0), group(2)] if samples is None else samples
+    for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.json").write_text(json.dumps(config or {"steps": 4, "ssr": "replay"}))
+    return folder
+
+
+class Elements(HTMLParser):
+    """The page as a browser takes it: its elements, and its text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def of(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def page_of(*folders) -> str:
+    return write_report(list(folders)).read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------- content
+
+
+@pytest.mark.parametrize("module", [report, curves, transcripts])
+def test_the_examples_in_the_docstrings_are_true(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_every_curve_of_a_run_is_drawn_with_its_values(tmp_path):
+    elements = Elements(page_of(write_run(tmp_path / "run")))
+    lines = elements.of("polyline")
+    assert len(lines) == len(report.CHARTS)
+    assert lines[0]["data-steps"] == "0|4" and lines[0]["data-values"] == "25 %|75 %"
+    speed = [line["data-values"] for line in lines if "tokens/s" in line["data-values"]]
+    assert speed == ["200 tokens/s|200 tokens/s|200 tokens/s|200 tokens/s"]
+    labels = [svg["aria-label"] for svg in elements.of("svg") if svg.get("role") == "img"]
+    assert len(labels) == len(lines) and "Held-out accuracy: run 25 → 75 %" in labels[0]
+
+
+def test_the_summary_counts_an_episode_once(tmp_path):
+    text = Elements(page_of(write_run(tmp_path / "run"))).text.replace("\xa0", " ")
+    assert "25 → 75 %" in text
+    assert "6 forced: wrong → right 4, right → right 2" in text  # 4 steps are 2 episodes
+    assert "1,200" in text  # response tokens
+
+
+def test_runs_are_overlaid_and_their_settings_compared(tmp_path):
+    first = write_run(tmp_path / "replay", config={"ssr": "replay", "seed": 1, "out": "a"})
+    other = write_run(tmp_path / "plain", config={"ssr": "off", "seed": 1, "out": "b"})
+    page = page_of(first, other)
+    elements = Elements(page)
+    assert len(elements.of("polyline")) == 2 * len(report.CHARTS)
+    assert len(elements.of("input")) == 2  # a switch in the legend for each
+    table = page.split("Where the settings differ")[1].split("</table>")[0]
+    assert re.findall(r'<th scope="row">(\w+)', table) == ["ssr"]
+    assert not (other / "report.html").exists()
+
+
+def test_a_rollout_shows_what_was_forced_and_what_came_of_it(tmp_path):
+    page = page_of(write_run(tmp_path / "run", samples=[group(0)]))
+    assert '<mark class="forced" title="forced">Wait, does it seem right?</mark>' in page
+    elements = Elements(page)
+    assert "looked again: wrong → right" in elements.text
+    assert "advantage +0.50" in elements.text and "advantage -0.50" in elements.text
+    assert "✓ right" in elements.text and "✗ wrong" in elements.text and "cut off" in elements.text
+    assert [picture["src"] for picture in elements.of("img")] == [PIXEL]
+
+
+def test_rethinking_that_nobody_forced_is_marked_as_such(tmp_path):
+    said = response([["\\boxed{5}. Wait, let's double check\n\\boxed{7}", False]], reward=0.0)
+    page = page_of(write_run(tmp_path / "run", samples=[group(0, responses=[said])]))
+    assert "<mark>Wait, let's double check</mark>" in html.unescape(page)
+    assert "looked again: right → wrong" in page
+
+
+def test_a_long_run_gives_a_page_that_still_opens(tmp_path):
+    rows = [metrics_row(step) for step in range(1, 5001)]
+    page = page_of(write_run(tmp_path / "run", rows, [group(step) for step in range(0, 5000, 5)]))
+    lines = Elements(page).of("polyline")
+    assert max(line["points"].count(",") for line in lines) <= curves.MOST_POINTS
+    assert lines[0]["data-steps"].endswith("|5,000")
+    shown = re.findall(r'<span class="soft">step ([\d,]+)</span>', page)
+    assert len(shown) == transcripts.STEPS_SHOWN and (shown[0], shown[-1]) == ("0", "4,995")
+
+
+def test_what_the_recorder_writes_is_what_the_report_reads(tmp_path):
+    """The two files meet nowhere else, so a renamed field would go unnoticed."""
+    recorder = Recorder(tmp_path, active=True)
+    recorder.metrics({"step": 0, "heldout_accuracy": 0.5})
+    question = SimpleNamespace(id="1", text="How many?", answer="5", images=[])
+    sample = SimpleNamespace(
+        prompt=SimpleNamespace(question=question), tokens=torch.tensor([1, 2, 3]), text="a b c",
+        mask=torch.tensor([True, False, True]), reward=1.0, advantage=0.5, finish="stop",
+        rethought="self_correction",
+    )  # fmt: skip
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join("?abc"[i] for i in ids))
+    recorder.samples(0, [[sample]], tokenizer)
+    assert '<mark class="forced" title="forced">b</mark>' in page_of(tmp_path)
+
+
+# ---------------------------------------------------------------------------- safety
+
+
+def test_whatever_a_model_or_a_data_set_wrote_is_shown_as_text(tmp_path):
+    marked = "\\boxed{" + HOSTILE + "} Wait, " + HOSTILE
+    pieces = [[HOSTILE, False], [HOSTILE, True], [marked, False]]
+    row = group(0, text=HOSTILE, responses=[response(pieces)])
+    row["question"] |= {"answer": HOSTILE, "images": [PIXEL + '"onload="alert(1)']}
+    config = {"steps": 4, HOSTILE: HOSTILE}
+    folder = write_run(tmp_path / "\" onload=\"<script>alert(1)<", samples=[row], config=config)
+    elements = Elements(page_of(folder, write_run(tmp_path / "other")))
+    assert len(elements.of("script")) == 1
+    assert len(elements.of("img")) == 1 and "onload" not in elements.of("img")[0]
+    assert not any(name.startswith("on") for _, attributes in elements.found for name in attributes)
+    assert elements.text.count("document.title='owned'") >= 6
+
+
+def test_the_page_needs_no_network(tmp_path):
+    row = group(0)
+    row["question"]["images"] = ["https://example.org/x.png", "//example.org/x.png", "x.png", PIXEL]
+    page = page_of(write_run(tmp_path / "run", samples=[row]))
+    elements = Elements(page)
+    assert [picture["src"] for picture in elements.of("img")] == [PIXEL]
+    assert not elements.of("link") and not elements.of("iframe")
+    assert not any("href" in attributes for _, attributes in elements.found)
+    assert "url(" not in page and "@import" not in page
+    assert "default-src 'none'" in elements.of("meta")[2]["content"]
+
+
+def test_reports_do_not_wait_for_torch():
+    code = "import sys, report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=report.PAGE.parent, check=False)
+    assert done.returncode == 0
+
+
+# ---------------------------------------------------------------------------- odd runs
+
+
+def test_a_run_that_is_still_going_can_be_looked_at(tmp_path):
+    folder = write_run(tmp_path / "run", config={"steps": 60})
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(folder / name, "a") as file:
+            file.write('{"step": 5, "rew')
+    assert "4 of 60 steps" in page_of(folder)
+
+
+def test_what_was_not_measured_is_left_out(tmp_path):
+    rows = [metrics_row(1), metrics_row(2, grad_norm=None, reward=float("nan")), metrics_row(3)]
+    page = page_of(write_run(tmp_path / "run", rows))
+    assert ">Held-out accuracy</h3>" not in page  # no chart; in the summary, a dash
+    assert "–</td>" in page and "nan" not in page
+    assert ">Gradient norm</h3>" in page and 'data-steps="1|3" data-values="1.5|1.5"' in page
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 0, "heldout_accuracy": 0.5}\n', '{"step"'])
+def test_a_run_that_has_hardly_begun_has_a_page(tmp_path, text):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert "None were written" in page_of(tmp_path)
+
+
+def test_the_same_files_give_the_same_page_and_leave_nothing_beside_it(tmp_path):
+    folder = write_run(tmp_path / "run")
+    before = sorted(path.name for path in folder.iterdir())
+    assert page_of(folder) == page_of(folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*before, "report.html"])
+
+
+# ---------------------------------------------------------------------------- errors
+
+
+def no_run(folder):
+    shutil.rmtree(folder)
+
+
+def no_metrics(folder):
+    (folder / "metrics.jsonl").unlink()
+
+
+def broken_line(folder):
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+
+
+def wrong_rows(folder):
+    (folder / "samples.jsonl").write_text('{"step": 1}\n')
+
+
+def not_text(folder):
+    (folder / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\n")
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def a_folder_in_the_way(folder):
+    (folder / "report.html").mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (no_run, "no such run"), (no_metrics, "no metrics.jsonl"),
+        (broken_line, "jsonl:2: invalid"), (wrong_rows, "question, responses, step"), (not_text, "not a text file"),
+        (broken_config, "config.json: invalid"), (a_folder_in_the_way, "cannot be written"),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_mend_is_told_in_one_line(tmp_path, capsys, damage, told):
+    folder = write_run(tmp_path / "run")
+    damage(folder)
+    with pytest.raises(UserError, match=told):
+        write_report([folder])
+    assert main([str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_the_command_says_where_the_page_is(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    assert main([str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+
+
+# ---------------------------------------------------------------------------- in a browser
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+# The page in a frame as wide as a phone; what a reader does there, and what comes of it.
+DRIVER = """
+<iframe style="width: 390px; height: 800px" srcdoc="{page}"></iframe>
+<script>
+onload = () => {{
+  const page = document.querySelector("iframe").contentDocument;
+  const chart = page.querySelector(".chart > svg"), box = chart.getBoundingClientRect();
+  const tip = page.getElementById("tip");
+  const told = () => Array.from(tip.children).map(row => row.textContent);
+  const send = event => chart.dispatchEvent(event);
+  const seen = {{title: page.title, width: page.documentElement.scrollWidth}};
+  send(new PointerEvent("pointermove", {{clientX: box.right - 5, clientY: box.top + 5}}));
+  seen.hover = told();
+  page.getElementById("show1").click();
+  send(new KeyboardEvent("keydown", {{key: "ArrowLeft"}}));
+  seen.key = told();
+  send(new PointerEvent("pointerleave"));
+  seen.left = told();
+  document.body.textContent = "SEEN" + JSON.stringify(seen) + "SEEN";
+}};
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_in_a_browser_the_page_answers_fits_a_phone_and_runs_no_script_but_its_own(tmp_path):
+    row = group(0, text="unbreakable" * 60, responses=[response([[HOSTILE, False]])])
+    page = page_of(write_run(tmp_path / "run", samples=[row]), write_run(tmp_path / "other"))
+    # As if escaping had been forgotten: the security policy has to hold by itself.
+    page = page.replace("<h1>", f"{HOSTILE}<h1>")
+    (tmp_path / "driver.html").write_text(DRIVER.format(page=html.escape(page)), encoding="utf-8")
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+        (tmp_path / "driver.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    seen = json.loads(html.unescape(done.stdout.split("SEEN")[1]))
+    assert seen["title"] == "run: VL-Rethinker report"
+    assert seen["width"] <= 390
+    assert seen["hover"] == ["step 4", "75 %  run", "75 %  other"]
+    assert seen["key"] == ["step 0", "25 %  run"]  # the other run is switched off
+    assert seen["left"] == []
