@@ -276,8 +276,9 @@ def a_folder_in_the_way(folder):
     "damage, told",
     [
         (no_run, "no such run"), (no_metrics, "no metrics.jsonl"),
-        (broken_line, "jsonl:2: invalid"), (wrong_rows, "question, responses, step"), (not_text, "not a text file"),
-        (broken_config, "config.json: invalid"), (a_folder_in_the_way, "cannot be written"),
+        (broken_line, "jsonl:2: invalid"), (wrong_rows, "question, responses, step"),
+        (not_text, "not a text file"), (broken_config, "config.json: invalid"),
+        (a_folder_in_the_way, "cannot be written"),
     ],
 )  # fmt: skip
 def test_what_a_user_can_mend_is_told_in_one_line(tmp_path, capsys, damage, told):
