@@ -96,18 +96,23 @@ def parse_choices(text: str) -> list[str] | None:
 
 # ---------------------------------------------------------------------------- pictures
 
+# PIL reports broken files by any of these, PNG chunks even by SyntaxError.
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
 
 def open_image(source) -> Image.Image:
     """Any stored picture as upright RGB, no side under MIN_SIDE pixels.
 
     `source` is a PIL image, a path, or the encoded bytes. Transparency is laid on white, as a
-    browser shows it. Raises OSError, ValueError or SyntaxError where the picture is broken.
+    browser shows it. Raises one of BROKEN_IMAGE where the picture is broken.
     """
     if isinstance(source, Image.Image):
         image = source
     else:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # PIL's own conversion would cut 16 bits off at 255: all white
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -136,8 +141,7 @@ def check_images(questions: list[Question], progress=lambda items: items) -> lis
                 found.append(open_image(source).size)
             except FileNotFoundError:
                 return f"qid {question.id}: image {name} does not exist; is images.zip unpacked?"
-            # PIL reports broken files by any of these, PNG chunks even by SyntaxError.
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except BROKEN_IMAGE as error:
                 return f"qid {question.id}: image {name} cannot be read ({error}); replace it"
         return found
 
@@ -182,12 +186,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: not a readable parquet file ({reason})") from None
     elif path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:  # bytes, so that a line which is not UTF-8 has its number
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode("utf-8-sig"))
+                except UnicodeDecodeError:
+                    raise UserError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}:{number}: invalid JSON ({error.msg})") from None
                 if not isinstance(row, dict):

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import MARKER, Question, UserError, open_image, prompt_text
+from data import BROKEN_IMAGE, MARKER, Question, UserError, open_image, prompt_text
 from tree import Trees, build_trees, pad_rows, tree_mask
 
 # Its bars for reading and writing files would break ours in two.
@@ -259,7 +259,7 @@ def encode(policy: Policy, question: Question, template: str = "plain") -> Promp
     if question.images:
         try:
             images = [open_image(source) for source in question.images]
-        except (OSError, ValueError, SyntaxError) as error:
+        except BROKEN_IMAGE as error:
             raise UserError(f"qid {question.id}: an image cannot be read ({error})") from None
         features = policy.image_processor(images=images, return_tensors="pt")
         pixels, grid = features["pixel_values"], features["image_grid_thw"]

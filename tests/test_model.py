@@ -262,10 +262,12 @@ def test_pixels_left_behind_are_made_again(policy, prompts):
         assert torch.equal(again.input_ids, prompt.input_ids)
 
 
-def test_an_unreadable_picture_is_named_with_its_question(policy, tmp_path):
-    broken = tmp_path / "broken.png"
+def test_an_unreadable_picture_is_named_with_its_question(policy, tmp_path, monkeypatch):
+    broken, bomb = tmp_path / "broken.png", tmp_path / "bomb.png"
     broken.write_bytes(b"not a picture")
-    for source in (broken, tmp_path / "missing.png"):
+    noise_image(50, 50).save(bomb)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for source in (broken, bomb, tmp_path / "missing.png"):
         with pytest.raises(UserError, match="qid q7"):
             encode(policy, Question("q7", "<image>", [source], ""), "bare")
 
