@@ -1,0 +1,403 @@
+"""Questions from files, and pictures of every kind."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data import (
+    MIN_SIDE,
+    TEMPLATES,
+    Question,
+    UserError,
+    check_images,
+    load_questions,
+    open_image,
+    parse_choices,
+    place_markers,
+    prompt_text,
+    read_rows,
+    write_atomically,
+)
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def close(a, b, by=0) -> bool:
+    return all(abs(x - y) <= by for x, y in zip(a, b))
+
+
+def stored(image: Image.Image, form: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------- templates
+
+
+def test_the_templates_are_the_paper_s_to_the_character():
+    question = Question("q", "What is it?", [], "")
+    assert prompt_text(question, "plain") == (
+        "What is it?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
+    assert prompt_text(question, "rethink") == (
+        "What is it?\n\nGuidelines: \nPlease think step by step, and **regularly perform "
+        "self-questioning, self-verification, self-correction to check your ongoing "
+        'reasoning**, using connectives such as "Wait a moment", "Wait, does it seem right?", '
+        "etc. Remember to put your final answer within \\boxed{}."
+    )
+    assert prompt_text(question, "bare") == "What is it?"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_braces_in_a_question_are_left_alone(template):
+    text = "Is {x} in {question} or {}?"
+    assert prompt_text(Question("q", text, [], ""), template).startswith(text)
+
+
+def test_pictures_without_a_marker_come_first():
+    assert place_markers("a <image> b", 1) == "a <image> b"
+    assert place_markers("a <image> b", 3) == "<image><image>a <image> b"
+    assert place_markers("a", 0) == "a"
+    with pytest.raises(ValueError, match="2 <image> markers but 1 images"):
+        place_markers("<image><image>", 1)
+
+
+def test_choices_are_read_in_virl39k_s_form():
+    assert parse_choices("Which?\nChoices:\n(A) 3 cm\n(B) 4 cm\n(C) \n(D) 5") == [
+        "3 cm", "4 cm", "", "5",
+    ]  # fmt: skip
+    assert parse_choices("Choices: none.\nWhich?\nChoices:\nA. x\n B: y ") == ["x", "y"]
+    for text in ("Which?", "Choices:\n(A) one", "Choices:\n(B) x\n(C) y", "Choices:\n(A) x\n(C) y"):
+        assert parse_choices(text) is None
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+def plain(mode: str, colour) -> Image.Image:
+    return Image.new(mode, (40, 30), colour)
+
+
+def palette(transparent: bool) -> Image.Image:
+    """Red, with an entry of the palette, the left half's, that may be transparent."""
+    image = plain("P", 1)
+    image.putpalette([0, 0, 255, 255, 0, 0])
+    image.paste(0, (0, 0, 20, 30))
+    if transparent:
+        image.info["transparency"] = 0
+    return image
+
+
+def half_seen() -> Image.Image:
+    image = plain("RGBA", (255, 0, 0, 255))
+    image.paste((0, 0, 255, 0), (0, 0, 20, 30))
+    return image
+
+
+# (picture, form to store it in, colour of the left half, of the right half)
+PICTURES = {
+    "RGB": (plain("RGB", RED), "PNG", RED, RED),
+    "grayscale": (plain("L", 100), "PNG", (100,) * 3, (100,) * 3),
+    "grayscale and alpha": (plain("LA", (0, 0)), "PNG", WHITE, WHITE),
+    "grayscale of 16 bits": (plain("I;16", 100 * 256 + 7), "PNG", (100,) * 3, (100,) * 3),
+    "black and white": (plain("1", 1), "PNG", WHITE, WHITE),
+    "RGBA, transparent on the left": (half_seen(), "PNG", WHITE, RED),
+    "RGBA, half transparent": (plain("RGBA", (255, 0, 0, 128)), "PNG", (255, 127, 127),
+                               (255, 127, 127)),
+    "palette": (palette(False), "PNG", BLUE, RED),
+    "palette, transparent on the left": (palette(True), "PNG", WHITE, RED),
+    "GIF, transparent on the left": (palette(True), "GIF", WHITE, RED),
+    "CMYK": (plain("CMYK", (0, 255, 255, 0)), "TIFF", RED, RED),
+    "CMYK in a JPEG": (plain("CMYK", (0, 255, 255, 0)), "JPEG", RED, RED),
+    "JPEG": (plain("RGB", BLUE), "JPEG", BLUE, BLUE),
+    "WebP": (half_seen(), "WEBP", WHITE, RED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("source", ["bytes", "path", "image"])
+def test_every_kind_of_picture_comes_out_as_rgb_on_white(name, source, tmp_path):
+    image, form, left, right = PICTURES[name]
+    data = stored(image, form)
+    if source == "path":
+        (tmp_path / "picture").write_bytes(data)
+        data = tmp_path / "picture"
+    opened = open_image(Image.open(io.BytesIO(data)) if source == "image" else data)
+    assert opened.mode == "RGB" and opened.size == (40, 30)
+    assert close(opened.getpixel((5, 15)), left, 3) and close(opened.getpixel((35, 15)), right, 3)
+
+
+def test_a_photograph_held_sideways_comes_out_upright():
+    """EXIF orientation 6: the camera was turned, the stored picture's left is its top."""
+    image = Image.new("RGB", (60, 40), GREEN)
+    image.paste(RED, (0, 0, 30, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    opened = open_image(stored(image, "PNG", exif=exif))
+    assert opened.size == (40, 60)
+    assert (opened.getpixel((20, 5)), opened.getpixel((20, 55))) == (RED, GREEN)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (27, 100), (100, 3), (28, 28), (29, 28)])
+def test_no_side_is_shorter_than_a_visual_token_and_the_shape_stays(size):
+    opened = open_image(stored(Image.new("RGB", size, BLUE), "PNG"))
+    assert min(opened.size) >= MIN_SIDE
+    scale = max(1, MIN_SIDE / min(size))
+    assert opened.size == (round(size[0] * scale), round(size[1] * scale))
+    assert opened.getpixel((5, 5)) == BLUE
+
+
+def test_a_picture_too_narrow_for_the_model_is_refused():
+    assert open_image(Image.new("RGB", (28 * 150, 28))).size == (28 * 150, 28)
+    with pytest.raises(ValueError, match="factor"):
+        open_image(Image.new("RGB", (2000, 10)))
+
+
+def test_check_images_gives_the_sizes_that_open_image_makes(tmp_path):
+    Image.new("RGB", (50, 40)).save(tmp_path / "a.png")
+    questions = [
+        Question("1", "<image><image>", [tmp_path / "a.png", Image.new("L", (14, 28))], ""),
+        Question("2", "", [], ""),
+        Question("3", "<image>", [stored(Image.new("RGB", (30, 60)), "PNG")], ""),
+    ]
+    assert check_images(questions) == [[(50, 40), (28, 56)], [], [(30, 60)]]
+
+
+BROKEN = {
+    "not a picture": b"hello",
+    "nothing": b"",
+    "cut short": stored(Image.effect_noise((300, 300), 80).convert("RGB"), "PNG")[:2000],
+    "a JPEG cut short": stored(Image.effect_noise((300, 300), 80), "JPEG")[:2000],
+}
+
+
+@pytest.mark.parametrize("name", [*BROKEN, "missing"])
+def test_a_broken_or_missing_picture_is_named_with_its_question(name, tmp_path):
+    path = tmp_path / "broken.png"
+    if name != "missing":
+        path.write_bytes(BROKEN[name])
+    good = Question("fine", "<image>", [Image.new("RGB", (30, 30))], "")
+    questions = [good, Question("q17", "<image>", [path], ""), good]
+    with pytest.raises(UserError, match="q17.*broken.png") as error:
+        check_images(questions)
+    assert "\n" not in str(error.value)
+
+
+def test_a_decompression_bomb_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    question = Question("q17", "<image>", [stored(Image.new("RGB", (50, 50)), "PNG")], "")
+    with pytest.raises(UserError, match="q17.*embedded"):
+        check_images([question])
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def row(**changes) -> dict:
+    """A row as ViRL39K has it."""
+    return {
+        "question": "<image>What is it?", "answer": "\\boxed{5}", "qid": "a-1",
+        "PassRate_32BTrained": 0.5, "PassRate_7BBase": 0.25, "category": "Geometric",
+        "source": "x", "image": ["images/a.jpg"],
+    } | changes  # fmt: skip
+
+
+ROWS = [
+    row(),
+    row(qid="a-2", question="No marker", PassRate_7BBase=-1.0),
+    row(qid="a-3", question="Text only", image=[], PassRate_7BBase=0.0),
+    row(qid="a-4", question="<image> and <image>", image=["b.png", "c.png"], PassRate_7BBase=1.0),
+    row(qid="a-5", question="<image>?\nChoices:\n(A) x\n(B) y", answer="\\boxed{B}"),
+]
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    """Rows, or lines as they are."""
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_parquet(path: Path, rows) -> Path:
+    table = pytest.importorskip("pyarrow").Table.from_pylist(rows)
+    pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    return path
+
+
+WRITERS = {"jsonl": write_jsonl, "parquet": write_parquet}
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_rows_become_questions(form, tmp_path):
+    questions = load_questions(WRITERS[form](tmp_path / f"data.{form}", ROWS))
+    assert [q.id for q in questions] == ["a-1", "a-2", "a-3", "a-4", "a-5"]
+    assert [q.text for q in questions] == [
+        "<image>What is it?", "<image>No marker", "Text only", "<image> and <image>",
+        "<image>?\nChoices:\n(A) x\n(B) y",
+    ]  # fmt: skip
+    assert questions[0].images == [tmp_path / "images/a.jpg"]
+    assert [len(q.images) for q in questions] == [1, 1, 0, 2, 1]
+    assert questions[0].answer == "\\boxed{5}" and questions[0].category == "Geometric"
+    assert [q.choices for q in questions] == [None, None, None, None, ["x", "y"]]
+
+
+def test_parquet_and_jsonl_say_the_same(tmp_path):
+    assert load_questions(write_parquet(tmp_path / "data.parquet", ROWS)) == load_questions(
+        write_jsonl(tmp_path / "data.jsonl", ROWS)
+    )
+
+
+def test_pictures_inside_a_parquet_are_read(tmp_path):
+    data = stored(Image.new("RGB", (30, 30), RED), "PNG")
+    pictures = [{"bytes": data, "path": None}, {"bytes": None, "path": "images/a.jpg"}]
+    path = write_parquet(tmp_path / "data.parquet", [row(image=pictures)])
+    [question] = load_questions(path)
+    assert question.images == [data, tmp_path / "images/a.jpg"]
+    assert open_image(question.images[0]).getpixel((3, 3)) == RED
+
+
+def test_optional_columns_may_be_left_out(tmp_path):
+    rows = [
+        {"question": "a?", "answer": 5},
+        {"question": "b?", "answer": "5", "image": None, "qid": None, "category": None},
+        {"question": "c?", "answer": "5", "image": "c.png", "qid": 7},
+    ]
+    a, b, c = load_questions(write_jsonl(tmp_path / "data.jsonl", rows))
+    assert (a.id, a.answer, a.images, a.category) == ("0", "5", [], "")
+    assert (b.id, b.images, b.category) == ("1", [], "")
+    assert (c.id, c.text, c.images) == ("7", "<image>c?", [tmp_path / "c.png"])
+
+
+def test_blank_lines_count_but_say_nothing(tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", ["", row(), "  ", row(qid="b", answer="")])
+    with pytest.raises(UserError, match="data.jsonl:4: no answer"):
+        load_questions(path)
+    assert [place for place, _ in read_rows(path)] == [f"{path}:2", f"{path}:4"]
+
+
+# ---------------------------------------------------------------------------- selection
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_questions_are_selected_by_pass_rate(form, tmp_path):
+    """-1 means not measured; 0, never solved: the paper keeps what has been solved."""
+    path = WRITERS[form](tmp_path / f"data.{form}", ROWS)
+
+    def kept(low, high):
+        return [q.id for q in load_questions(path, ("PassRate_7BBase", low, high))]
+
+    assert kept(0.01, 1.0) == ["a-1", "a-4", "a-5"]
+    assert kept(0.0, 0.5) == ["a-1", "a-3", "a-5"]
+    assert kept(-1, 1) == ["a-1", "a-2", "a-3", "a-4", "a-5"]
+    with pytest.raises(UserError, match="none of 5 rows has PassRate_7BBase"):
+        kept(0.6, 0.9)
+
+
+def test_rows_that_are_not_selected_must_be_sound_too(tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", [row(), row(PassRate_7BBase=-1.0)])
+    with pytest.raises(UserError, match="duplicate"):
+        load_questions(path, ("PassRate_7BBase", 0, 1))
+
+
+# ---------------------------------------------------------------------------- errors
+
+BAD_ROWS = {
+    "no answer": (row(answer=None), "no answer"),
+    "blank answer": (row(answer="  "), "no answer"),
+    "empty box": (row(answer="\\boxed{}"), "no answer"),
+    "no question": (row(question=None), "no question"),
+    "blank question": (row(question=" \n"), "no question"),
+    "a qid twice": (row(qid="a-1"), "duplicate qid 'a-1', first at .*data.jsonl:1"),
+    "more markers than images": (row(qid="b", question="<image> <image>"), "qid b.*2 <image>"),
+    "markers and no image": (row(qid="b", image=None), "qid b.*1 <image> markers but 0 images"),
+    "an image that is a number": (row(qid="b", image=[3]), "qid b.*int"),
+    "invalid JSON": ('{"question": ', "invalid JSON"),
+    "not an object": ("[1, 2]", "object"),
+    "no pass rate": (row(qid="b", PassRate_7BBase=None), "PassRate_7BBase.*columns: PassRate_32B"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_row_that_cannot_be_used_is_named_with_file_and_line(name, tmp_path):
+    bad, message = BAD_ROWS[name]
+    path = write_jsonl(tmp_path / "data.jsonl", [row(), row(qid="a-2"), bad, row(qid="a-9")])
+    with pytest.raises(UserError, match=message) as error:
+        load_questions(path, ("PassRate_7BBase", 0, 1))
+    assert str(error.value).startswith(f"{path}:3")
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_of_a_parquet_is_named_by_its_number(tmp_path):
+    path = write_parquet(tmp_path / "data.parquet", [row(), row(qid="a-2", answer="")])
+    with pytest.raises(UserError, match="row 2: no answer") as error:
+        load_questions(path)
+    assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_file_is_named(content, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match="data.jsonl: the file is empty"):
+        load_questions(path)
+
+
+def test_a_text_that_is_not_utf8_is_named_with_its_file(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(json.dumps(row()).encode() + b'\n{"question": "caf\xe9"}\n')
+    with pytest.raises(UserError, match="data.jsonl:2: not UTF-8"):
+        load_questions(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row()).encode())
+    assert [q.id for q in load_questions(path)] == ["a-1"]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    for name, message in [("none.jsonl", "no such file"), ("data.csv", "parquet or .jsonl")]:
+        if name == "data.csv":
+            (tmp_path / name).write_text("question,answer\n")
+        with pytest.raises(UserError, match=f"{name}: .*{message}"):
+            load_questions(tmp_path / name)
+    with pytest.raises(UserError, match="no such file"):
+        load_questions(tmp_path)  # a directory
+
+
+def test_a_broken_parquet_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "data.parquet"
+    path.write_bytes(b"PAR1 is how it starts, but")
+    with pytest.raises(UserError, match="data.parquet: not a readable parquet file") as error:
+        load_questions(path)
+    assert "\n" not in str(error.value)
+
+
+def test_without_pyarrow_a_parquet_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "data.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        load_questions(tmp_path / "data.parquet")
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    write_atomically(path, "old")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_atomically(path, "neu: ü")
+    assert path.read_text(encoding="utf-8") == "neu: ü"
