@@ -51,7 +51,7 @@ def drop_cut_line(path: Path) -> None:
 
 def made_with(config, name: str) -> dict:
     """What responses depend on, of eval.py's Config; a local model by the time it was saved too."""
-    wanted = ("model", "template", "temperature", "samples", "max_prompt_tokens", "seed")
+    wanted = ("model", "template", "temperature", "samples", "max_prompt_tokens", "seed", "force_rethink")
     settings = {key: getattr(config, key) for key in wanted}
     weights = list(Path(config.model).glob("*.safetensors"))
     settings["saved"] = int(max((file.stat().st_mtime for file in weights), default=0))
@@ -170,15 +170,20 @@ def ask_batch(policy, items: list[Item], settings: dict, rows: int, batch: int) 
     import torch
 
     from model import encode
+    from rethink import Rethinking, extender
     from rollout import generate
 
     templates = [item.template or settings["template"] for item in items]
     prompts = [encode(policy, x.question, t) for x, t in zip(items, templates, strict=True)]
     random = torch.Generator(policy.device).manual_seed(settings["seed"] * 1_000_003 + batch)
     count, length = settings["samples"], settings["max_new_tokens"]
+    extend = None
+    if settings["force_rethink"]:  # all that leave room; the trigger is drawn blindly
+        key = (settings["seed"], batch)
+        extend = extender(Rethinking(1.0), policy.tokenizer, None, length, key)
     try:
         return generate(
-            policy, prompts, count, length, settings["temperature"], random, max_rows=rows
+            policy, prompts, count, length, settings["temperature"], random, extend, max_rows=rows
         )
     except torch.OutOfMemoryError:
         raise UserError(
@@ -190,5 +195,14 @@ def marked_lines(item: Item, group: list | None, samples: int) -> list[dict]:
     """Lines of a question's Samples; without them, the prompt was too long to ask."""
     given = [{"response": "", "finish": "overlong", "tokens": 0}] * samples
     if group is not None:
-        given = [{"response": s.text, "finish": s.finish, "tokens": len(s.tokens)} for s in group]
+        given = [answer_of(sample) for sample in group]
     return scores.mark_all(item, given, samples)
+
+
+def answer_of(sample) -> dict:
+    """A Sample as scores.mark takes it, its forced second look beside it."""
+    answer = {"response": sample.text, "finish": sample.finish, "tokens": len(sample.tokens)}
+    if sample.extension:
+        again = answer_of(sample.extension)
+        answer["again"] = again | {"trigger": sample.extension.rethought}
+    return answer

@@ -71,7 +71,7 @@ class Config:
     ssr_alpha: float = flag(1.0, "draw in proportion to |A|^alpha [P: not given] [C: 1]")
     ssr_replacement: bool = flag(True, "put each draw back [P: not said] [C: true]")
 
-    rethink_fraction: float = flag(0.0, "share of responses forced to look again, q [C: about 0.65]")
+    rethink_fraction: float = flag(0.25, "share of responses forced to look again, q [C: about 0.65]")
     rethink_quota: int = flag(2, "second looks kept a question [P: 2]")
     rethink_sft_coef: float = flag(0.05, "weight of the loss on kept second looks [C: 0.05]")
     rethink_sft_on: str = flag("all", "that loss on y1 + trigger + y2, or on trigger + y2",
@@ -89,7 +89,7 @@ LARGE = {
     "template": "plain", "min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28, "steps": 0,
     "episode_queries": 1024, "batch_size": 512, "max_new_tokens": 2048, "lr": 1e-6, "save_every": 16,
     "eval_every": 16, "heldout": 256, "micro_batch_tokens": 24576, "gradient_checkpointing": True,
-    "rethink_min_tokens": 30, "rollout_rows": 256,
+    "rethink_fraction": 0.0, "rethink_min_tokens": 30, "rollout_rows": 256,
 }  # fmt: skip
 
 PRESETS = {

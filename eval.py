@@ -53,6 +53,7 @@ class Config:
     min_pixels: int = flag(0, "least area of a resized picture; 0: 256*28*28 [P], the toy's own")
     max_pixels: int = flag(0, "largest area of a picture; 0: 1280*28*28 [P], the toy's own")
     max_prompt_tokens: int = flag(32768, "questions with a longer prompt get no answer, counted")
+    force_rethink: bool = flag(False, "force every response to look again, too (paper, Fig. 7)")
     rows: int = flag(64, "responses decoded at once: their KV cache must fit")
     seed: int = flag(0, "of sampling; every batch has its own, so resuming changes nothing")
 
@@ -74,9 +75,12 @@ def parse(argv: list[str]) -> Config:
     parser.error = fail
     for f in fields(Config):
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        kind = {"nargs": 2, "metavar": ("A", "B")} if f.type is tuple else {"type": f.type}
-        choices = f.metadata["choices"]
-        parser.add_argument(f"--{f.name}", help=text, default=f.default, choices=choices, **kind)
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is tuple:
+            kind = {"nargs": 2, "metavar": ("A", "B")}
+        elif f.type is bool:
+            kind = {"action": "store_true"}
+        parser.add_argument(f"--{f.name}", help=text, default=f.default, **kind)
     config = Config(**vars(parser.parse_args(argv)))
     for name in names(config):
         if name not in NAMES:

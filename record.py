@@ -46,6 +46,7 @@ class Recorder:
                 "step": step,
                 "question": {
                     "id": question.id, "text": question.text, "answer": question.answer,
+                    "category": question.category,
                     "images": [thumbnail(source) for source in question.images],
                 },
                 "responses": [describe(sample, tokenizer) for sample in group],
@@ -83,18 +84,22 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def describe(sample, tokenizer) -> dict:
-    """A response for samples.jsonl. `pieces` alternates [text, forced?]: what was sampled, what was not."""
+    """A response for samples.jsonl. `pieces` alternates [text, forced?]: what was sampled, what was not;
+    `not_kept` is the forced second look that did not take its place."""
     pieces, mask = [], sample.mask.tolist()
     start = 0
     for i in range(1, len(mask) + 1):
         if i == len(mask) or mask[i] != mask[start]:
             pieces.append([tokenizer.decode(sample.tokens[start:i]), not mask[start]])
             start = i
-    return {
+    row = {
         "text": sample.text, "pieces": pieces, "reward": sample.reward,
         "advantage": sample.advantage, "finish": sample.finish, "tokens": len(mask),
         "rethought": sample.rethought,
     }  # fmt: skip
+    if sample.extension:
+        row["not_kept"] = describe(sample.extension, tokenizer)
+    return row
 
 
 def thumbnail(source, side: int = 336) -> str:

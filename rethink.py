@@ -23,8 +23,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rollout import Extension
-
 # Exact to the character (paper, appendix).
 TRIGGERS = {
     "self_questioning": "\n\nWait, does it seem right?",
@@ -43,6 +41,15 @@ class Rethinking:
     cutback: float = 0.0  # chance that y1 is first cut back to before its answer
     min_tokens: int = 1  # of y2
     max_tokens: int = 1024
+
+
+@dataclass
+class Extension:
+    """How a finished response goes on: its first `keep` tokens stay, `forced` ids follow."""
+
+    keep: int  # at least 1
+    forced: list[int]
+    kind: str  # of the trigger, recorded as Sample.rethought
 
 
 def extender(settings: Rethinking, tokenizer, grade, max_new_tokens: int, key: tuple):

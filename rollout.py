@@ -27,17 +27,9 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from model import NEVER, Policy, Prompt, Sample, decode, masked_logits
+from rethink import Extension
 
 COMPACT_BELOW = 0.75  # finished rows leave when fewer than this share of the batch still decodes
-
-
-@dataclass
-class Extension:
-    """How a finished response goes on: its first `keep` tokens stay, `forced` ids follow."""
-
-    keep: int  # at least 1
-    forced: list[int]
-    kind: str  # the trigger's kind, recorded as Sample.rethought
 
 
 # (index of the prompt, index in the group, the finished response) -> how it goes on, or None
@@ -245,7 +237,7 @@ def generate(
 
     temperature  0 decodes greedily; log-probabilities are then those at temperature 1
     generator    on the policy's device; all randomness comes from it
-    extend       asked once for each response that ends; see Extension. What it extends comes back
+    extend       asked once for each response that ends; see rethink.Extension. What it extends comes back
                  as Sample.extension of the response that it extends
     max_rows     responses decoded at once: their cache is what bounds it
     progress     called with the number of responses that have just finished

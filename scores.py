@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks import BENCHMARKS, Item
 from data import UserError
+from rethink import before_rethinking, rethinks
 from rules import choose, normal
 
 MODELS = ("Qwen2.5-VL-7B", "VL-Rethinker-7B", "Qwen2.5-VL-32B", "VL-Rethinker-32B",
@@ -51,6 +52,10 @@ def mark(item: Item, answer: dict | None) -> dict:
         line["score"] = score
     if item.cluster:
         line["cluster"] = item.cluster
+    if answer.get("again"):  # what it said when forced to look again
+        kept = ("response", "extracted", "correct", "finish", "tokens")
+        again = mark(item, answer["again"])
+        line["again"] = {key: again[key] for key in kept} | {"trigger": answer["again"]["trigger"]}
     return line
 
 
@@ -161,6 +166,7 @@ def summarise(
         "label": label(name, items, left_out),
         "groups": {group: part(chosen) for group, chosen in groups.items()},
     }
+    summary |= rethinking(items, by_item)
     if samples > 1:
         summary[f"mean@{samples}"] = summary["accuracy"]
         right = [sum(line["correct"] for line in lines) for lines in by_item]
@@ -187,6 +193,35 @@ def summarise(
         summary["rules_cover"] = BENCHMARKS[name].covers
     if name in PUBLISHED:
         summary["published"] = dict(zip(MODELS, PUBLISHED[name], strict=True))
+    return summary
+
+
+def rethinking(items: list[Item], by_item: list[list[dict]]) -> dict:
+    """How often responses look again by themselves and what that changed; and where they were forced to:
+    accuracy before, after, and the bound when only wrong answers are looked at again (Fig. 7)."""
+    pairs = [(x, line) for x, lines in zip(items, by_item, strict=True) for line in lines]
+    own = [(x, line) for x, line in pairs if line["response"] and rethinks(line["response"])]
+    helped = 0.0
+    for item, line in own:
+        before = mark(item, line | {"response": before_rethinking(line["response"])})
+        helped += credit(line) - credit(before)
+    summary = {"rethinks": round(len(own) / len(pairs), 6), "rethinks_helped": helped}
+    forced = [line for _, line in pairs if "again" in line]
+    if forced:
+
+        def mean(value) -> float:
+            return round(headline(items, [sum(map(value, x)) / len(x) for x in by_item]), 6)
+
+        changes = Counter(
+            f"{'right' if line['correct'] else 'wrong'}_{'right' if line['again']['correct'] else 'wrong'}"
+            for line in forced
+        )
+        summary["force_rethink"] = {
+            "before": mean(credit),
+            "after": mean(lambda line: credit(line.get("again", line))),
+            "only_wrong": mean(lambda line: max(credit(line), credit(line.get("again", line)))),
+            "forced": len(forced), **changes,
+        }  # fmt: skip
     return summary
 
 
@@ -227,6 +262,13 @@ def table(summaries: dict[str, dict]) -> str:
         rows += [(name, *(f"{number:.1f}" for number in row.values())) for name, row in published]
         blocks.append(_aligned(rows))
     for name, s in summaries.items():
+        forced = s.get("force_rethink")
+        if forced:
+            counts = ", ".join(f"{k} {v}" for k, v in forced.items() if isinstance(v, int))
+            blocks.append(
+                f"{name}, forced to look again: before {100 * forced['before']:.1f}, after "
+                f"{100 * forced['after']:.1f}, if only when wrong {100 * forced['only_wrong']:.1f} ({counts})"
+            )
         several = [f"{key} {100 * s[key]:.1f}" for key in s if key.split("@")[0] in ("pass", "maj")]
         rows = [(name, "accuracy", "n")]
         rows += [(g, f"{100 * v['accuracy']:.1f}", str(v["n"])) for g, v in s["groups"].items()]

@@ -94,11 +94,11 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
         if c.recompute_logprobs:
             recompute_logprobs(run, groups)
     counts.update(sampled)
-    for group in groups:
-        for sample in group:
-            sample.extension = None
-            if parallel.world() > 1:  # pictures do not travel; `with_pixels` reads them again
-                sample.prompt = replace(sample.prompt, pixel_values=None)
+    if parallel.world() > 1:  # pictures do not travel; `with_pixels` reads them again
+        for sample in (s for group in groups for s in group):
+            sample.prompt = replace(sample.prompt, pixel_values=None)
+            if sample.extension:
+                sample.extension.prompt = sample.prompt
     parts = parallel.gather([(list(zip(numbers, groups)), counts)])
     ordered = sorted((pair for pairs, _ in parts for pair in pairs), key=lambda pair: pair[0])
     return [group for _, group in ordered], add_counts(part for _, part in parts)
@@ -394,6 +394,8 @@ def train(run: Run, record: Recorder) -> None:
                 run.buffer.clear()
                 run.episode += 1
                 record.samples(run.step, groups[:2], run.policy.tokenizer)
+            for sample in run.fresh:
+                sample.extension = None  # a second look that was not kept has been shown
             row = train_step(run, sampling_seconds)
             record.metrics(row)
             bar.update()

@@ -1,0 +1,204 @@
+"""Read the runs of toy_ablation.sh and write results/: two CSV files, a figure and a table.
+
+    python recipes/toy_ablation.py runs/ablation results
+
+Arms are compared at equal sampled tokens, tokens of forced second looks included: every run is read at
+the largest number of tokens that all have reached. Intervals are 95 % over seeds (Student's t); a
+difference to plain GRPO is paired by seed, since the same seed means the same questions.
+"""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+# Two-sided 95 % quantile of Student's t by number of seeds.
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+LONG = ("5 steps", "7 steps")  # chains the base has not seen
+FIXED = 0.86  # the accuracy that "steps to" asks for
+MAIN = ("plain", "filter", "ssr", "ssr_rethink", "rethink")
+COLOURS = ("#555555", "#d08a00", "#1f6fd0", "#b0307a", "#2a8f4a")
+
+
+def read_run(folder: Path) -> dict:
+    """One run's curves: tokens and step at each held-out measurement, and what was measured."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((folder / "config.json").read_text())
+    share = config["batch_size"] / (config["episode_queries"] * config["group_size"])
+    tokens, spent = 0.0, {0: 0.0}
+    steps = [row for row in rows if "reward" in row]
+    for row in steps:
+        tokens += row["response_tokens"] + row["rethink_tokens"] * share
+        spent[row["step"]] = tokens
+    held = [row for row in rows if "heldout_accuracy" in row]
+    episodes = {row["episode"]: row for row in steps}
+    arm, _, seed = folder.name.rpartition("-")
+    return {
+        "arm": arm, "seed": int(seed), "steps": steps, "held": held,
+        "step": np.array([row["step"] for row in held]),
+        "tokens": np.array([spent[row["step"]] for row in held]),
+        "accuracy": np.array([row["heldout_accuracy"] for row in held]),
+        "sampled": np.array([row["heldout_sampled"] for row in held]),
+        "long": np.array([np.mean([row["heldout_categories"][k] for k in LONG]) for row in held]),
+        "twice": np.array([row["heldout_rethinks"] for row in held]),
+        "outcomes": {k: sum(row[f"rethink_{k}"] for row in episodes.values()) for k in
+                     ("attempted", "kept", "wrong_right", "right_right", "right_wrong", "wrong_wrong")},
+    }  # fmt: skip
+
+
+def at_tokens(run: dict, name: str, budget: float) -> float:
+    """A curve's value when `budget` tokens had been sampled, between measurements by a line."""
+    return float(np.interp(budget, run["tokens"], run[name]))
+
+
+def figures(run: dict, budget: float) -> dict:
+    """The numbers of one run that the table averages."""
+    reached = [int(s) for s, a in zip(run["step"], run["accuracy"]) if a >= FIXED]
+    last = max(s for s, t in zip(run["step"], run["tokens"]) if t <= budget)
+    half = [row for row in run["steps"] if last // 2 < row["step"] <= last]
+    return {
+        "accuracy": at_tokens(run, "accuracy", budget),
+        "sampled": at_tokens(run, "sampled", budget),
+        "long": at_tokens(run, "long", budget),
+        "steps_to": float(reached[0]) if reached else math.inf,
+        "effective": float(np.mean([row["effective_queries"] for row in half])),
+        "twice": at_tokens(run, "twice", budget),
+        "length": float(np.mean([row["response_length"] for row in half])),
+    }
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of the 95 % interval.
+
+    >>> interval([1.0, 2.0, 3.0])[0]
+    2.0
+    """
+    spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(T_95.get(len(values), 1.96) * spread / math.sqrt(len(values)))
+
+
+def show(values: list[float], digits: int = 3) -> str:
+    if any(math.isinf(v) for v in values):
+        return f"{sum(math.isfinite(v) for v in values)} of {len(values)} seeds"
+    mean, half = interval(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def tables(runs: list[dict], budget: float) -> str:
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    by = {arm: {r["seed"]: figures(r, budget) for r in runs if r["arm"] == arm} for arm in arms}
+    lines = [
+        "| arm | seeds | held-out accuracy | minus plain, paired | 5 and 7 steps | sampled | "
+        f"steps to {FIXED} | effective, later half | rethinks unforced | tokens a response |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        rows = by[arm]
+        both = sorted(set(rows) & set(by.get("plain", {})))
+        paired = [rows[s]["accuracy"] - by["plain"][s]["accuracy"] for s in both]
+        column = {name: [row[name] for row in rows.values()] for name in next(iter(rows.values()))}
+        lines.append(
+            f"| {arm} | {len(rows)} | {show(column['accuracy'])} | "
+            f"{'–' if arm == 'plain' or not paired else show(paired)} | {show(column['long'])} | "
+            f"{show(column['sampled'])} | {show(column['steps_to'], 0)} | {show(column['effective'])} | "
+            f"{show(column['twice'], 2)} | {show(column['length'], 1)} |"
+        )
+    lines += ["", "| arm | attempted | kept | wrong→right | right→right | right→wrong | wrong→wrong |",
+              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for arm in arms:
+        totals = {k: sum(r["outcomes"][k] for r in runs if r["arm"] == arm) for k in runs[0]["outcomes"]}
+        if n := totals["attempted"]:
+            cells = [f"{totals[k] / n:.1%}" for k in list(totals)[1:]]
+            lines.append(f"| {arm} | {n} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def panel(x0: int, title: str, series: dict, x_end: float, y_end: float, x_label: str) -> str:
+    """One chart of the figure. series: arm -> (x [n], mean [n], half-width [n])."""
+    left, top, width, height = x0 + 40, 30, 270, 190
+
+    def at(x, y):
+        return f"{left + width * x / x_end:.1f},{top + height * (1 - min(max(y, 0), y_end) / y_end):.1f}"
+
+    parts = [f'<text x="{left}" y="18" font-weight="bold">{title}</text>']
+    for tick in (0, y_end / 2, y_end):
+        y = at(0, tick).split(",")[1]
+        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#ddd"/>'
+                     f'<text x="{left - 6}" y="{float(y) + 4}" text-anchor="end">{tick:.2g}</text>')  # fmt: skip
+    parts.append(f'<text x="{left + width / 2}" y="{top + height + 18}" text-anchor="middle">{x_label}</text>')
+    for (arm, (x, mean, half)), colour in zip(series.items(), COLOURS):
+        band = [at(a, m + h) for a, m, h in zip(x, mean, half)]
+        band += [at(a, m - h) for a, m, h in reversed(list(zip(x, mean, half)))]
+        line = " ".join(at(a, m) for a, m in zip(x, mean))
+        parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.13"/>'
+                     f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>')  # fmt: skip
+    return "".join(parts)
+
+
+def figure(runs: list[dict], budget: float) -> str:
+    """Held-out accuracy, effective share and unforced rethinking of the main arms, as SVG."""
+    arms = [arm for arm in MAIN if any(run["arm"] == arm for run in runs)]
+    grid = np.linspace(0, budget, 33)
+    accuracy, long_chains, effective = {}, {}, {}
+    for arm in arms:
+        mine = [run for run in runs if run["arm"] == arm]
+        for name, store in (("accuracy", accuracy), ("long", long_chains)):
+            values = np.array([np.interp(grid, run["tokens"], run[name]) for run in mine])
+            pairs = [interval(list(column)) for column in values.T]
+            store[arm] = (grid / 1e3, [p[0] for p in pairs], [np.nan_to_num(p[1]) for p in pairs])
+        curves = []
+        for run in mine:
+            episodes = {row["episode"]: row["effective_queries"] for row in run["steps"]}
+            curves.append([episodes[e] for e in sorted(episodes)])
+        count = min(map(len, curves))
+        pairs = [interval([c[i] for c in curves]) for i in range(count)]
+        effective[arm] = (np.arange(1, count + 1), [p[0] for p in pairs],
+                          [np.nan_to_num(p[1]) for p in pairs])  # fmt: skip
+    end = budget / 1e3
+    episodes_end = max(len(e[0]) for e in effective.values())
+    legend = "".join(
+        f'<rect x="{40 + 130 * i}" y="262" width="14" height="4" fill="{c}"/>'
+        f'<text x="{60 + 130 * i}" y="268">{arm}</text>'
+        for i, (arm, c) in enumerate(zip(arms, COLOURS))
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 280" font-family="sans-serif" '
+        'font-size="12"><rect width="1000" height="280" fill="white"/>'
+        + panel(0, "held-out accuracy", accuracy, end, 1.0, "thousand sampled tokens")
+        + panel(330, "on 5 and 7 steps", long_chains, end, 1.0, "thousand sampled tokens")
+        + panel(660, "effective questions", effective, episodes_end, 1.0, "episode")
+        + legend + "</svg>\n"
+    )  # fmt: skip
+
+
+def main(runs_folder: str, results_folder: str) -> None:
+    folders = sorted(p for p in Path(runs_folder).glob("*-*") if list(p.glob("checkpoint-*")))
+    runs = [read_run(folder) for folder in folders]
+    order = {arm: i for i, arm in enumerate(MAIN)}
+    runs.sort(key=lambda run: (order.get(run["arm"], len(MAIN)), run["arm"], run["seed"]))
+    budget = min(run["tokens"][-1] for run in runs)
+    out = Path(results_folder)
+    out.mkdir(exist_ok=True)
+    with open(out / "ablation.csv", "w", newline="") as file:
+        rows = [{"arm": r["arm"], "seed": r["seed"], **figures(r, budget), **r["outcomes"]} for r in runs]
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    with open(out / "curves.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        names = ("step", "tokens", "accuracy", "long", "sampled", "twice")
+        writer.writerow(["arm", "seed", *names])
+        for run in runs:
+            for values in zip(*(run[name] for name in names)):
+                writer.writerow([run["arm"], run["seed"], *(round(float(v), 4) for v in values)])
+    (out / "ablation.svg").write_text(figure(runs, budget))
+    table = f"At {budget:,.0f} sampled tokens a run.\n\n{tables(runs, budget)}\n"
+    (out / "table.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
