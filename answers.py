@@ -146,8 +146,7 @@ def _bracketed(opening: str, inside: str, closing: str, nesting: int) -> tuple |
     if opening == "\\begin" or not inside:
         return None
     if (opening, closing) in (("{", "}"), ("(", ")")) and not split(inside, _COMMA)[1]:
-        inner = read(inside, nesting)
-        return inner if inner[0] != "words" or opening == "{" else None
+        return read(inside, nesting)
     if opening == "{":
         return read(inside, nesting)
     if (opening, closing) not in _PAIRS:
@@ -201,8 +200,11 @@ def same(a: tuple, b: tuple) -> bool:
             return _same_system(relation, other)
         value = _value_of(relation)
         return value is not None and same(value, other)
-    if "list" in kinds:  # \{5\} is 5
+    if "list" in kinds:  # \{5\} is 5; x = 1, y = 2 is (1, 2)
         several, one = (a, b) if a[0] == "list" else (b, a)
+        solution = _solution(several[1]) if one[0] == "tuple" else None
+        if solution:
+            return one[1:3] == ("(", ")") and _same_row(solution, one[3])
         return len(several[1]) == 1 and same(several[1][0], one)
     if set(kinds) == {"clock", "ratio"}:
         time, ratio = (a, b) if a[0] == "clock" else (b, a)
@@ -236,7 +238,21 @@ def _same_list(a: tuple, b: tuple) -> bool:
         loose = ("tuple", "relation") if "," in joiners else ()
         if not all(_is_solution(item) or item[0] in loose for item in a[1]):
             return False
+    left, right = _solution(a[1]), _solution(b[1])
+    if (left is None) != (right is None):
+        return _same_row(left or a[1], right or b[1])
     return _same_bag(a[1], b[1], same)
+
+
+def _solution(items: tuple) -> tuple | None:
+    """The values of x = 1, y = 2 in the order of their letters; None if items are not like that.
+
+    One letter twice (x = 1, x = 2) or an index (x_1 = 1, x_2 = 2) names roots, in no order.
+    """
+    values = {i[3][0]: i[2][1] for i in items if i[0] == "relation" and i[1] == ("=",)}
+    if len(values) < max(len(items), 2) or not all(len(name) == 1 for name in values):
+        return None
+    return tuple(values[name] for name in sorted(values))
 
 
 def _same_bag(a: tuple, b: tuple, equal) -> bool:

@@ -150,7 +150,8 @@ def _split_at(tokens: list[Token], k: int, currency: Unit) -> tuple[Tree, Unit] 
         return None
     if not _separable(tree, before, first, len(tokens) == k + 1):
         return None
-    tree = tree if scale is None else ("*", tree, Fraction(scale))
+    if scale:
+        tree = tree * scale if isinstance(tree, Fraction) else ("*", tree, Fraction(scale))
     return tree, tuple(sorted({*currency, *unit}))
 
 

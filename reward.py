@@ -1,6 +1,61 @@
-r"""Is this answer right? 1.0 if the last box of the response holds the answer, else 0.0.
+r"""Is this answer right? 1.0 if the last box of a response means the same as the answer, else 0.0.
 
-DOCSTRING TO COME
+The idea: the reward is the only teacher, so a right answer in an unusual form must not be
+called wrong, a near miss must not be called right, and no text may execute, hang or raise.
+Texts are compared in the order of cost: as strings, as option letters, as tidy strings, as
+structures (answers.py), as values (mathvalue.py). Nothing is evaluated by Python, sympy or a
+LaTeX parser; caps on length, depth and size bound the time, so threads and workers are safe.
+
+The grammar of an answer, from the outside in (each file's docstring has its own part):
+
+    answer    := [\boxed{] ["The answer is"] (option | structure) [}] [.]
+    option    := B  (B)  B.  B: text  \text{B}  option B  A, C         (only capitals if no choices)
+    structure := list | tuple | matrix | relation | ratio | time | date | value | words
+    value     := [currency] expression [million] [unit]
+
+The policy, as cases: prediction | answer | verdict. A test executes this table.
+
+    0.50                      | \frac{1}{2}              | True    a value, in any form
+    2^{10}                    | 1024                     | True
+    2(x+1)                    | 2x+2                     | True    algebra, where both are defined
+    0.333                     | \frac{1}{3}              | False   exact: no rounding
+    3.14                      | \pi                      | False
+    1\,234                    | 1,234                    | True    separators: groups of three
+    12,34                     | 1234                     | False
+    50\%                      | 0.5                      | True
+    50\%                      | 50                       | True    a percent sign is a unit, too
+    5 cm                      | 5                        | True    a unit on one side only
+    5 cm                      | 5 m                      | False   on both sides it must agree
+    5 cm^2                    | 25                       | False   a unit is never arithmetic
+    \$1,200                   | 1200 dollars             | True
+    30^\circ                  | 30                       | True
+    x = 5                     | 5                        | True    a name for the value
+    2x = 10                   | 10                       | False
+    2x + 2y = 6               | x + y = 3                | True    equations, up to a factor
+    x > 5                     | 5 < x                    | True
+    x > 5                     | x \ge 5                  | False
+    (1, 2)                    | (2, 1)                   | False   round brackets: in order
+    [0, 1)                    | [0, 1]                   | False   the ends matter
+    \{1, 2\}                  | \{2, 1\}                 | True    sets and bare lists: in any order
+    1, 2                      | 2 and 1                  | True
+    1, 1, 2                   | 1, 2                     | False   with equal counts
+    \pm 3                     | 3, -3                    | True
+    3:4                       | 3 to 4                   | True    ratios, times, dates: no division
+    3:45 pm                   | 3.45                     | False
+    2020-03-05                | March 5, 2020            | True
+    The cat.                  | cat                      | True    words: case, article, period
+    cats                      | cat                      | False
+    act                       | cat                      | False   words are no algebra
+    The answer is (B)         | B                        | True    letters, in the usual wrappings
+    B. 12                     | \text{B}                 | True
+    Area                      | A                        | False   never a part of a text
+    not B                     | B                        | False
+    A, C                      | A and C                  | True
+    A or C                    | A                        | False   unclear is wrong
+
+Source: the paper (arXiv 2504.08837, training setup) has a rule-based binary reward. What we do
+differently: the released code asks a LaTeX-to-sympy library and adds a bonus for the word
+"wait", which the paper does not mention; here is no bonus, no other term, and no such library.
 """
 
 import re
@@ -98,7 +153,8 @@ _LABELLED = re.compile(
     r"(?![\s,;&]|and\b|or\b|\([A-Z]\))(.+)",
     re.IGNORECASE,
 )
-_SEVERAL = re.compile(r"(?:both )?\(?[A-Z]\)?(?:(?:\s*[,;&]\s*(?:and )?|\s+and\s+|\s*)\(?[A-Z]\)?)+")
+_ONE = r"\(?[A-Z]\)?"
+_SEVERAL = re.compile(rf"(?:both )?{_ONE}(?:(?:\s*[,;&]\s*(?:and )?|\s+and\s+|\s*){_ONE})+")
 
 
 def _letter(text: str) -> tuple[str, str] | None:

@@ -13,14 +13,14 @@ from mathexpr import Unreadable
 
 _CHARACTERS = {
     **dict.fromkeys("−–—‐‑‒﹣－", "-"), **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u3000", " "),
-    **dict.fromkeys("·⋅∙×✕", "*"), **dict.fromkeys("÷∕⁄", "/"), **dict.fromkeys("º˚", "°"),
+    **dict.fromkeys("·⋅∙×✕∗", "*"), **dict.fromkeys("÷∕⁄", "/"), **dict.fromkeys("º˚", "°"),
     **dict.fromkeys("“”„", '"'), **dict.fromkeys("‘’′`", "'"),
     "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "⩽": "≤", "⩾": "≥",
     "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "∠": " angle ", "△": " triangle ", "⊥": r"\perp ",
     "∥": r"\parallel ", "≧": "≥", "≦": "≤", "＞": ">", "＜": "<", "。": ".", "、": ",", "∴": " ",
     "℃": "° C", "℉": "° F", "％": "%", "（": "(", "）": ")", "，": ",",
-    "：": ":", "；": ";", "＝": "=", "＋": "+", "″": "''", "⟨": r"\langle ", "⟩": r"\rangle ",
+    "：": ":", "∶": ":", "；": ";", "＝": "=", "＋": "+", "″": "''", "⟨": r"\langle ", "⟩": r"\rangle ",
     "Δ": r"\Delta ", "\u03a9": r"\Omega ", "\u2126": r"\Omega ", "Φ": r"\Phi ", "ϕ": r"\phi ",
 }  # fmt: skip
 _GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi _ _ rho _ sigma"
@@ -91,6 +91,7 @@ _SMALL_RULES = [
         (r"(?<=[0-9} ])\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+(?:\^\{?[23]\}?)?) ?\}$", r" \1/\2"),
         (r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
         (r"\\\{ *\\\}", r"\\emptyset"),
+        (r"^(?:[Aa]ll )?(?:real numbers|reals)$|\\mathbb ?\{?R\}?$", r"(-\\infty,\\infty)"),
         (r"° ?([CF])\b", r" ° \1"),
         (r"^([`'\"])(.*)\1$", r"\2"),
         (r" +", " "),
