@@ -156,7 +156,8 @@ def choose(text: str, choices: list[str]) -> str | None:
 
 # ---------------------------------------------------------------------------- quantities
 
-NOWHERE = Point({}, mpmath.ctx_mp.MPContext(), True)  # constants only: no symbol has a value
+# Constants only: no symbol has a value.
+NOWHERE = Point((), 0, counts=False, real=True, mp=mpmath.ctx_mp.MPContext())
 LABEL = re.compile(r"[A-Za-z\\∠△⊙ (){}.'′]+(?:_\{?[\w\\ ]+\}?)?[ ()a-z]*[0-9]?")
 
 
@@ -193,6 +194,8 @@ def value(text: str, percent=1):
         if symbols(tree):
             return None
         number = evaluate(tree, NOWHERE)
+        if number is None:
+            return None
     except (Unreadable, ArithmeticError):
         return None
     if not isinstance(number, Fraction):
