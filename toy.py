@@ -23,7 +23,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -319,14 +318,16 @@ def toy_policy_dir(recipe: Recipe, progress=tqdm) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vl-rethinker"
     directory = root / f"toy-{key}"
     if not directory.exists():
-        policy = warm_start(recipe, progress)
-        root.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=root, prefix="unfinished-"))
-        save_policy(policy, unfinished)
-        try:
-            unfinished.rename(directory)
-        except OSError:  # another process was faster
-            shutil.rmtree(unfinished)
+        root.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
+        with tempfile.TemporaryDirectory(dir=root, prefix="unfinished-") as unfinished:
+            made = Path(unfinished) / "policy"
+            save_policy(warm_start(recipe, progress), made)
+            try:
+                made.rename(directory)
+            except OSError:
+                if not directory.exists():
+                    raise
+                # Another process was faster.
     return directory
 
 
