@@ -113,7 +113,7 @@ def random_response(length: int, seed: int, policy: Policy) -> torch.Tensor:
     return torch.tensor(allowed)[torch.randint(0, len(allowed), (length,), generator=generator)]
 
 
-# ---------------------------------------------------------------------------- oracles: plain transformers
+# ---------------------------------------------------------------------------- oracles
 
 
 def hf_inputs(policy: Policy, prompt, input_ids: torch.Tensor) -> dict:

@@ -185,7 +185,7 @@ def test_a_step_up_the_gradient_makes_a_praised_eos_likelier(own_policy, prompts
 
 
 def batch_gradient(policy, prompts, branches, average, ranks, budget) -> tuple:
-    """The gradient of an optimiser batch, cut as `plan_micro_batches` says, and how often it was."""
+    """The gradient of a batch, cut as `plan_micro_batches` says, and the number of parts."""
     by_id = {p.question.id: p for p in prompts}
     sizes = [(qid, len(by_id[qid].input_ids), len(y)) for qid, y, _, _ in branches]
     tokens, responses = sum(len(y) for _, y, _, _ in branches), len(branches)

@@ -180,7 +180,7 @@ def test_banned_ids_have_no_probability_and_leave_none_behind(policy, prompts):
 
 
 def test_encode_equals_an_example_worked_by_hand(policy):
-    """56 x 84 pixels are 4 x 6 patches of 14, merged 2 x 2 to 2 x 3 visual tokens; 28 x 28 are one."""
+    """56 x 84 pixels are 4 x 6 patches of 14, merged to 2 x 3 visual tokens; 28 x 28 are one."""
     pictures = [Image.new("RGB", (56, 84), "white"), Image.new("RGB", (28, 28), "white")]
     prompt = encode(policy, Question("q", "Is <image> in <image>?", pictures, "no"), "plain")
     text = (

@@ -25,7 +25,7 @@ def same(a, b) -> bool:
 
 
 def test_greedy_equals_generate_of_transformers_token_for_token(policy, prompts):
-    """All at once: prompts of different lengths, with no picture, one and two; two responses each."""
+    """All at once: prompts of different lengths, with no picture, one and two."""
     groups = generate(policy, prompts, 2, 40, temperature=0)
     lengths = []
     for prompt, group in zip(prompts, groups):
@@ -213,7 +213,7 @@ def test_progress_counts_every_response_once(policy, prompts):
 
 
 def test_the_policy_is_left_in_the_mode_it_was_in(own_policy, prompts):
-    """Also while activations are checkpointed, when transformers keeps no cache in training mode."""
+    """Also while activations are checkpointed, when training mode keeps no cache."""
     own_policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     for training in (True, False):
         own_policy.train(training)
@@ -283,7 +283,7 @@ def test_forced_tokens_stand_where_they_were_fed(policy, prompts, temperature):
             assert again.mask.shape == again.logprobs.shape == (R,)
             assert again.rethought == "a kind" and again.extension is None
             assert again.prompt is prompt and again.text == decode(policy, again.tokens)
-            # y1's log-probabilities are those recorded when it was sampled; y2's, a fresh forward's.
+            # y1's log-probabilities are those recorded at first; y2's, a fresh forward's.
             assert again.logprobs[:keep].equal(first.logprobs[:keep])
             with torch.no_grad():
                 want = hf_logprobs(policy, prompt, again.tokens, temperature)

@@ -1,0 +1,21 @@
+"""The examples in the docstrings of every module do what they say."""
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+MODULES = sorted(path.stem for path in Path(__file__).parents[1].glob("*.py"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_a_module_hold(name):
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+
+
+def test_modules_are_found_and_have_examples():
+    assert {"train", "data", "tree", "model", "rollout", "grpo", "ssr", "rethink"} <= set(MODULES)
+    examples = doctest.DocTestFinder().find(importlib.import_module("tree"))
+    assert sum(len(test.examples) for test in examples) > 0
