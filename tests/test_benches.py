@@ -1,0 +1,54 @@
+"""The benches run, on shapes that take a second or two. What they measure is not tested."""
+
+import importlib.util
+
+import bench_rollout
+import bench_train
+import bench_trl
+import benching
+import pytest
+import torch
+
+
+@pytest.mark.parametrize("bench", [bench_train, bench_rollout])
+def test_a_quick_bench_prints_a_row_for_each_way_and_says_where(bench, capsys):
+    bench.main(["--quick", "--no_memory"])
+    out = capsys.readouterr().out
+    lengths = benching.SHAPES["quick"].lengths
+    assert all(out.count(f"| {way} ") == len(lengths) for way in bench.WAYS)
+    assert torch.__version__ in out
+
+
+@pytest.mark.parametrize("bench", [bench_train, bench_rollout])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_published_shape_is_skipped_without_a_gpu(bench, capsys):
+    bench.main(["--shape", "3b"])
+    assert "needs a CUDA device" in capsys.readouterr().out
+
+
+def test_the_ways_of_a_training_step_agree():
+    policy = bench_train.make_policy("quick", False)
+    logprobs = bench_train.make_logprobs(policy, 16, 8, 3)
+    assert bench_train.disagreement(logprobs) < 1e-5
+
+
+def test_the_rungs_of_the_ladder_sample_the_same_tokens_greedily():
+    policy = bench_rollout.make_policy("quick")
+    for parameter in policy.parameters():
+        parameter.data.mul_(3)  # decided: a greedy choice must not hang on rounding
+    ways = bench_rollout.make_ways(policy, 2, 16, 6, 1, temperature=0.0)
+    first, *others = (action() for action in ways.values())
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_step_memory_sees_what_torch_takes():
+    peak = benching.cpu_step_memory(lambda: torch.ones(48 * benching.MIB // 4))
+    if peak is None:
+        pytest.skip("no high-water mark on this system")
+    assert 47 < benching.mib(peak) < 56
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is installed")
+def test_without_trl_the_bench_says_how_to_install_it(capsys):
+    bench_trl.main([])
+    assert "pip install trl" in capsys.readouterr().out
