@@ -23,6 +23,7 @@ R response tokens, T tokens of a packed row, K response tokens of a batch, V voc
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -194,7 +195,13 @@ def token_logprobs(hidden, weight, targets, banned_ids, temperature):
 def masked_logits(hidden, weight, banned_ids):
     """The vocabulary projection [K, V] in fp32, with NEVER at the banned ids."""
     logits = F.linear(hidden, weight).float()
-    return logits.index_fill(-1, torch.tensor(banned_ids, device=logits.device), NEVER)
+    return logits.index_fill_(-1, id_tensor(tuple(banned_ids), logits.device), NEVER)
+
+
+@lru_cache
+def id_tensor(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Made once: copied to a GPU at every token, it would make the host wait at every token."""
+    return torch.tensor(ids, device=device)
 
 
 def response_logprobs(policy: Policy, groups, temperature: float = 1.0):
