@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import BROKEN_IMAGE, MARKER, Question, UserError, open_image, prompt_text
-from tree import Trees, build_trees, pad_rows, tree_mask
+from tree import Trees, build_trees, pad_rows
 
 # Its bars for reading and writing files would break ours in two.
 transformers.utils.logging.disable_progress_bar()
@@ -93,6 +93,7 @@ class Policy(nn.Module):
         self.image_processor = image_processor
         self.compute_device: torch.device | None = None
         self.lockstep = False  # layers are gathered as they decode, on all ranks together
+        self.text_model.config._attn_implementation = "tree"  # tree.tree_attention
         config = model.config
         text_config = config.get_text_config()
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
@@ -167,7 +168,8 @@ class Policy(nn.Module):
         hidden = self.text_model(
             inputs_embeds=embeds,
             position_ids=trees.position_ids,
-            attention_mask=tree_mask(trees.branch)[:, None],
+            attention_mask=trees.mask,  # of the shape `tree_attention` takes; handed through to it
+            trees=trees,
             use_cache=False,
         ).last_hidden_state  # [N, T, D]
         hidden = hidden.flatten(0, 1)[trees.predictor]  # [K, D]

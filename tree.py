@@ -3,8 +3,8 @@
     [ prompt | y_1 | y_2 | ... | y_G ]        T = P + R_1 + ... + R_G tokens instead of G (P + R)
 
 G responses to one question share a prompt that is mostly image tokens. On one row it runs once, forward
-and backward. Three things make the row equal to G separate ones: a mask (each response sees the prompt
-and itself), positions (every response starts right after the prompt), and the first token of every
+and backward. Three things make the row equal to G separate ones: who sees whom (each response its prompt
+and itself: `tree_mask` says it, `tree_attention` does it without a mask over the row), positions (every response starts right after the prompt), and the first token of every
 response being predicted by the last token of the prompt.
 
 A sample that replay has drawn k times is one branch whose loss counts k times: the same gradient for
@@ -18,6 +18,10 @@ tokens of all rows, D features.
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
 @dataclass
@@ -32,6 +36,10 @@ class Trees:
     predictor: torch.Tensor  # [K]: flat index (row * T + column) of the token that predicts
     targets: torch.Tensor  # [K]: the response token predicted there
     lengths: list[int]  # response lengths, over trees and branches in order; they sum to K
+    longest_prompt: int  # P
+    own: torch.Tensor  # [B, R]: flat index (row * T + column) of each response's tokens, or -1
+    row: torch.Tensor  # [B]: which tree each response is on
+    mask: torch.Tensor  # [B, 1, R, P + R]: what a response's token sees of its prompt and of itself
 
     def to(self, device) -> "Trees":
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -74,7 +82,7 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]], pad_id: int = 0
     input_ids = torch.full((N, T), pad_id)
     branch = torch.full((N, T), -1)
     position_ids = torch.zeros(3, N, T, dtype=torch.long)
-    predictor, targets, lengths = [], [], []
+    predictor, targets, lengths, own, row = [], [], [], [], []
     for n, (prompt, responses) in enumerate(groups):
         P = len(prompt.input_ids)
         input_ids[n, :P] = prompt.input_ids
@@ -91,14 +99,71 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]], pad_id: int = 0
             predictor.append(n * T + at)
             targets.append(y)
             lengths.append(R)
+            own.append(n * T + torch.arange(start, start + R))
+            row.append(n)
             start += R
     pixels = [p.pixel_values for p, _ in groups if len(p.image_grid_thw)]
     grids = [p.image_grid_thw for p, _ in groups if len(p.image_grid_thw)]
+    own = torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=-1)  # [B, R]
+    row = torch.tensor(row)
+    prompts = (branch == 0).sum(-1)  # [N]
+    longest_prompt = int(prompts.max())
     return Trees(
         input_ids, position_ids, branch,
         torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None,
         torch.cat(predictor), torch.cat(targets), lengths,
-    )
+        longest_prompt, own, row, response_mask(prompts[row], longest_prompt, own.shape[1]),
+    )  # fmt: skip
+
+
+def response_mask(prompts: torch.Tensor, longest_prompt: int, longest: int) -> torch.Tensor:
+    """What the tokens of B responses see, [B, 1, R, P + R]: all of the prompt, then causally themselves.
+
+    >>> response_mask(torch.tensor([1]), longest_prompt=2, longest=2).int()
+    tensor([[[[1, 0, 1, 0],
+              [1, 0, 1, 1]]]], dtype=torch.int32)
+    """
+    R = longest
+    prompt = torch.arange(longest_prompt) < prompts[:, None, None]  # [B, 1, P]
+    own = torch.ones(R, R, dtype=torch.bool).tril()[None]  # [1, R, R]
+    B = len(prompts)
+    return torch.cat((prompt.expand(B, R, -1), own.expand(B, -1, -1)), dim=-1)[:, None]
+
+
+def tree_attention(module, query, key, value, attention_mask, trees: Trees | None = None, **options):
+    """Attention on trees without a [T, T] mask, as transformers' attention interface calls it.
+
+    Two calls: the prompts among themselves, causally (no mask, so the fastest kernel serves); then every
+    response, a row of its own, over its prompt and itself. A mask over whole rows would have each
+    response look at its siblings, to throw that away: at G = 8 it takes two to four times as long.
+
+    query [N, h, T, d]; key, value [N, H, T, d] -> [N, T, h, d]. Without `trees`, plain attention.
+    """
+    if trees is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    N, _, T, _ = query.shape
+    P = trees.longest_prompt
+    # Where a prompt is shorter than P, responses follow it: what is computed for them here is
+    # overwritten below.
+    causal, _ = sdpa_attention_forward(
+        module, query[:, :, :P], key[:, :, :P], value[:, :, :P], None, is_causal=True, **options
+    )  # [N, P, h, d]
+
+    def own(x):  # [N, heads, T, d] -> [B, heads, R, d]
+        return x.transpose(1, 2).flatten(0, 1)[trees.own.clamp(min=0)].transpose(1, 2)
+
+    keys = torch.cat((key[:, :, :P][trees.row], own(key)), dim=2)  # [B, H, P + R, d]
+    values = torch.cat((value[:, :, :P][trees.row], own(value)), dim=2)
+    branches, _ = sdpa_attention_forward(
+        module, own(query), keys, values, trees.mask, is_causal=False, **options
+    )  # [B, R, h, d]
+    out = F.pad(causal, (0, 0, 0, 0, 0, T - P)).flatten(0, 1)  # [N T, h, d]
+    real = trees.own >= 0
+    return out.index_put((trees.own[real],), branches[real]).unflatten(0, (N, T)), None
+
+
+AttentionInterface.register("tree", tree_attention)
+AttentionMaskInterface.register("tree", sdpa_mask)
 
 
 def pad_rows(flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
