@@ -80,8 +80,8 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
         save_file(state_tensors(policy, optimizer), unfinished / f"state-{index}-of-{count}.safetensors")
     whole = {}
     dtype = torch.bfloat16 if policy.device.type == "cuda" else torch.float32
-    for name, tensor in policy.model.state_dict().items():
-        tensor = parallel.whole(tensor)  # every rank takes part; the first keeps it
+    for name, parameter in policy.model.named_parameters():  # a head that is tied comes once
+        tensor = parallel.whole(parameter.detach())  # every rank takes part; the first keeps it
         if first:
             whole[name] = tensor.to("cpu", dtype)
     if first:
