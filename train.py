@@ -290,12 +290,14 @@ def measure(run: Run) -> dict:
     """Held-out questions: greedy accuracy, accuracy of one sample, and how the policy answers."""
     c = run.config
     mine = run.heldout[parallel.rank() :: parallel.world()]
-    prompts = [encode(run.policy, question, c.template) for question in mine]
+    # With fewer questions than ranks some have none, and decode one for nobody: see `layers_in_turn`.
+    prompts = [encode(run.policy, q, c.template) for q in mine or run.heldout[:1]]
     counts = Counter()
     with parallel.whole_weights(run.policy, c.rollout_weights == "layer"):
         for kind, temperature in (("greedy", 0.0), ("sampled", c.temperature)):
             groups = generate(run.policy, prompts, 1, c.max_new_tokens, temperature,
                               generator(run, "heldout"), max_rows=c.rollout_rows)  # fmt: skip
+            groups = groups[: len(mine)]
             counts[f"{kind}_right"] = sum(grade(group[0]) for group in groups)
             if kind == "greedy":
                 for sample in (group[0] for group in groups):
