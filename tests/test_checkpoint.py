@@ -326,7 +326,7 @@ def test_a_sample_survives_json_exactly():
 @pytest.mark.parametrize("rows", [1, 3, 5, 8])
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 4), (4, 3), (3, 8)])
 def test_any_number_of_ranks_finds_its_rows(tmp_path, monkeypatch, rows, before, after):
-    """Parts are cut as torch.chunk cuts, empty ones included: what is split is put together again."""
+    """Parts are cut as torch.chunk cuts, empty ones included; what was split is whole again."""
     tensor = torch.arange(rows * 2.0).view(rows, 2)
 
     def parts_for(count: int) -> list[torch.Tensor]:

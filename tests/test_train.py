@@ -50,7 +50,8 @@ def base():
 
 @pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):
-    """A run with both ideas of the paper: 2 episodes of 4 steps, half of the responses look again."""
+    """A run with both ideas of the paper: 2 episodes of 4 steps, half of the responses
+    are made to look again."""
     out = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as monkeypatch:
         let_be_right(monkeypatch, lucky)
@@ -309,7 +310,7 @@ def test_a_step_without_anything_effective_is_skipped_and_counted(base, tmp_path
     assert same_tensors(weights_of(tmp_path / "checkpoint-4"), weights_of(base))
 
 
-# ---------------------------------------------------------------------------- gradients that are not finite
+# ------------------------------------------------------------------ gradients that are not finite
 
 
 def spoil(monkeypatch, steps: set[int]) -> dict:
@@ -473,12 +474,12 @@ def test_a_pass_rate_selects_questions(base, questions_file, tmp_path, monkeypat
     rows = [row | {"PassRate_7BBase": i / 10} for i, row in enumerate(read_jsonl(questions_file))]
     path = write_lines(questions_file.with_name("rates.jsonl"), rows)
     trained, _ = spy_on_questions(monkeypatch)
-    run_training(base, tmp_path, data=path, heldout=0, steps=1, batch_size=32,
-                 pass_rate_column="PassRate_7BBase", pass_rate_min=0.15, pass_rate_max=0.5)  # fmt: skip
+    wanted = {"pass_rate_column": "PassRate_7BBase", "pass_rate_min": 0.15, "pass_rate_max": 0.5}
+    run_training(base, tmp_path, data=path, heldout=0, steps=1, batch_size=32, **wanted)
     assert set(trained) == {"q2", "q3", "q4", "q5"}
 
 
-# ---------------------------------------------------------------------------- what the user can put right
+# ------------------------------------------------------------------ what the user can put right
 
 
 def row(**changes) -> dict:
@@ -519,7 +520,7 @@ def pictures(tmp_path_factory):
 
 
 def user_error(capsys, argv: list[str]) -> str:
-    """Run train.py with a mistake: exit code 2, one line to say so, nothing trained. Returns the line."""
+    """Run with a mistake: exit code 2, one line to say so, nothing trained. Returns the line."""
     assert train.main(argv) == 2
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
@@ -615,8 +616,8 @@ def test_a_handful_of_steps_raises_the_reward_of_a_bandit(tmp_path, monkeypatch)
     """A random policy learns to begin with an odd token, from nothing but the reward."""
     save_policy(toy.new_policy(1, hidden=32, layers=2, heads=2), tmp_path / "random")
     let_be_right(monkeypatch, odd_start)
-    out = run_training(tmp_path / "random", tmp_path / "run", steps=20, group_size=16,
-                       batch_size=64, max_new_tokens=2, heldout=0, lr=3e-2, save_every=100)  # fmt: skip
+    settings = {"steps": 20, "group_size": 16, "batch_size": 64, "max_new_tokens": 2, "lr": 3e-2}
+    out = run_training(tmp_path / "random", tmp_path / "run", **settings, heldout=0)
     rewards = [row["reward"] for row in steps_of(out)]
     assert rewards[0] < 0.7 and min(rewards[-3:]) > 0.85, rewards
 

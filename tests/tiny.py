@@ -1,4 +1,4 @@
-"""A tiny policy that guesses, and short runs of train.py with it: what the end-to-end tests share."""
+"""What the end-to-end tests share: a small policy that guesses, and runs of seconds with it."""
 
 import functools
 import json
@@ -23,7 +23,8 @@ TEMPORARY = tempfile.TemporaryDirectory(prefix="tiny-")  # goes when the tests e
 def make_base() -> Path:
     """Two seconds of supervision teach a small policy to guess a colour, half of the time twice:
 
-        Looks like \\boxed{red}.            Looks like \\boxed{red}.\\n\\nWait, ...\\nSo \\boxed{pink}.
+        Looks like \\boxed{red}.
+        Looks like \\boxed{red}.\\n\\nWait, does it seem right?\\nSo \\boxed{pink}.
 
     So boxes are filled, responses end, and what follows a forced trigger is an answer again.
     """
@@ -103,7 +104,7 @@ def same_tensors(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---------------------------------------------------------------------------- rewards that tests can rely on
+# ------------------------------------------------------------------ rewards that tests can rely on
 
 
 def let_be_right(monkeypatch, is_right) -> None:
@@ -112,7 +113,7 @@ def let_be_right(monkeypatch, is_right) -> None:
 
 
 def lucky(sample) -> bool:
-    """Right for half of the guesses at every question but the last of four, which teaches nothing."""
+    """Right for half of the guesses; never at the last of four questions, which teaches nothing."""
     guess = extract_answer(sample.text)
     return guess in ("red", "green", "blue") and not sample.prompt.question.id.endswith("3")
 

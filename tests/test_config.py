@@ -1,0 +1,123 @@
+"""The command line: every field is a flag, presets, and mistakes that are said in one line."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+import train
+from config import PRESETS, Config, parse
+from data import UserError
+
+
+def test_every_field_is_a_flag_of_its_name_and_type():
+    texts = {str: "text", int: "64", float: "0.5", bool: "true"}
+    for f in fields(Config):
+        text = f.metadata["choices"][-1] if f.metadata["choices"] else texts[f.type]
+        command = [f"--{f.name}", text]
+        if f.name == "model":
+            command += ["--data", "file.jsonl"]
+        if f.name == "data":
+            command += ["--model", "directory"]
+        value = getattr(parse(command), f.name)
+        assert value == f.type(text) and type(value) is f.type, f.name
+
+
+def test_no_flag_is_the_toy():
+    config = parse([])
+    assert asdict(config) == asdict(Config())
+    assert (config.model, config.data, config.ssr) == ("toy", "toy", "replay")
+
+
+def test_presets_change_defaults_and_flags_change_presets():
+    config = parse(["--preset", "7b", "--data", "file.parquet", "--lr", "3e-6"])
+    assert config.model == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert config.lr == 3e-6 != PRESETS["7b"]["lr"]
+    assert config.group_size == Config().group_size == 8
+    assert parse(["--preset", "7b", "--data", "f.parquet", "--template", "bare"]).template == "bare"
+
+
+@pytest.mark.parametrize("name", ["7b", "72b"])
+def test_the_large_presets_are_the_papers(name):
+    """1024 questions x 8 in an episode, batches of 512, 2048 tokens, pixels, at most 3 passes."""
+    config = parse(["--preset", name, "--data", "file.parquet"])
+    assert (config.episode_queries, config.group_size, config.batch_size) == (1024, 8, 512)
+    assert (config.max_new_tokens, config.lr, config.temperature) == (2048, 1e-6, 1.0)
+    assert (config.min_pixels, config.max_pixels) == (256 * 28 * 28, 1280 * 28 * 28)
+    assert (config.steps, config.passes, config.template) == (0, 3, "plain")
+    assert (config.clip_low, config.clip_high, config.gradient_checkpointing) == (0.2, 0.35, True)
+    column = {"7b": "PassRate_7BBase", "72b": "PassRate_32BTrained"}[name]
+    assert config.pass_rate_column == column and config.pass_rate_min > 0
+
+
+@pytest.mark.parametrize("text", ["true", "True", None])
+def test_a_switch_may_stand_alone_or_take_a_value(text):
+    assert parse(["--resume"] + ([text] if text else [])).resume is True
+    assert parse(["--resume", "false"]).resume is False
+
+
+MISTAKES = {
+    "unknown flag": (["--learning_rate", "1"], ["--learning_rate"]),
+    "an abbreviation": (["--episode", "4"], ["--episode"]),
+    "unknown value": (["--ssr", "maybe"], ["--ssr", "'maybe'", "replay", "filter", "off"]),
+    "unknown preset": (["--preset", "3b"], ["--preset", "'3b'", "72b"]),
+    "unknown template": (["--template", "cot"], ["--template", "'cot'", "rethink"]),
+    "no number": (["--steps", "many"], ["--steps", "'many'"]),
+    "no whole number": (["--steps", "1.5"], ["--steps", "'1.5'"]),
+    "no switch": (["--resume", "maybe"], ["--resume", "'maybe'", "true or false"]),
+    "no value": (["--lr"], ["--lr"]),
+    "a stray word": (["toy"], ["toy"]),
+    "negative": (["--steps", "-1"], ["--steps -1", "at least 0"]),
+    "group of one": (["--group_size", "1"], ["--group_size 1", "at least 2"]),
+    "nan": (["--lr", "nan"], ["--lr nan"]),
+    "share above 1": (["--rethink_fraction", "1.5"], ["--rethink_fraction 1.5", "between 0 and 1"]),
+    "cold": (["--temperature", "0"], ["--temperature 0", "above 0"]),
+    "nothing to do": (["--save_every", "0"], ["--save_every 0", "at least 1"]),
+    "a batch that does not divide": (
+        ["--episode_queries", "3", "--group_size", "8", "--batch_size", "16"],
+        ["--batch_size 16", "24 responses", "--episode_queries 3", "--group_size 8"],
+    ),
+    "a batch above the episode": (["--batch_size", "512"], ["--batch_size 512", "256 responses"]),
+    "data for the toy model": (["--data", "file.jsonl"], ["--model"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_flag(name, capsys):
+    command, parts = MISTAKES[name]
+    with pytest.raises(UserError) as raised:
+        parse(command)
+    line = str(raised.value)
+    assert "\n" not in line and all(part in line for part in parts), line
+    assert train.main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {line}\n" and captured.out == ""
+
+
+def test_help_tells_of_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse(["--help"])
+    assert raised.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for f in fields(Config):
+        assert f"--{f.name} " in text
+        assert f"(default: {f.default})" in text
+    assert "[P: 1024]" in text and "[P: 512]" in text
+
+
+def test_a_mistake_on_the_command_line_is_told_at_once(tmp_path):
+    """The whole way: a new process, in an empty directory that stays empty."""
+    script = Path(train.__file__)
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, script, "--ssr", "maybe"], cwd=tmp_path, timeout=60,
+                          capture_output=True, text=True, check=False,
+                          env=os.environ | {"PYTHONWARNINGS": "ignore"})  # fmt: skip
+    assert time.monotonic() - start < 60
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,233 @@
+"""Two processes (gloo): the gradient of one, no hang, resuming with other numbers of ranks."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import (
+    flags,
+    heldout_of,
+    let_be_right,
+    lucky,
+    make_base,
+    run_training,
+    same_tensors,
+    steps_of,
+    weights_of,
+)
+from two_ranks import BUDGETS, ONE_RANK, even_lucky, gradients_of_hand_made_batch, hand_made_batch
+
+import train
+from checkpoint import list_checkpoints
+from config import parse
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LIMIT = 150  # seconds: longer is a hang
+HERE = Path(__file__).parent
+
+
+def environment() -> dict:
+    return os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+
+@pytest.fixture(scope="session")
+def base():
+    return make_base()
+
+
+@pytest.fixture(scope="module")
+def ranks(base, tmp_path_factory):
+    """The checks of two_ranks.py, run once: name -> what each rank saw; "" -> their folder."""
+    out = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        let_be_right(monkeypatch, lucky)
+        run_training(base, out / "from_one", steps=1, heldout=0, keep_last=9)
+    command = [*TORCHRUN, HERE / "two_ranks.py", base, out]
+    done = subprocess.run(command, timeout=LIMIT, env=environment(), check=False,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()[-5000:]
+
+    @functools.cache
+    def read(name: str):
+        return json.loads((out / f"{name}.json").read_text()) if name else out
+
+    return read
+
+
+def distance(a: dict, b: dict) -> tuple[float, float]:
+    """Largest difference of any number, and the norm of the difference relative to b's."""
+    assert a.keys() == b.keys()
+    flat_a, flat_b = (torch.cat([x[n].flatten() for n in sorted(x)]) for x in (a, b))
+    return float((flat_a - flat_b).abs().max()), float((flat_a - flat_b).norm() / flat_b.norm())
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_two_ranks_take_the_gradient_of_one(ranks, base, tmp_path, budget):
+    """Whatever micro-batches each has, and with text on one and pictures on the other."""
+    run = train.prepare(parse(flags(base, tmp_path, max_grad_norm=0, micro_batch_tokens=8192)))
+    one = gradients_of_hand_made_batch(run)
+    two = load_file(ranks("") / f"gradient-{budget}.safetensors")
+    largest, relative = distance(two, one)
+    print(f"budget {budget}: largest difference {largest:.1e}, relative {relative:.1e}")
+    assert largest < 1e-5 and relative < 1e-5
+    assert all(bool(g.any()) for name, g in one.items() if "visual.blocks" in name)
+
+
+def test_the_hand_made_batch_gives_ranks_unlike_work(base):
+    """Text alone on one rank, pictures on the other; unequal numbers of micro-batches."""
+    run = train.prepare(parse(flags(base, base.parent / "plan")))
+    branches = hand_made_batch(run.policy)
+    lengths = [(b.sample.prompt.question.id, len(b.sample.prompt.input_ids), len(b.sample.tokens))
+               for b in branches]  # fmt: skip
+    counts, alone = set(), set()
+    for budget in BUDGETS:
+        shares = train.plan_micro_batches(lengths, 2, budget)
+        counts.add(len(shares[0]) - len(shares[1]))
+        for micros in zip(*shares):
+            with_text = [any(lengths[i][0] == "text" for tree in m for i in tree) for m in micros]
+            alone.add(with_text[0] != with_text[1])
+    assert counts != {0} and True in alone
+
+
+def test_decoding_whole_weights_uses_no_collective(ranks):
+    for seen in ranks("whole"):
+        assert seen["sampling"] == 0 < seen["training"]
+        assert seen["responses"] > 0
+
+
+@pytest.mark.parametrize("weights", ["whole", "layer"])
+def test_ranks_may_decode_different_lengths(ranks, weights):
+    assert [seen["code"] for seen in ranks(weights)] == [0, 0]
+    rows = steps_of(ranks("") / weights)
+    assert [row["response_length"] for row in rows] == [(1 + 12) / 2] * 2
+    assert [row["truncated"] for row in rows] == [0.5] * 2
+
+
+def test_whole_weights_and_a_layer_at_a_time_sample_the_same(ranks):
+    whole, layer = (steps_of(ranks("") / name) for name in ("whole", "layer"))
+    assert [row["reward"] for row in whole] == [row["reward"] for row in layer]
+    assert all(0 < row["reward"] < 1 for row in whole)
+    assert sum(seen["sampling"] for seen in ranks("layer")) > 0
+
+
+def test_replay_fills_the_batch_where_one_rank_has_nothing_effective(ranks):
+    assert [seen["code"] for seen in ranks("one_rank")] == [0, 0]
+    rows = steps_of(ranks("") / "one_rank")
+    assert len(rows) == 4 and not any(row["skipped"] for row in rows)
+    assert [row["batch_responses"] for row in rows] == [16] * 4
+    assert all(row["effective_queries"] <= 0.5 for row in rows)
+    assert any(row["replayed"] > 0 for row in rows)
+    assert max(row["logp_mismatch"] for row in rows) < 1e-4
+
+
+def test_pictures_do_not_travel(ranks):
+    for seen in ranks("one_rank"):
+        assert seen["left_behind"] == [[True] * 4] * 2
+
+
+def test_nothing_effective_on_any_rank_skips_the_step(ranks, base):
+    assert [seen["code"] for seen in ranks("nothing")] == [0, 0]
+    assert [row["skipped"] for row in steps_of(ranks("") / "nothing")] == [True, True]
+    assert same_tensors(weights_of(ranks("") / "nothing/checkpoint-2"), weights_of(base))
+
+
+def test_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all(ranks):
+    assert [seen["spoilt"] for seen in ranks("nan")] == [False, True]
+    for seen in ranks("nan"):
+        assert seen["code"] == 0
+        assert seen["unchanged"] == [False, True, False]
+    assert [row["skipped"] for row in steps_of(ranks("") / "nan")] == [False, True, False]
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+def test_two_ranks_resume_exactly(ranks):
+    assert [seen["code"] for seen in ranks("exact")] == [0, 0]
+    whole, out = ranks("") / "one_rank", ranks("") / "exact"
+    assert steps_of(out) == steps_of(whole) and heldout_of(out) == heldout_of(whole)
+    assert same_tensors(weights_of(out / "checkpoint-4"), weights_of(whole / "checkpoint-4"))
+
+
+def test_two_ranks_go_on_from_one(ranks):
+    out = ranks("") / "from_one"
+    assert [seen["code"] for seen in ranks("from_one")] == [0, 0]
+    assert [row["step"] for row in steps_of(out)] == [1, 2, 3]
+    with safe_open(out / "checkpoint-1/state-0-of-1.safetensors", framework="pt") as file:
+        saved = {name: file.get_tensor(name) for name in list(file.keys()) if "step/" not in name}
+    assert same_tensors(load_file(out / "resumed.safetensors"), saved)
+
+
+def test_one_rank_goes_on_from_two(ranks, base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, even_lucky)
+    run_training(base, ranks("") / "exact", **ONE_RANK | {"steps": 6}, resume="true")
+    assert [row["step"] for row in steps_of(ranks("") / "exact")] == [1, 2, 3, 4, 5, 6]
+    # What one rank reads is what two wrote, one after the other.
+    written = ranks("") / "one_rank" / "checkpoint-4"
+    parts = [load_file(written / f"state-{r}-of-2.safetensors") for r in (0, 1)]
+    run = train.prepare(parse(flags(base, ranks("") / "one_rank", **ONE_RANK, resume="true")))
+    assert train.resume(run) and run.step == 4
+    for name, parameter in run.policy.named_parameters():
+        found = {"param": parameter.detach()} | run.optimizer.state[parameter]
+        for kind in ("param", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(found[kind], torch.cat([part[f"{kind}/{name}"] for part in parts]))
+
+
+# ---------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("shared", "--episode_queries 1 cannot be shared by 2 ranks"),
+        ("picture", "qid 1: image"),
+        ("flag", "--ssr"),
+        ("weights", "no weights for"),
+    ],
+)
+def test_a_mistake_ends_all_ranks_and_is_said_once(ranks, name, words):
+    (code, lines), (other_code, other_lines) = (seen[name] for seen in ranks("errors"))
+    assert code == other_code == 2
+    assert len(lines) == 1 and words in lines[0] and not other_lines
+
+
+# ---------------------------------------------------------------------------- torchrun train.py
+
+
+def wait_for(condition, process, limit: float) -> None:
+    end = time.monotonic() + limit
+    while not condition():
+        assert process.poll() is None, process.communicate()[1].decode()[-3000:]
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
+
+
+def test_torchrun_that_is_asked_to_stop_saves_and_one_rank_goes_on(base, tmp_path, monkeypatch):
+    """SIGTERM to torchrun, as a cluster sends it, while two ranks are training."""
+    settings = {"ssr": "off", "heldout": 0, "save_every": 100_000}
+    command = [*TORCHRUN, HERE.parent / "train.py"]
+    command += flags(base, tmp_path, **settings, steps=100_000)
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:  # fmt: skip
+        try:
+            metrics = tmp_path / "metrics.jsonl"
+            wait_for(lambda: metrics.exists() and len(steps_of(tmp_path)) > 2, process, LIMIT)
+            process.send_signal(signal.SIGTERM)
+            said, errors = (text.decode() for text in process.communicate(timeout=60))
+        finally:
+            process.kill()
+    done = len(steps_of(tmp_path))
+    assert [p.name for p in list_checkpoints(tmp_path)] == [f"checkpoint-{done}"]
+    assert errors.count("finishing this step, then saving") == 1
+    assert f"stopped after step {done} of 100000" in said and "--resume" in said
+    run_training(base, tmp_path, **settings, steps=done + 1, resume="true")
+    assert len(steps_of(tmp_path)) == done + 1
