@@ -16,9 +16,10 @@ no structure and is no mathematics is words, and words equal only words.
 """
 
 import re
+from fractions import Fraction
 from functools import lru_cache
 
-from mathexpr import Unreadable, parse
+from mathexpr import Unreadable
 from mathvalue import proportional, same_value, symbols
 from measures import clock, date, measure, same_clock
 from tidy import enclosed, split, splitter, tidy, ungrouped, words
@@ -27,6 +28,7 @@ MAX_LIST, MAX_NESTING = 50, 8
 
 # ------------------------------------------------------------------------------ read
 
+_DIGIT, _NUMBER = re.compile("[0-9]"), re.compile(r"-?[0-9]{1,60}(?:\.[0-9]{1,60})?")
 _COMMA = splitter(r",? +(?:and|or) +|[,;]")
 _CUP = splitter(r"\\cup(?![A-Za-z])|(?<=[)\]]) ?U ?(?=[(\[])")
 _RELATION = splitter(r"<=|>=|!=|[=<>≤≥≠≈]|\\in(?![A-Za-z])")
@@ -43,7 +45,7 @@ _COMPOUND = re.compile(r"[0-9.]+ ?[A-Za-z]+(?: ?[0-9.]+ ?[A-Za-z]+){1,2}")
 _CHAIN = re.compile(r"[A-Z][a-z]?(?:-[A-Z][a-z]?)+")  # H-O-H, and not a difference
 _BUILDER = re.compile(r"[a-z] ?(?:\\in ?\\mathbb ?\{R\} ?)?(?:\\mid|\||:)(.+)")
 _NAME = (
-    r"(?:[A-Za-z][A-Za-z]*|\\[A-Za-z]+(?:\{[A-Za-z ]*\})?)(?: ?_ ?(?:\{[^{}]*\}|[0-9A-Za-z]))?'*"
+    r"(?:[A-Za-z]+|\\[A-Za-z]+(?:\{[A-Za-z ]*\})?)(?: ?_ ?(?:\{[^{}]*\}|[0-9A-Za-z]))?'*"
 )
 # What may stand before "=" without being part of the answer: x, f(x), Area of ABC, angle 1,
 # |AB|, dy/dx, a:b, (x, y). Not 2x, x + y or x^2: those are equations.
@@ -68,9 +70,11 @@ def read(text: str, nesting: int = 0) -> tuple:
     text = text.strip()
     if nesting > MAX_NESTING:
         raise Unreadable("too deep")
-    simple = clock(text) or date(text)
-    if simple:
-        return simple
+    if _NUMBER.fullmatch(text):
+        return ("value", Fraction(text), ())
+    moment = clock(text) or date(text) if _DIGIT.search(text) else None
+    if moment:
+        return moment
     if _CHAIN.fullmatch(text):
         return ("words", text)
     try:
@@ -222,13 +226,10 @@ def _same_measure(a: tuple, b: tuple) -> bool:
         return True
     percent = (("%", 1),)
     if (unit_a == percent) != (unit_b == percent) and not (unit_a and unit_b):
-        tree_a = ("/", tree_a, _HUNDRED) if unit_a else tree_a
-        tree_b = ("/", tree_b, _HUNDRED) if unit_b else tree_b
+        tree_a = ("/", tree_a, Fraction(100)) if unit_a else tree_a
+        tree_b = ("/", tree_b, Fraction(100)) if unit_b else tree_b
         return same_value(tree_a, tree_b)
     return False
-
-
-_HUNDRED = parse("100")
 
 
 def _same_list(a: tuple, b: tuple) -> bool:

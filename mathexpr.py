@@ -19,7 +19,6 @@ The text is expected as answers.tidy() leaves it: one spelling for each sign and
 
 import re
 from fractions import Fraction
-from functools import lru_cache
 from typing import NamedTuple
 
 MAX_TOKENS, MAX_DEPTH, MAX_DIGITS = 200, 40, 60
@@ -98,7 +97,6 @@ CONSTANTS = {"pi", "e", "i"}
 ENCLOSED = {"|": "abs", "\\lfloor": "floor", "\\lceil": "ceil"}
 
 
-@lru_cache(maxsize=4096)
 def parse(text: str) -> Tree:
     r"""Text -> tree, or Unreadable.
 

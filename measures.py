@@ -92,9 +92,10 @@ SCALES = {
     "trillion": 10**12,
 }  # fmt: skip
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
+_UNIT_SIGNS = {"(", "/", "°", "%", "$", "€", "£", "¥", "₹", "¢", "\\Omega"}
 _SILENT = {"{", "}", "(", ")", "old", "long", "tall", "wide", "high", "deep"}
 # Lower-case letters that people glue to a number as a unit; 2h and 3t look more like algebra.
-GLUED = {"m", "g", "s", "L", "l", "°", "%", "$", "€", "£", "¥", "₹", "¢"}
+GLUED = {"m", "g", "s", "L", "l"}
 # Words that change the number before them, or that are no noun: 5 halves is not 5.
 _NO_NOUN = """
 and or not to by of the times plus minus over less more than half halves third thirds quarter
@@ -118,9 +119,10 @@ def measure(text: str) -> tuple[Tree, Unit]:
     """
     tokens, currency = _currency_in_front(scan(text))
     for k in range(max(1, len(tokens) - 14), len(tokens)):
-        found = _split_at(tokens, k, currency)
-        if found:
-            return found
+        if tokens[k].kind == "word" or tokens[k].text in _UNIT_SIGNS:
+            found = _split_at(tokens, k, currency)
+            if found:
+                return found
     return parse_tokens(tokens), currency
 
 
@@ -221,7 +223,7 @@ def _unit_name(word: str) -> str | None:
 def _unit_exponent(words: list[str], k: int) -> tuple[int, int]:
     """The exponent written at position k, if any, and the position after it."""
     following = words[k : k + 3]
-    if following[:1] == ["^"] and following[1:2] == ["-"] and following[2:] in (["1"], ["2"], ["3"]):
+    if following[:2] == ["^", "-"] and following[2:] in (["1"], ["2"], ["3"]):
         return -int(following[2]), k + 3
     if following[:1] == ["^"] and following[1:2] in (["1"], ["2"], ["3"], ["4"]):
         return int(following[1]), k + 2

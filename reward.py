@@ -123,7 +123,7 @@ def _judge(prediction: str, answer: str, choices: list[str] | None) -> bool:
     prediction, answer = _content(prediction), _content(answer)
     if not prediction or not answer or _FOUL.search(prediction) or _FOUL.search(answer):
         return False
-    if max(len(prediction), len(answer)) > MAX_LENGTH:
+    if prediction == answer or max(len(prediction), len(answer)) > MAX_LENGTH:
         return prediction == answer
     if choices and tidy(prediction) != tidy(answer):
         chosen, right = (_options(text, choices) for text in (prediction, answer))

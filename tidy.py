@@ -75,26 +75,31 @@ _ANSWER_IS = re.compile(
     r"(?:answer|solution|result|choice|option)s?(?: choice| option)?(?: is ?:?| are| ?[:=]) *",
     re.IGNORECASE,
 )
+# 5 \frac{m}{s^2}, a unit that is written as a fraction
+_UNIT_FRACTION = r"(?<=[0-9} ])\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+(?:\^\{?[23]\}?)?) ?\}$"
+# What has to be in the text for a rule to matter, the rule, and what it writes.
 _SMALL_RULES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"([0-9]) ?\^? ?\{ ?(st|nd|rd|th) ?\}", r"\1\2"),  # 5^{\text{th}}
-        (r"([0-9]) ?\^? ?(st|nd|rd|th)\b", r"\1\2"),
-        (r"(?<=[0-9]) ?\^ ?(?:\{o\}|o\b)", "°"),
-        (r"(?<![A-Za-z.])(sq|cu|in|ft|yd|mi|lb|oz|hr|min|sec|deg|Rs)\.(?= |$)", r"\1"),
-        (r"(?<![A-Za-z])(?:US|HK|NZ|[ACS])\$", "$"),
-        (r"(?<=[0-9.]) ?[xX] ?(?=10 ?\^)", "*"),  # 3 x 10^5
-        (r"\^ ?\{?'+ ?\}?", "'"),
-        (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
-        (r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
-        (r"\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r"\\frac{\1}{\2}"),
-        (r"(?<=[0-9} ])\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+(?:\^\{?[23]\}?)?) ?\}$", r" \1/\2"),
-        (r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
-        (r"\\\{ *\\\}", r"\\emptyset"),
-        (r"^(?:[Aa]ll )?(?:real numbers|reals)$|\\mathbb ?\{?R\}?$", r"(-\\infty,\\infty)"),
-        (r"° ?([CF])\b", r" ° \1"),
-        (r"^([`'\"])(.*)\1$", r"\2"),
-        (r" +", " "),
+    (needed, re.compile(pattern), replacement)
+    for needed, pattern, replacement in (
+        ("{", r"([0-9]) ?\^? ?\{ ?(st|nd|rd|th) ?\}", r"\1\2"),  # 5^{\text{th}}
+        ("^", r"([0-9]) ?\^ ?(st|nd|rd|th)\b", r"\1\2"),
+        (" ", r"([0-9]) (st|nd|rd|th)\b", r"\1\2"),
+        ("^", r"(?<=[0-9]) ?\^ ?(?:\{o\}|o\b)", "°"),
+        (".", r"(?<![A-Za-z.])(sq|cu|in|ft|yd|mi|lb|oz|hr|min|sec|deg|Rs)\.(?= |$)", r"\1"),
+        ("$", r"(?<![A-Za-z])(?:US|HK|NZ|[ACS])\$", "$"),
+        ("^", r"(?<=[0-9.]) ?[xX] ?(?=10 ?\^)", "*"),  # 3 x 10^5
+        ("^", r"\^ ?\{?'+ ?\}?", "'"),
+        ("\\frac", r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
+        ("\\frac", r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
+        ("\\frac", r"\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r"\\frac{\1}{\2}"),
+        ("\\frac", _UNIT_FRACTION, r" \1/\2"),
+        ("\\overline", r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
+        ("\\{", r"\\\{ *\\\}", r"\\emptyset"),
+        ("real", r"^(?:[Aa]ll )?(?:real numbers|reals)$", r"(-\\infty,\\infty)"),
+        ("\\mathbb", r"\\mathbb ?\{?R\}?$", r"(-\\infty,\\infty)"),
+        ("°", r"° ?([CF])\b", r" ° \1"),
+        ("", r"^([`'\"])(.*)\1$", r"\2"),
+        ("  ", r" +", " "),
     )
 ]
 
@@ -117,7 +122,8 @@ def _without_commas(match: re.Match) -> str:
 @lru_cache(maxsize=4096)
 def ungrouped(text: str) -> str:
     """tidy() before thousands separators are taken out."""
-    text = _BOLD.sub(r"\2", text)
+    if "*" in text:
+        text = _BOLD.sub(r"\2", text)
     if "$" in text:
         text = _DOLLARS[1].sub(r"\1", _DOLLARS[0].sub(r"\1", text))
     if not text.isascii():
@@ -136,8 +142,9 @@ def ungrouped(text: str) -> str:
     if "\n" in text and "\\begin" not in text:
         text = re.sub(r"(?<=[\w)}\]])\s*\n\s*(?=[\w\\({\[])", "; ", text)
     text = _bare(text)
-    for pattern, replacement in _SMALL_RULES:
-        text = pattern.sub(replacement, text)
+    for needed, pattern, replacement in _SMALL_RULES:
+        if needed in text:
+            text = pattern.sub(replacement, text)
     return re.sub(r"^[=≈] ?(?![=<>])", "", _bare(text))
 
 
@@ -191,17 +198,21 @@ _BRACKET = (
 )
 
 
-def splitter(separator: str) -> re.Pattern:
-    return re.compile(f"(?P<separator>{separator})|{_BRACKET}")
+def splitter(separator: str) -> tuple[re.Pattern, re.Pattern]:
+    """The separator alone, to see fast that there is none; and with the brackets to count."""
+    return re.compile(separator), re.compile(f"(?P<separator>{separator})|{_BRACKET}")
 
 
-_BRACKETS = splitter(r"(?!)")  # no separator: brackets only
+_BRACKETS = re.compile(_BRACKET)
 
 
-def split(text: str, splitter: re.Pattern) -> tuple[list[str], list[str]]:
+def split(text: str, splitter: tuple[re.Pattern, re.Pattern]) -> tuple[list[str], list[str]]:
     """Pieces and separators of a text, cut outside all brackets; Unreadable if unbalanced."""
+    separator, with_brackets = splitter
+    if not separator.search(text):
+        return [text], []
     pieces, separators, depth, start = [], [], 0, 0
-    for match in splitter.finditer(text):
+    for match in with_brackets.finditer(text):
         if match["separator"] is None:
             depth += 1 if match["open"] else -1
             if depth < 0:
@@ -217,6 +228,8 @@ def split(text: str, splitter: re.Pattern) -> tuple[list[str], list[str]]:
 
 def enclosed(text: str) -> tuple[str, str, str] | None:
     """(opening, inside, closing) if the first bracket closes at the very end of the text."""
+    if text[:1] not in "([{\\":
+        return None
     depth, first = 0, None
     for match in _BRACKETS.finditer(text):
         if first is None and match.start():

@@ -1,6 +1,5 @@
 """reward.py: right in every form, wrong in every near miss, and never executed, hung or raised."""
 
-import doctest
 import json
 import random
 import re
@@ -13,9 +12,7 @@ from pathlib import Path
 import pytest
 
 import answers
-import mathexpr
 import mathvalue
-import measures
 import reward as reward_module
 import tidy
 from reward import extract_answer, is_correct, reward
@@ -75,11 +72,6 @@ def test_the_policy_in_the_docstring_is_the_policy_of_the_code():
     assert [(p, a, str(is_correct(p, a))) for p, a, _ in rows] == rows
 
 
-@pytest.mark.parametrize("module", [reward_module, tidy, answers, measures, mathexpr, mathvalue])
-def test_the_examples_in_the_docstrings_run(module):
-    assert doctest.testmod(module).failed == 0
-
-
 WRAPPERS = [
     r"\boxed{%s}", "$%s$", r"\(%s\)", "%s.", "  %s ", "{%s}", r"\text{%s}", r"\mathbf{%s}",
     "The answer is %s", "Answer: %s", r"$\boxed{%s}$", r"\displaystyle %s", "**%s**", "\n%s\n",
@@ -136,7 +128,8 @@ def test_the_reward_is_one_for_a_right_box_and_zero_for_anything_else():
     assert isinstance(reward("", "5"), float)
 
 
-@pytest.mark.parametrize("pair", [(None, "5"), ("5", None), (5, 5), (b"5", "5"), ([], {}), ("", "")])
+@pytest.mark.parametrize("pair", [(None, "5"), ("5", None), (5, 5), (b"5", "5"), ([], {}), ("",
+"")])
 def test_what_is_no_text_is_wrong_and_raises_nothing(pair):
     assert is_correct(*pair) is False and is_correct(*pair, ["5", "6"]) is False
 
@@ -151,15 +144,18 @@ def forms(value: Fraction, rng: random.Random) -> list[str]:
     k = rng.randint(2, 9)
     made = [
         f"{sign}{n}/{d}", rf"{sign}\frac{{{n}}}{{{d}}}", rf"\dfrac{{{sign}{n}}}{{{d}}}",
-        rf"{sign}\frac{{{n * k}}}{{{d * k}}}", f"({sign}{n})/({d})", rf"x = {sign}\tfrac{{{n}}}{{{d}}}",
-        rf"${sign}\frac{{{n}}}{{{d}}}$", rf"{sign}{n}\cdot {d}^{{-1}}", rf"{sign}{n}/{d}\text{{ cm}}",
+        rf"{sign}\frac{{{n * k}}}{{{d * k}}}", f"({sign}{n})/({d})",
+        rf"x = {sign}\tfrac{{{n}}}{{{d}}}",
+        rf"${sign}\frac{{{n}}}{{{d}}}$", rf"{sign}{n}\cdot {d}^{{-1}}",
+        rf"{sign}{n}/{d}\text{{ cm}}",
     ]  # fmt: skip
     whole, rest = divmod(n, d)
     if whole and rest:
         made += [rf"{sign}{whole}\frac{{{rest}}}{{{d}}}", f"{sign}{whole} {rest}/{d}"]
     if d == 1:
         made += [f"{sign}{n}", f"{sign}{n}.0", f"{sign}{n:,}", f"{sign}{n:,}".replace(",", r"\,")]
-        made += [rf"{sign}\sqrt{{{n * n}}}", f"{sign}{n}e0", rf"\text{{{sign}{n}}}", f"{sign}{n:,} cm"]
+        made += [rf"{sign}\sqrt{{{n * n}}}", f"{sign}{n}e0", rf"\text{{{sign}{n}}}",
+        f"{sign}{n:,} cm"]
     while d % 2 == 0:
         d //= 2
     while d % 5 == 0:
@@ -240,7 +236,8 @@ def test_every_letter_in_every_wrapping_is_that_option_and_no_other():
 
 HOSTILE = [
     # code, attribute access, templates
-    "__import__('os').system('x')", "().__class__.__bases__", "eval('5')", "exec('x=5')", "int('5')",
+    "__import__('os').system('x')", "().__class__.__bases__", "eval('5')", "exec('x=5')",
+    "int('5')",
     "lambda: 5", "[x for x in range(10**9)]", "5 if True else 6", "5; import os", "5\nimport os",
     "(5).real", "5.__class__", "{'a': 5}", "[5][0]", "5 == 5", "5 or 1/0", "%s%s%n", "{{5*1}}x",
     r"\input{/etc/passwd}", r"\write18{ls}", r"\def\x{5}\x", r"\newcommand{\a}{5}\a", "<b>5</b",
@@ -257,17 +254,22 @@ HOSTILE = [
     r"\text{" * 150 + "5" + "}" * 150, r"\boxed{" * 20_000, "-(" * 200 + "5" + ")" * 200, "|" * 300,
     r"\sin(" * 38 + "x" + ")" * 38, "+" * 500 + "5", "1+" * 450 + "1", "1/" * 149 + "1", "^" * 300,
     r"\begin{pmatrix}" * 60, r"\begin{pmatrix}" + "1&" * 300 + r"1\end{pmatrix}", r"\sqrt[" * 100,
-    "1," * 400 + "1", r"\pm " * 50 + "5", "and " * 200, "The answer is " * 70, "(A)" * 200, "xyz" * 300,
+    "1," * 400 + "1", r"\pm " * 50 + "5",
+    "and " * 200, "The answer is " * 70, "(A)" * 200, "xyz" * 300,
     # characters
     "5\x00", "\x005", "5\ud800", "\udfff", "5\u202e", "\u200f5", "5\u200b", "\ufeff5", "5\x1b[31m",
     "٥", "５", "५", "Ⅴ", "⑤", "5\u0301", "5" + "\u0301" * 500, "\ufdfa" * 1000, "\U0001d7d3",
     # no number at all
-    "1/0", "0/0", r"\frac{5}{0}", "0^0", "0^{-1}", r"\log(0)", r"\tan 90°", "nan", "NaN", "inf", "-inf",
+    "1/0", "0/0", r"\frac{5}{0}", "0^0", "0^{-1}", r"\log(0)", r"\tan 90°", "nan", "NaN", "inf",
+    "-inf",
     r"\infty-\infty", r"0\cdot\infty", "5+nan", r"\arcsin(2)", r"\sqrt[0]{5}", r"\log_{1}{5}",
     # half-written
-    "", " ", "\\", "{", "}", "{5", "5}", "(5", "5)", "(5]", r"\boxed{5", r"\text{5", "5^", "5_", "5+", "5*",
-    "/5", "5**", "5//1", "=", "==5", "5=6", "5=5=6", "<5", "5:", ":5", "5,,5", ",", "5!!5", "%5", "5%%", "5°°",
-    "1 2 3", "5 5", "5.5.5", "5..5", "1_0", "5_0", "0x5", "0b101", "5j", "& & &", r"\frac", r"\frac{}{}",
+    "", " ", "\\", "{", "}", "{5", "5}", "(5", "5)", "(5]", r"\boxed{5", r"\text{5", "5^", "5_",
+    "5+", "5*",
+    "/5", "5**", "5//1", "=", "==5", "5=6", "5=5=6", "<5", "5:", ":5", "5,,5", ",", "5!!5", "%5",
+    "5%%", "5°°",
+    "1 2 3", "5 5", "5.5.5", "5..5", "1_0", "5_0", "0x5", "0b101", "5j", "& & &", r"\frac",
+    r"\frac{}{}",
     r"\sqrt{}", r"\cup 5", r"\pm", "99:99 pm", "2020-99-99", "''", "5''",
 ]  # fmt: skip
 TARGETS = ["5", r"\boxed{42}", "x+1", r"\sqrt{2}", "(1,2)", "1, 2", "cat", "B"]
@@ -280,7 +282,8 @@ def judge_the_hostile() -> dict:
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
     is_correct("sqrt(2)", "1.5")  # builds the number contexts before the hook is listening
     events, accepted = [], []
-    watched = ("exec", "compile", "import", "open", "os.system", "subprocess.Popen", "socket.connect")
+    watched = ("exec", "compile", "import", "open", "os.system", "subprocess.Popen",
+    "socket.connect")
     sys.addaudithook(lambda event, _: events.append(event) if event in watched else None)
     for k, text in enumerate(HOSTILE):
         for target in TARGETS:
@@ -296,7 +299,7 @@ def test_hostile_input_is_wrong_executes_nothing_and_ends_in_time():
     command = "import json, test_reward; print(json.dumps(test_reward.judge_the_hostile()))"
     child = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; {command}"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120,
+        check=False, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]
     assert json.loads(child.stdout) == {"accepted": [], "events": []}
