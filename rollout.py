@@ -334,6 +334,8 @@ def sample_token(policy: Policy, hidden, temperature: float, generator):
         u = total * torch.rand(len(total), 1, device=total.device, generator=generator)
         u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
         token = torch.searchsorted(cumulative, u, right=True)
+        # Among nan nothing is found: the update, which sees that it is not finite, deals with it.
+        token = token.clamp_max(logprobs.shape[-1] - 1)
     return token[:, 0], logprobs.gather(-1, token)[:, 0]
 
 
