@@ -61,7 +61,7 @@ def flags(base: Path, out: Path, **changes) -> list[str]:
     values = {
         "model": base, "data": "toy", "out": out, "steps": 4, "episode_queries": 4, "group_size": 8,
         "batch_size": 16, "heldout": 4, "max_new_tokens": 32, "save_every": 2, "eval_every": 0,
-        "lr": 1e-3, "seed": 2,
+        "lr": 1e-3, "seed": 2, "rethink_fraction": 0,
     } | changes  # fmt: skip
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
