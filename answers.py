@@ -321,6 +321,8 @@ def _same_atom(a: tuple, b: tuple) -> bool:
 def _same_relation(a: tuple, b: tuple) -> bool:
     if a[1] == b[1] and _same_row(a[2], b[2]):
         return True
+    if a[1] == b[1] == ("=",) and _same_row(a[2], b[2][::-1]):  # AB = CD, without algebra
+        return True
     if a[1] == b[1] == ("=",) and a[3][0] and a[3][0] == b[3][0]:
         return same(a[2][1], b[2][1])
     try:

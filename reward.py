@@ -121,10 +121,12 @@ def is_correct(prediction: str, answer: str, choices: list[str] | None = None) -
 
 def _judge(prediction: str, answer: str, choices: list[str] | None) -> bool:
     prediction, answer = _content(prediction), _content(answer)
+    if max(len(prediction), len(answer)) > MAX_LENGTH and prediction != answer:
+        return False
     if not prediction or not answer or _FOUL.search(prediction) or _FOUL.search(answer):
         return False
-    if prediction == answer or max(len(prediction), len(answer)) > MAX_LENGTH:
-        return prediction == answer
+    if prediction == answer:
+        return True
     if choices and tidy(prediction) != tidy(answer):
         chosen, right = (_options(text, choices) for text in (prediction, answer))
         if chosen is not None and right is not None:

@@ -20,7 +20,8 @@ _CHARACTERS = {
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "∠": " angle ", "△": " triangle ", "⊥": r"\perp ",
     "∥": r"\parallel ", "≧": "≥", "≦": "≤", "＞": ">", "＜": "<", "。": ".", "、": ",", "∴": " ",
     "℃": "° C", "℉": "° F", "％": "%", "（": "(", "）": ")", "，": ",",
-    "：": ":", "∶": ":", "；": ";", "＝": "=", "＋": "+", "″": "''", "⟨": r"\langle ", "⟩": r"\rangle ",
+    "：": ":", "∶": ":", "≅": r"\cong ", "∼": r"\sim ",
+    "；": ";", "＝": "=", "＋": "+", "″": "''", "⟨": r"\langle ", "⟩": r"\rangle ",
     "Δ": r"\Delta ", "\u03a9": r"\Omega ", "\u2126": r"\Omega ", "Φ": r"\Phi ", "ϕ": r"\phi ",
 }  # fmt: skip
 _GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi _ _ rho _ sigma"
@@ -57,7 +58,7 @@ _COMMANDS[" "] = " "
 _COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
 _STYLED = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox"
-    r"|operatorname\*?|boldsymbol|bm|emph|underline|ce)\s*\{([^{}]*)\}"
+    r"|operatorname\*?|boldsymbol|bm|emph|underline|ce)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _BLANKS = re.compile(r"\\(?:[hv]space\*?|[hv]?phantom|color|textcolor)\s*\{[^{}]*\}")
 # $ around all of it, or around a part as in pandoc: no space inside, no digit after the closing.
@@ -94,6 +95,8 @@ _SMALL_RULES = [
         ("\\frac", r"\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r"\\frac{\1}{\2}"),
         ("\\frac", _UNIT_FRACTION, r" \1/\2"),
         ("\\overline", r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
+        ("\\mu", r"(?<=[0-9 ])\\mu ?(?=[mgsLAFCV]\b)", "u"),
+        ("\\Omega", r"(?<=[0-9 ])k ?\\Omega", "kohm"),
         ("\\{", r"\\\{ *\\\}", r"\\emptyset"),
         ("real", r"^(?:[Aa]ll )?(?:real numbers|reals)$", r"(-\\infty,\\infty)"),
         ("\\mathbb", r"\\mathbb ?\{?R\}?$", r"(-\\infty,\\infty)"),
@@ -187,6 +190,7 @@ def words(text: str) -> str:
     """
     if not re.search(r"[^\W\d_]\.?[^\W\d_]", text):
         return text
+    text = re.sub(r"(\\[A-Za-z]+)", r" \1 ", text)
     text = re.sub(r"\{([^{}]*)\}", r"\1", _SUBSCRIPT.sub(r"\1", text)).casefold()
     return re.sub(r"^(?:an?|the) (?=\w)", "", " ".join(text.strip("\"'. ").split()))
 
