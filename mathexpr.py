@@ -137,6 +137,8 @@ def spell(tokens: list[Token]) -> list[Token]:
             spelled += [Token("word", c, spaced and not i) for i, c in enumerate(text)]
         else:
             raise Unreadable(text)
+    if len(spelled) > MAX_TOKENS:
+        raise Unreadable("too long")
     return spelled
 
 
