@@ -101,6 +101,17 @@ def test_counts_of_second_looks_add_up(finished):
         assert row["rethought"] == row["rethink_kept"] / 32
 
 
+def test_the_asked_share_of_responses_looks_again(base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, lucky)
+    attempted = {}
+    for share in (0, 0.5, 1):
+        out = run_training(base, tmp_path / str(share), rethink_fraction=share, heldout=0,
+                           max_new_tokens=64, batch_size=32, steps=3)  # fmt: skip
+        attempted[share] = sum(row["rethink_attempted"] for row in steps_of(out))
+    # Of 96 responses some may run into the limit and cannot be carried on.
+    assert attempted[0] == 0 and 28 < attempted[0.5] < 68 and 80 < attempted[1] <= 96, attempted
+
+
 def test_samples_show_pictures_and_tell_forced_text_from_sampled(finished):
     rows = read_jsonl(finished / "samples.jsonl")
     assert [row["step"] for row in rows] == [0, 0, 4, 4]
@@ -299,6 +310,17 @@ def test_replay_keeps_the_batch_full_and_filter_does_not(base, tmp_path, monkeyp
         sizes[ssr] = [row["batch_responses"] for row in rows]
     # Only question 0 of 4 is effective: half of the first batch of two questions.
     assert sizes == {"replay": [16, 16], "filter": [8, 0], "off": [16, 16]}
+
+
+def test_nothing_is_replayed_from_an_earlier_episode(base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, lucky)
+    seen = spy_on_updates(monkeypatch)
+    run_training(base, tmp_path, steps=6, heldout=0)
+    replayed = 0
+    for step, (_, branches, _) in enumerate(seen):
+        assert all(b.sample.step == step - step % 2 for b in branches)  # two steps an episode
+        replayed += sum(b.draws > b.fresh for b in branches)
+    assert replayed > 0
 
 
 @pytest.mark.parametrize("ssr", ["filter", "replay"])
