@@ -37,6 +37,7 @@ class Config:
     keep_last: int = flag(2, "checkpoints kept")
     eval_every: int = flag(20, "steps between measurements on held-out questions; 0: first and last")
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
+    explain: bool = flag(False, "no training: follow one toy question through the method, in numbers")
 
     episode_queries: int = flag(32, "questions sampled with frozen weights [P: 1024]")
     group_size: int = flag(8, "responses a question, G [P: 8]")
@@ -95,7 +96,8 @@ LARGE = {
 PRESETS = {
     "toy": {},
     "7b": LARGE | {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "pass_rate_column": "PassRate_7BBase"},
-    "72b": LARGE | {"model": "Qwen/Qwen2.5-VL-72B-Instruct", "rollout_rows": 128, "rollout_weights": "layer",
+    "72b": LARGE | {"model": "Qwen/Qwen2.5-VL-72B-Instruct", "rollout_rows": 48, "rollout_weights": "layer",
+                    "micro_batch_tokens": 12288,
                     "pass_rate_column": "PassRate_32BTrained"},
 }  # fmt: skip
 

@@ -155,6 +155,11 @@ def merge_rethought(
     return merged, counts
 
 
+def imitated(sample, part: str):
+    """Where the second loss is taken, bool [R]: everywhere, or from the first forced token on."""
+    return sample.mask | True if part == "all" else (~sample.mask).cumsum(0) > 0
+
+
 def rethinks(text: str) -> bool:
     """Does a response contain a trigger phrase? Asked of responses in which none was forced."""
     return any(trigger.strip() in text for trigger in TRIGGERS.values())

@@ -19,7 +19,9 @@ import parallel
 import toy
 from config import Config
 from data import Question, UserError, check_images, load_questions, write_atomically
+from grpo import group_advantages
 from model import Policy, Sample, encode, find_checkpoint, load_policy, prompt_length
+from rethink import Rethinking
 from reward import reward
 from ssr import ReplayBuffer
 
@@ -57,6 +59,21 @@ def grade(sample: Sample, text: str | None = None) -> float:
     """The reward of a response; or of another text in its place."""
     question = sample.prompt.question
     return reward(sample.text if text is None else text, question.answer, question.choices)
+
+
+def score(groups: list[list[Sample]], scale: str) -> None:
+    """Set every sample's advantage from the rewards of its group."""
+    if not groups:
+        return
+    rewards = torch.tensor([[sample.reward for sample in group] for group in groups])
+    for group, row in zip(groups, group_advantages(rewards, scale).tolist()):
+        for sample, advantage in zip(group, row):
+            sample.advantage = advantage
+
+
+def rethinking(c: Config) -> Rethinking:
+    return Rethinking(c.rethink_fraction, c.rethink_quota, c.rethink_trigger, c.rethink_cutback,
+                      c.rethink_min_tokens, c.rethink_max_tokens)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- set up

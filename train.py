@@ -32,12 +32,13 @@ import parallel
 import toy
 from config import Config, parse
 from data import Question, UserError
-from grpo import group_advantages, is_clipped, policy_loss, token_weights
+from explain import explain
+from grpo import is_clipped, policy_loss, token_weights
 from model import Sample, encode, response_logprobs, with_pixels
 from record import Recorder
-from rethink import Rethinking, extender, merge_rethought, rethinks, before_rethinking
+from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks
 from rollout import generate
-from run import Run, generator, gentle_stop, grade, prepare, resume, save
+from run import Run, generator, gentle_stop, grade, prepare, resume, rethinking, save, score
 from ssr import effective_sample_size, is_effective, replay_batch
 from tree import build_trees, pad_rows, plan_micro_batches
 
@@ -57,11 +58,6 @@ def episode_questions(run: Run, episode: int) -> list[Question]:
         order = random.Random(f"order {c.seed} {place // n}").sample(range(n), n)
         chosen.append(run.questions[order[place % n]])
     return chosen
-
-
-def rethinking(c: Config) -> Rethinking:
-    return Rethinking(c.rethink_fraction, c.rethink_quota, c.rethink_trigger, c.rethink_cutback,
-                      c.rethink_min_tokens, c.rethink_max_tokens)  # fmt: skip
 
 
 def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
@@ -124,16 +120,6 @@ def describe_groups(groups: list[list[Sample]]) -> Counter:
     return counts
 
 
-def score(groups: list[list[Sample]], scale: str) -> None:
-    """Set every sample's advantage from the rewards of its group."""
-    if not groups:
-        return
-    rewards = torch.tensor([[sample.reward for sample in group] for group in groups])
-    for group, row in zip(groups, group_advantages(rewards, scale).tolist()):
-        for sample, advantage in zip(group, row):
-            sample.advantage = advantage
-
-
 @torch.no_grad()
 def recompute_logprobs(run: Run, groups: list[list[Sample]]) -> None:
     """Behaviour log-probabilities by the training forward pass, in place of those met in sampling."""
@@ -174,11 +160,6 @@ def choose_batch(run: Run) -> tuple[list[Sample], list[Branch]]:
             branch = branches.setdefault(id(sample), Branch(sample))
             branch.fresh, branch.imitate = True, imitate
     return fresh, list(branches.values())
-
-
-def imitated(sample: Sample, part: str) -> torch.Tensor:
-    """Where the SFT loss is taken, [R]: everywhere, or from the first forced token on."""
-    return torch.ones_like(sample.mask) if part == "all" else (~sample.mask).cumsum(0) > 0
 
 
 def stack(rows: list[torch.Tensor], device) -> torch.Tensor:
@@ -422,7 +403,11 @@ def main(argv: list[str]) -> int:
     """The command line: 0 when all went well, 2 for something the user can put right."""
     run = None
     try:
-        run = prepare(parse(argv))
+        config = parse(argv)
+        if config.explain:
+            explain(config)
+            return 0
+        run = prepare(config)
         resumed = run.config.resume and resume(run)
         record = Recorder(run.out, parallel.rank() == 0, run.step if resumed else None)
         with gentle_stop(run):

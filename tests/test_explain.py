@@ -1,0 +1,113 @@
+"""The walk through one question: it runs, it says what training does, and it fits the page."""
+
+from collections import Counter
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+
+import explain
+import toy
+import train
+from config import Config, parse
+from data import UserError
+from model import Sample, encode, response_logprobs
+from rethink import TRIGGERS
+from run import grade, score
+from tree import build_trees
+
+WRONG, RIGHT = "Looks like \\boxed{plum}.", "So \\boxed{%s}."
+FORCED = TRIGGERS["self_questioning"]
+
+
+def say(policy, prompt, *texts: str) -> Sample:
+    """A response; of three texts the second is forced."""
+    ids = [policy.tokenizer(text).input_ids for text in texts]
+    ids[-1].append(policy.eos_ids[0])
+    tokens = torch.tensor([i for piece in ids for i in piece])
+    mask = torch.tensor([part != 1 for part, piece in enumerate(ids) for _ in piece])
+    with torch.no_grad():
+        logprobs = response_logprobs(policy, [(prompt, [tokens])])[0][0]
+    sample = Sample(prompt, tokens, logprobs, mask, "".join(texts), "stop")
+    sample.reward = grade(sample)
+    return sample
+
+
+@pytest.fixture
+def groups(own_policy):
+    """(one to follow, one without advantages): the third response is wrong and then put right."""
+    questions = toy.toy_questions(toy.LEVELS["easy"], 2, 0)
+    prompt, other = (encode(own_policy, question, "bare") for question in questions)
+    right = RIGHT % questions[0].answer
+    group = [say(own_policy, prompt, text) for text in (right, right, WRONG, WRONG)]
+    group[2].extension = say(own_policy, prompt, WRONG, FORCED, "\n" + right)
+    group[2].extension.rethought = "self_questioning"
+    idle = [say(own_policy, other, WRONG) for _ in range(4)]
+    score([group, idle], "mean")
+    return group, idle
+
+
+def test_a_question_is_followed_to_the_loss(own_policy, groups):
+    told, trees = explain.follow(own_policy, Config(), *groups)
+    assert [line[3] for line in told.splitlines() if line.startswith("## ")] == list("1234567")
+    assert max(map(len, told.splitlines())) <= 100
+    assert "wrong -> right 1; 1 kept" in told and "|A_j|^1" in told
+    assert "P(j)   0.250   0.250   0.250   0.250" in told
+    assert len(trees.lengths) == 4
+
+
+@pytest.mark.parametrize("flags", [[], ["--average", "sequence", "--rethink_sft_on", "second"]])
+def test_the_losses_are_those_of_training(own_policy, groups, flags):
+    c = parse(flags)
+    merged, _ = explain.merge(c, groups[0])
+    trees = build_trees([(merged[0].prompt, [sample.tokens for sample in merged])])
+    draws = [1, 2, 3, 1]
+    mine = explain.losses(own_policy, c, merged, draws, trees)
+    branches = [
+        train.Branch(sample, n, True, bool(sample.rethought)) for sample, n in zip(merged, draws)
+    ]
+    totals = Counter(
+        tokens=sum(int(b.sample.mask.sum()) * b.draws for b in branches), responses=sum(draws),
+        sft_tokens=int(train.imitated(merged[2], c.rethink_sft_on).sum()),
+    )  # fmt: skip
+    run = SimpleNamespace(config=c, policy=own_policy, step=0)
+    _, sums = train.micro_batch_loss(run, branches, trees, totals)
+    torch.testing.assert_close(mine.policy.detach(), sums["loss"])
+    torch.testing.assert_close(mine.sft.detach(), sums["sft_loss"])
+
+
+def test_the_pictures_are_drawn_where_out_says(own_policy, groups, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "load_toy", lambda recipe: own_policy)
+    monkeypatch.setattr(explain, "find_questions", lambda policy, c: groups)
+    assert train.main(["--explain", "--out", str(tmp_path / "docs")]) == 0
+    assert capsys.readouterr().out.startswith("# One question")
+    assert Image.open(tmp_path / "docs/toy.png").size == (3 * 4 * 28, 2 * 4 * 28)
+    svg = ElementTree.parse(tmp_path / "docs/tree.svg").getroot()
+    assert [x.text for x in svg.iter() if x.get("text-anchor") == "middle"] == [
+        "prompt", "y1", "y2", "y3", "y4",
+    ]  # fmt: skip
+
+
+def test_a_policy_that_never_finds_an_answer_ends_in_one_line(policy, monkeypatch):
+    monkeypatch.setattr(explain, "EPISODES", 1)
+    c = parse(
+        [
+            "--episode_queries",
+            "2",
+            "--group_size",
+            "2",
+            "--batch_size",
+            "4",
+            "--max_new_tokens",
+            "9",
+        ]
+    )
+    with pytest.raises(UserError, match="none of 2 questions shows it all"):
+        explain.find_questions(policy, c)
+
+
+def test_another_model_is_refused():
+    with pytest.raises(UserError, match="toy world"):
+        explain.explain(parse(["--model", "some/model", "--data", "x.parquet"]))
