@@ -8,23 +8,23 @@ import re
 from html import escape
 
 from data import MARKER, parse_choices
+from rethink import TRIGGERS, before_rethinking, rethinks
 from reward import reward
 
 STEPS_SHOWN = 6  # whose groups are in the page, spread evenly over the run
 TICK, CROSS = '<b class="right">✓</b>', '<b class="wrong">✗</b>'
 
-RETHINKING = re.compile(r"\bWait\b[^\n.?!\\]*[.?!]?")  # a sentence; triggers begin with this word
 MARKED = re.compile(
     rf"(?P<special><\|\w+\|>)|(?P<answer>\\boxed\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})"
-    rf"|(?P<unasked>{RETHINKING.pattern})"
+    rf"|(?P<unasked>{'|'.join(re.escape(trigger.strip()) for trigger in TRIGGERS.values())})"
 )
 
 
 def mark_up(text: str) -> str:
     """Escaped text of the policy, with answers, special tokens and rethinking made visible.
 
-    >>> mark_up("3 < 4. Wait, no: \\\\boxed{5}")
-    '3 &lt; 4. <mark>Wait, no: </mark><strong>\\\\boxed{5}</strong>'
+    >>> mark_up("3 < 4. Wait, let's double check: \\\\boxed{5}")
+    '3 &lt; 4. <mark>Wait, let&#x27;s double check</mark>: <strong>\\\\boxed{5}</strong>'
     """
     tags = {"special": "small", "answer": "strong", "unasked": "mark"}
     parts, at = [], 0
@@ -55,17 +55,16 @@ def before_second_look(response: dict) -> str | None:
     """What stood before the response looked again: before what was forced, else before its first
     rethinking; None where it did neither.
 
-    >>> before_second_look({"text": "5. Wait, 6.", "pieces": [["5. Wait, 6.", False]]})
+    >>> before_second_look({"text": "5. Wait, let's double check", "pieces": [["", False]]})
     '5. '
-    >>> before_second_look({"pieces": [["5. Wait, 6.", False], ["Wait, so?", True], ["7", False]]})
-    '5. Wait, 6.'
+    >>> before_second_look({"pieces": [["5.", False], ["Wait, so?", True], ["7", False]]})
+    '5.'
     """
     texts = [text for text, _ in response["pieces"]]
     for i, (_, forced) in enumerate(response["pieces"]):
         if forced:
             return "".join(texts[:i])
-    found = RETHINKING.search(response["text"])
-    return response["text"][: found.start()] if found else None
+    return before_rethinking(response["text"]) if rethinks(response["text"]) else None
 
 
 def second_look_verdict(response: dict, question: dict) -> str:
@@ -99,8 +98,12 @@ def respond(response: dict, question: dict) -> str:
         "<span>cut off</span>" if response["finish"] == "length" else "",
         second_look_verdict(response, question),
     ]
-    return (f'<li class="is-{kind}"><div class="head">{"".join(facts)}</div>'
-            f'<div class="said" tabindex="0">{spoken(response["pieces"])}</div></li>')  # fmt: skip
+    said = f'<div class="said" tabindex="0">{spoken(response["pieces"])}</div>'
+    if "not_kept" in response:  # forced too, and worth reading: what did the second look come to?
+        other = respond(response["not_kept"], question)
+        said += '<details><summary class="note">▸ forced to look again, not kept</summary>'
+        said += f'<ol class="responses">{other}</ol></details>'
+    return f'<li class="is-{kind}"><div class="head">{"".join(facts)}</div>{said}</li>'
 
 
 def rollout(row: dict, is_open: bool) -> str:
@@ -123,7 +126,8 @@ def rollout(row: dict, is_open: bool) -> str:
         f'<span class="strip" aria-hidden="true">{strip}</span>'
         f'<span class="soft">{sum(right)} of {len(right)} right</span></summary>'
         f'<div class="body"><div class="asked">{pictures}<div class="text">{escape(text)}</div>'
-        f'<p class="soft">Answer: <strong>{escape(question["answer"])}</strong></p></div>'
+        f'<p class="soft">Answer: <strong>{escape(question["answer"])}</strong></p>'
+        f'<p class="note">{escape(question.get("category", ""))}</p></div>'
         f'<ol class="responses">{"".join(respond(r, question) for r in responses)}</ol>'
         "</div></details>"
     )

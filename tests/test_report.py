@@ -149,6 +149,15 @@ def test_rethinking_that_nobody_forced_is_marked_as_such(tmp_path):
     assert "looked again: right → wrong" in page
 
 
+def test_a_second_look_that_was_not_kept_is_shown_under_the_response_that_stood(tmp_path):
+    second = response([["\\boxed{5}.", False], ["Wait,", True], [HOSTILE, False]], reward=0.0)
+    stood = response([["\\boxed{5}.<|im_end|>", False]], not_kept=second)
+    elements = Elements(page_of(write_run(tmp_path / "run", samples=[group(0, responses=[stood])])))
+    assert "not kept" in elements.text and "looked again: right → wrong" in elements.text
+    assert [item["class"] for item in elements.of("li") if "class" in item] == ["is-right", "is-wrong"]
+    assert len(elements.of("script")) == 1
+
+
 def test_a_long_run_gives_a_page_that_still_opens(tmp_path):
     rows = [metrics_row(step) for step in range(1, 5001)]
     page = page_of(write_run(tmp_path / "run", rows, [group(step) for step in range(0, 5000, 5)]))
@@ -163,22 +172,25 @@ def test_what_the_recorder_writes_is_what_the_report_reads(tmp_path):
     """The two files meet nowhere else, so a renamed field would go unnoticed."""
     recorder = Recorder(tmp_path, active=True)
     recorder.metrics({"step": 0, "heldout_accuracy": 0.5})
-    question = SimpleNamespace(id="1", text="How many?", answer="5", images=[])
-    sample = SimpleNamespace(
+    question = SimpleNamespace(id="1", text="How many?", answer="5", images=[], category="counting")
+    second = SimpleNamespace(
         prompt=SimpleNamespace(question=question), tokens=torch.tensor([1, 2, 3]), text="a b c",
         mask=torch.tensor([True, False, True]), reward=1.0, advantage=0.5, finish="stop",
-        rethought="self_correction",
+        rethought="self_correction", extension=None,
     )  # fmt: skip
+    first = SimpleNamespace(**vars(second) | {"mask": second.mask | True, "extension": second})
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join("?abc"[i] for i in ids))
-    recorder.samples(0, [[sample]], tokenizer)
-    assert '<mark class="forced" title="forced">b</mark>' in page_of(tmp_path)
+    recorder.samples(0, [[first]], tokenizer)
+    page = page_of(tmp_path)
+    assert '<mark class="forced" title="forced">b</mark>' in page.split("not kept")[1]
+    assert "counting" in page
 
 
 # ---------------------------------------------------------------------------- safety
 
 
 def test_whatever_a_model_or_a_data_set_wrote_is_shown_as_text(tmp_path):
-    marked = "\\boxed{" + HOSTILE + "} Wait, " + HOSTILE
+    marked = "\\boxed{" + HOSTILE + "} Wait, let's double check" + HOSTILE
     pieces = [[HOSTILE, False], [HOSTILE, True], [marked, False]]
     row = group(0, text=HOSTILE, responses=[response(pieces)])
     row["question"] |= {"answer": HOSTILE, "images": [PIXEL + '"onload="alert(1)']}
