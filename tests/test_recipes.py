@@ -1,0 +1,83 @@
+"""Recipes are run with stand-ins for python and torchrun: every line they launch must parse."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import config
+import eval
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.sh"))
+PARSERS = {"train.py": config.parse, "eval.py": eval.parse}
+
+# Notes its arguments, one line a call, and leaves a checkpoint where a run would.
+STUB = r"""#!/bin/sh
+(IFS=$(printf '\t'); printf '%s\n' "$*" | tr '\n' ' '; echo) >>"$CALLS"
+while [ $# -gt 1 ]; do
+  [ "$1" = --out ] && mkdir -p "$2/checkpoint-1"
+  shift
+done
+exit 0
+"""
+
+
+def launched(name: str, folder: Path) -> list[tuple[str, list[str]]]:
+    """[(script, its flags), ...] as the shell itself puts them together."""
+    shutil.copytree(FOLDER, folder / "recipes")
+    (folder / "bin").mkdir()
+    for program in ("python", "torchrun"):
+        (folder / "bin" / program).write_text(STUB)
+        (folder / "bin" / program).chmod(0o755)
+    env = os.environ | {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(folder / "calls"),
+        "HEAD": "node0",
+    }  # fmt: skip
+    command = ["bash", str(folder / "recipes" / f"{name}.sh")]
+    command += [] if "toy" in name else ["data.parquet", "runs/x"]
+    subprocess.run(command, env=env, check=True, capture_output=True, timeout=60)
+    lines = []
+    for line in (folder / "calls").read_text(encoding="utf-8").splitlines():
+        call = line.rstrip().split("\t")
+        script = next((word for word in call if word in PARSERS), None)
+        if script:
+            lines.append((script, call[call.index(script) + 1 :]))
+    return lines
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_line_that_a_recipe_launches_is_understood(name, tmp_path):
+    lines = launched(name, tmp_path)
+    assert "train.py" in [script for script, _ in lines]
+    for script, flags in lines:
+        assert PARSERS[script](flags).out.startswith("runs/")
+
+
+@pytest.mark.parametrize("name", sorted({*RECIPES} - {"toy_ablation"}))  # whose arms are a study
+def test_every_flag_is_explained(name, tmp_path):
+    text = (FOLDER / f"{name}.sh").read_text(encoding="utf-8")
+    comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    explained = set(re.findall(r"--\w+", comments))
+    for _, flags in launched(name, tmp_path):
+        used = {word for word in flags if word.startswith("--")}
+        assert used <= explained, sorted(used - explained)
+
+
+def test_the_stages_of_the_paper_follow_each_other(tmp_path):
+    lines = launched("eight_gpus_7b", tmp_path)
+    first, second = (config.parse(flags) for script, flags in lines if script == "train.py")
+    assert (first.template, first.ssr, first.rethink_fraction) == ("plain", "replay", 0)
+    assert second.model == f"{first.out}/checkpoint-1"
+    assert second.template == "rethink" and second.rethink_fraction > 0
+
+
+def test_the_study_launches_every_arm_with_every_seed(tmp_path):
+    runs = [config.parse(flags) for _, flags in launched("toy_ablation", tmp_path)]
+    seeds = {run.seed for run in runs}
+    arms = {run.out.rpartition("-")[0] for run in runs}
+    assert len({run.out for run in runs}) == len(runs) == len(arms) * len(seeds)
+    assert len(seeds) == 5 and {"runs/ablation/plain", "runs/ablation/ssr_rethink"} <= arms
