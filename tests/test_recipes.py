@@ -33,9 +33,10 @@ def launched(name: str, folder: Path) -> list[tuple[str, list[str]]]:
     for program in ("python", "torchrun"):
         (folder / "bin" / program).write_text(STUB)
         (folder / "bin" / program).chmod(0o755)
+    # One job at a time: lines of two would mix.
     env = os.environ | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(folder / "calls"),
-        "HEAD": "node0",
+        "HEAD": "node0", "JOBS": "1",
     }  # fmt: skip
     command = ["bash", str(folder / "recipes" / f"{name}.sh")]
     command += [] if "toy" in name else ["data.parquet", "runs/x"]
