@@ -1,5 +1,6 @@
 """Two cores oversubscribe easily: every test process computes with one thread."""
 
+import contextlib
 import copy
 import os
 
@@ -116,6 +117,17 @@ def random_response(length: int, seed: int, policy: Policy) -> torch.Tensor:
 # ---------------------------------------------------------------------------- oracles
 
 
+@contextlib.contextmanager
+def plain_attention(policy: Policy):
+    """The text model as transformers has it, by the attention that is written out."""
+    config = policy.text_model.config
+    ours, config._attn_implementation = config._attn_implementation, "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = ours
+
+
 def hf_inputs(policy: Policy, prompt, input_ids: torch.Tensor) -> dict:
     """What transformers' own forward and generate take, for one row."""
     inputs = {"input_ids": input_ids[None]}
@@ -145,10 +157,11 @@ def hf_logprobs(policy: Policy, prompt, response, temperature: float = 1.0) -> t
 
 def hf_generate(policy: Policy, prompt, max_new_tokens: int) -> torch.Tensor:
     """The greedy response [R] of transformers' generate."""
-    out = policy.model.generate(
-        **hf_inputs(policy, prompt, prompt.input_ids), max_new_tokens=max_new_tokens,
-        do_sample=False, suppress_tokens=policy.banned_ids, eos_token_id=policy.eos_ids,
-    )  # fmt: skip
+    with plain_attention(policy):
+        out = policy.model.generate(
+            **hf_inputs(policy, prompt, prompt.input_ids), max_new_tokens=max_new_tokens,
+            do_sample=False, suppress_tokens=policy.banned_ids, eos_token_id=policy.eos_ids,
+        )  # fmt: skip
     return out[0, len(prompt.input_ids) :]
 
 

@@ -16,6 +16,7 @@ from rethink import (
     Rethinking,
     before_rethinking,
     extender,
+    imitated,
     is_kept,
     merge_rethought,
     rethinks,
@@ -303,6 +304,13 @@ def test_without_attempts_nothing_changes():
     groups = [group(1.0, 0.0), group(0.0, 0.0)]
     merged, counts = merge_rethought(EVERY, groups)
     assert merged == groups and not counts
+
+
+def test_the_second_loss_is_taken_on_trigger_tokens_always_and_on_y1_by_flag():
+    sample = again(first=2, forced=3, second=1)
+    assert sample.mask.tolist() == [True, True, False, False, False, True]
+    assert imitated(sample, "all").tolist() == [True] * 6
+    assert imitated(sample, "second").tolist() == [False, False, True, True, True, True]
 
 
 # ---------------------------------------------------------------------------- with a policy

@@ -370,6 +370,16 @@ def test_of_two_processes_that_make_it_at_once_the_first_one_s_stays(
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), want.parameters()))
 
 
+def test_a_policy_that_cannot_be_moved_to_its_place_is_an_error(cache, warm_starts, monkeypatch):
+    def refused(*_):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        toy_policy_dir(TINY, silent)
+    assert list(cache.iterdir()) == []
+
+
 def test_a_cache_that_cannot_be_written_is_found_before_the_work(
     monkeypatch, tmp_path, warm_starts
 ):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tree import build_trees, pad_rows, plan_micro_batches, tree_mask
+from tree import build_trees, pad_rows, plan_micro_batches, tree_attention, tree_mask
 
 
 def ids(*values):
@@ -84,6 +84,44 @@ def test_targets_are_response_tokens_alone(policy, prompts):
     assert trees.targets.tolist() == [31, 32, 33, 34, 35, 36]
     predicted_from = trees.branch.flatten()[trees.predictor]
     assert predicted_from.tolist() == [0, 1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_attention_on_trees_does_what_the_mask_says(seed):
+    """Values and gradients, for prompts and responses of different lengths and grouped heads."""
+    rng = random.Random(seed)
+    groups = [
+        (text_prompt(*range(rng.randint(1, 9))),
+         [torch.arange(rng.randint(1, 7)) for _ in range(rng.randint(1, 4))])
+        for _ in range(3)
+    ]  # fmt: skip
+    trees = build_trees(groups)
+    N, T = trees.input_ids.shape
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(N, h, T, 8, generator=generator) for h in (4, 2, 2))
+    real = trees.branch >= 0  # what stands at padding is nobody's
+    pull = torch.randn(N, T, 4, 8, generator=generator)
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=False)
+
+    def run(attend):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves)  # [N, T, h, d]
+        (out[real] * pull[real]).sum().backward()
+        return out[real].detach(), *(x.grad for x in leaves)
+
+    def by_the_mask(q, k, v):
+        mask = tree_mask(trees.branch)[:, None]
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(~mask, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    def in_two_calls(q, k, v):
+        out, _ = tree_attention(module, q, k, v, trees.mask, trees)
+        assert torch.isfinite(out).all()
+        return out
+
+    for got, want in zip(run(in_two_calls), run(by_the_mask)):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_pad_rows_makes_one_row_a_response():
