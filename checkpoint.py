@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import parallel
@@ -181,7 +181,8 @@ def load_weights(directory: Path, policy: Policy) -> None:
     for path in sorted(directory.glob("*.safetensors")):
         if not path.name.startswith("state-"):
             with safe_open(path, framework="pt") as file:
-                where |= {module_name(key): (path, key) for key in file.keys()}
+                keys = file.keys()
+            where |= {module_name(key): (path, key) for key in keys}
     for name, parameter in policy.model.named_parameters():
         if name not in where:
             raise UserError(f"--model {directory}: no weights for {name} in its safetensors")
@@ -195,8 +196,10 @@ def load_weights(directory: Path, policy: Policy) -> None:
                 parallel.local(parameter).copy_(piece[start:stop])
 
 
-def explain_os_error(error: OSError, directory: Path) -> UserError:
+def explain_os_error(error: OSError | SafetensorError, directory: Path) -> UserError:
     """A full or read-only disk, said in one line."""
+    if not isinstance(error, OSError):
+        return UserError(f"--out {directory}: {error}; choose another place or make room")
     reasons = {errno.ENOSPC: "no space left", errno.EACCES: "no right to write",
                errno.EROFS: "read-only file system", errno.ENOTDIR: "not a directory",
                errno.EEXIST: "a file stands in the way"}  # fmt: skip

@@ -212,7 +212,7 @@ def _image_sources(value, folder: Path) -> list:
         if isinstance(item, dict):
             item = item.get("bytes") or item.get("path")
         if not isinstance(item, (str, bytes)):
-            raise ValueError(f"an image must be a path or bytes, not {type(item).__name__}")
+            raise TypeError(f"an image must be a path or bytes, not {type(item).__name__}")
         sources.append(folder / item if isinstance(item, str) else item)
     return sources
 
@@ -250,7 +250,7 @@ def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> l
         try:
             images = _image_sources(row.get("image"), path.parent)
             text = place_markers(text, len(images))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"{place} (qid {qid}): {error}; mend the row") from None
         category = str(row.get("category") or "")
         questions.append(Question(qid, text, images, str(answer), parse_choices(text), category))

@@ -48,7 +48,8 @@ def stop() -> None:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    # Before the processes have met, torchrun's word: so that one of them speaks of a wrong flag.
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world() -> int:

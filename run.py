@@ -94,11 +94,7 @@ def prepare(config: Config) -> Run:
     policy = agree(lambda: load_policy(
         model, min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None, empty=empty
     ))  # fmt: skip
-    needed = 16 * sum(p.numel() for p in policy.parameters()) * (config.keep_last + 1)
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise UserError(f"--out {out}: {free >> 20} MiB free, {config.keep_last + 1} checkpoints need "
-                        f"{needed >> 20} MiB; make room or lower --keep_last")  # fmt: skip
+    agree(lambda: check_room(out, policy, config.keep_last + 1))
     if questions is not None:
         questions = drop_long_prompts(config, policy, questions)
         heldout = drop_long_prompts(config, policy, heldout) if heldout else heldout
@@ -118,6 +114,15 @@ def prepare(config: Config) -> Run:
             raise UserError("--steps 0: no data to pass over; give --steps or more data")
     buffer = ReplayBuffer(config.ssr_alpha, config.seed, config.ssr_replacement)
     return Run(config, out, policy, optimizer, questions, heldout, total, buffer)
+
+
+def check_room(out: Path, policy: Policy, checkpoints: int) -> None:
+    """Raise UserError where the disk cannot hold them: weights twice, two moments, 4 bytes each."""
+    needed = 16 * sum(p.numel() for p in policy.parameters()) * checkpoints
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise UserError(f"--out {out}: {free >> 20} MiB free, {checkpoints} checkpoints need "
+                        f"{needed >> 20} MiB; make room or lower --keep_last")  # fmt: skip
 
 
 def agree(action):

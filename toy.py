@@ -25,6 +25,7 @@ import os
 import random
 import tempfile
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -153,7 +154,7 @@ def slow_solution(path: list[str]) -> str:
     >>> slow_solution(["red", "blue", "pink"])
     'red to blue, blue to pink. So \\\\boxed{pink}.'
     """
-    steps = ", ".join(f"{a} to {b}" for a, b in zip(path, path[1:]))
+    steps = ", ".join(f"{a} to {b}" for a, b in pairwise(path))
     return f"{steps}. So \\boxed{{{path[-1]}}}."
 
 

@@ -25,6 +25,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import checkpoint
@@ -418,8 +419,8 @@ def main(argv: list[str]) -> int:
         if parallel.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if run is None or error.filename is None:
+    except (OSError, SafetensorError) as error:
+        if run is None:
             raise
         print(f"error: {checkpoint.explain_os_error(error, run.out)}", file=sys.stderr)
         return 2

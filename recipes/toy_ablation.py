@@ -91,8 +91,10 @@ def tables(runs: list[dict], budget: float) -> str:
     arms = list(dict.fromkeys(run["arm"] for run in runs))
     by = {arm: {r["seed"]: figures(r, budget) for r in runs if r["arm"] == arm} for arm in arms}
     lines = [
-        "| arm | seeds | held-out accuracy | minus plain, paired | 5 and 7 steps | sampled | "
-        f"steps to {FIXED} | effective, later half | rethinks unforced | tokens a response |",
+        (
+            "| arm | seeds | held-out accuracy | minus plain, paired | 5 and 7 steps | sampled | "
+            f"steps to {FIXED} | effective, later half | rethinks unforced | tokens a response |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in arms:
