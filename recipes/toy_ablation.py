@@ -92,19 +92,20 @@ def tables(runs: list[dict], budget: float) -> str:
     by = {arm: {r["seed"]: figures(r, budget) for r in runs if r["arm"] == arm} for arm in arms}
     lines = [
         (
-            "| arm | seeds | held-out accuracy | minus plain, paired | 5 and 7 steps | sampled | "
+            "| arm | seeds | held-out accuracy | minus plain, paired | 5 and 7 steps | minus plain, paired | sampled | "
             f"steps to {FIXED} | effective, later half | rethinks unforced | tokens a response |"
         ),
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in arms:
         rows = by[arm]
         both = sorted(set(rows) & set(by.get("plain", {})))
-        paired = [rows[s]["accuracy"] - by["plain"][s]["accuracy"] for s in both]
+        gain = {k: [rows[s][k] - by["plain"][s][k] for s in both] for k in ("accuracy", "long")}
+        gain = {k: show(v) if v and arm != "plain" else "–" for k, v in gain.items()}
         column = {name: [row[name] for row in rows.values()] for name in next(iter(rows.values()))}
         lines.append(
             f"| {arm} | {len(rows)} | {show(column['accuracy'])} | "
-            f"{'–' if arm == 'plain' or not paired else show(paired)} | {show(column['long'])} | "
+            f"{gain['accuracy']} | {show(column['long'])} | {gain['long']} | "
             f"{show(column['sampled'])} | {show(column['steps_to'], 0)} | {show(column['effective'])} | "
             f"{show(column['twice'], 2)} | {show(column['length'], 1)} |"
         )

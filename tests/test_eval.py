@@ -255,6 +255,26 @@ def asked(tmp_path, model):
     return [str(flag) for flag in flags]
 
 
+def test_forced_second_looks_stand_beside_the_first_and_resume_with_them(tmp_path, model):
+    # Long enough for a trigger; a random policy that stops at once is forced to go on.
+    out = tmp_path / "out"
+    flags = ["--model", model, "--force_rethink", "--limit", 12, "--max_new_tokens", 40,
+             "--temperature", 1, "--out", out]  # fmt: skip
+    assert run(*flags) == 0
+    lines = [json.loads(line) for line in (out / "toy.jsonl").read_text().splitlines()]
+    forced = [line for line in lines if "again" in line]
+    assert forced and all(line["finish"] == "stop" for line in forced)
+    for line in forced:
+        assert "Wait" in line["again"]["response"]
+        assert line["again"]["response"].startswith(line["response"])
+    summary = summary_of(out, "toy")
+    counts = summary["force_rethink"]
+    assert counts["forced"] == len(forced)
+    assert counts["only_wrong"] >= max(counts["before"], counts["after"])
+    assert run(*flags) == 0
+    assert summary_of(out, "toy") == summary
+
+
 def kill_in_batch(number: int, monkeypatch):
     """Ctrl-C arrives while that batch is sampled."""
     done, generate = [], rollout.generate
