@@ -51,7 +51,15 @@ def drop_cut_line(path: Path) -> None:
 
 def made_with(config, name: str) -> dict:
     """What responses depend on, of eval.py's Config; a local model by the time it was saved too."""
-    wanted = ("model", "template", "temperature", "samples", "max_prompt_tokens", "seed", "force_rethink")
+    wanted = (
+        "model",
+        "template",
+        "temperature",
+        "samples",
+        "max_prompt_tokens",
+        "seed",
+        "force_rethink",
+    )
     settings = {key: getattr(config, key) for key in wanted}
     weights = list(Path(config.model).glob("*.safetensors"))
     settings["saved"] = int(max((file.stat().st_mtime for file in weights), default=0))

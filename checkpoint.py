@@ -9,8 +9,8 @@
 A checkpoint is written under another name and renamed when it is whole, so one that can be seen is
 complete. Nothing is pickled: a checkpoint from elsewhere can do no harm by being read.
 
-Parameters are split over ranks along their first dimension, in order. A run with another number of ranks
-therefore finds any row it needs by counting through the old files (`read_rows`).
+Parameters are split over ranks along their first dimension, in order. A run with another number of
+ranks therefore finds any row it needs by counting through the old files (`read_rows`).
 """
 
 import errno
@@ -77,7 +77,9 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
     parallel.barrier()
     index, count, copy = parallel.shard_place_of(policy)
     if copy == 0:  # with hybrid sharding the other nodes hold the same
-        save_file(state_tensors(policy, optimizer), unfinished / f"state-{index}-of-{count}.safetensors")
+        save_file(
+            state_tensors(policy, optimizer), unfinished / f"state-{index}-of-{count}.safetensors"
+        )
     whole = {}
     dtype = torch.bfloat16 if policy.device.type == "cuda" else torch.float32
     for name, parameter in policy.model.named_parameters():  # a head that is tied comes once
@@ -124,7 +126,8 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
     """
     trainer = json.loads((directory / "trainer.json").read_text())
     paths = [
-        directory / f"state-{r}-of-{trainer['shards']}.safetensors" for r in range(trainer["shards"])
+        directory / f"state-{r}-of-{trainer['shards']}.safetensors"
+        for r in range(trainer["shards"])
     ]
     missing = [path for path in paths if not path.exists()]
     if missing:
@@ -135,7 +138,9 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
         mine = parallel.local(parameter)
         start, stop = rows_of(parameter)
         if f"param/{name}" not in names:
-            raise UserError(f"{directory}: no weights for {name}; it is a checkpoint of another model")
+            raise UserError(
+                f"{directory}: no weights for {name}; it is a checkpoint of another model"
+            )
         with torch.no_grad():
             mine.copy_(read_rows(files, f"param/{name}", start, stop))
         if f"step/{name}" not in names:
@@ -169,7 +174,11 @@ def module_name(key: str) -> str:
     """
     if key.startswith(("lm_head.", "model.visual.", "model.language_model.")):
         return key
-    return f"model.{key}" if key.startswith("visual.") else key.replace("model.", "model.language_model.", 1)
+    return (
+        f"model.{key}"
+        if key.startswith("visual.")
+        else key.replace("model.", "model.language_model.", 1)
+    )
 
 
 def load_weights(directory: Path, policy: Policy) -> None:
@@ -190,7 +199,9 @@ def load_weights(directory: Path, policy: Policy) -> None:
         with safe_open(path, framework="pt") as file:
             piece = file.get_slice(key)
             if piece.get_shape() != list(parameter.shape):
-                raise UserError(f"{path}: {key} has shape {piece.get_shape()}, not {list(parameter.shape)}")
+                raise UserError(
+                    f"{path}: {key} has shape {piece.get_shape()}, not {list(parameter.shape)}"
+                )
             start, stop = rows_of(parameter)
             with torch.no_grad():
                 parallel.local(parameter).copy_(piece[start:stop])

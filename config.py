@@ -24,7 +24,9 @@ class Config:
     pass_rate_min: float = flag(0.01, "lowest pass rate kept [P: non-zero pass@8]")
     pass_rate_max: float = flag(1.0, "highest pass rate kept")
     heldout: int = flag(128, "questions kept out of training, to measure on; 0: none")
-    template: str = flag("bare", "prompt [P: plain in stage 1, rethink in stage 2]", tuple(TEMPLATES))
+    template: str = flag(
+        "bare", "prompt [P: plain in stage 1, rethink in stage 2]", tuple(TEMPLATES)
+    )
     min_pixels: int = flag(0, "least area of a resized picture; 0: the checkpoint's [C: 256*28*28]")
     max_pixels: int = flag(0, "largest area of a picture; 0: the checkpoint's [C: 1280*28*28]")
     max_prompt_tokens: int = flag(4096, "questions with a longer prompt are dropped and counted")
@@ -35,9 +37,13 @@ class Config:
     seed: int = flag(0, "all randomness is a function of (seed, step, rank)")
     save_every: int = flag(50, "steps between checkpoints; the last step always writes one")
     keep_last: int = flag(2, "checkpoints kept")
-    eval_every: int = flag(20, "steps between measurements on held-out questions; 0: first and last")
+    eval_every: int = flag(
+        20, "steps between measurements on held-out questions; 0: first and last"
+    )
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
-    explain: bool = flag(False, "no training: follow one toy question through the method, in numbers")
+    explain: bool = flag(
+        False, "no training: follow one toy question through the method, in numbers"
+    )
 
     episode_queries: int = flag(32, "questions sampled with frozen weights [P: 1024]")
     group_size: int = flag(8, "responses a question, G [P: 8]")
@@ -52,7 +58,9 @@ class Config:
     weight_decay: float = flag(0.0, "of AdamW [C: 0]")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm [C: 1.0]")
     micro_batch_tokens: int = flag(8192, "tokens of a forward pass, padding included")
-    gradient_checkpointing: bool = flag(False, "compute activations again in the backward pass [C: true]")
+    gradient_checkpointing: bool = flag(
+        False, "compute activations again in the backward pass [C: true]"
+    )
 
     shard: str = flag("world", "split weights over all ranks, or within a node and copy across nodes",
                       ("world", "node"))  # fmt: skip
@@ -60,7 +68,9 @@ class Config:
                                 ("whole", "layer"))  # fmt: skip
     offload: bool = flag(False, "keep weights and optimiser state in host memory between uses")
 
-    advantage: str = flag("mean", "divide r - mean by the group's std? [P: std] [C: mean]", ("mean", "std"))
+    advantage: str = flag(
+        "mean", "divide r - mean by the group's std? [P: std] [C: mean]", ("mean", "std")
+    )
     average: str = flag("token", "mean over all tokens, or over responses of their means [P: sequence]",
                         ("token", "sequence"))  # fmt: skip
     clip_low: float = flag(0.2, "how far below 1 the ratio may fall [C: 0.2]")
@@ -72,7 +82,9 @@ class Config:
     ssr_alpha: float = flag(1.0, "draw in proportion to |A|^alpha [P: not given] [C: 1]")
     ssr_replacement: bool = flag(True, "put each draw back [P: not said] [C: true]")
 
-    rethink_fraction: float = flag(0.25, "share of responses forced to look again, q [C: about 0.65]")
+    rethink_fraction: float = flag(
+        0.25, "share of responses forced to look again, q [C: about 0.65]"
+    )
     rethink_quota: int = flag(2, "second looks kept a question [P: 2]")
     rethink_sft_coef: float = flag(0.05, "weight of the loss on kept second looks [C: 0.05]")
     rethink_sft_on: str = flag("all", "that loss on y1 + trigger + y2, or on trigger + y2",
@@ -164,4 +176,6 @@ def check(config: Config) -> None:
             f"(--episode_queries {config.episode_queries} x --group_size {config.group_size})"
         )
     if (config.model == "toy") != (config.data == "toy") and config.model == "toy":
-        raise UserError("--model toy reads the toy world only: give --model a Qwen2.5-VL with --data")
+        raise UserError(
+            "--model toy reads the toy world only: give --model a Qwen2.5-VL with --data"
+        )

@@ -111,7 +111,9 @@ def open_image(source) -> Image.Image:
     else:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # PIL's own conversion would cut 16 bits off at 255: all white
+    if image.mode.startswith(
+        "I;16"
+    ):  # PIL's own conversion would cut 16 bits off at 255: all white
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -123,7 +125,9 @@ def open_image(source) -> Image.Image:
         raise ValueError(f"its sides {width} x {height} differ by a factor of more than 190")
     if min(width, height) < MIN_SIDE:
         scale = MIN_SIDE / min(width, height)
-        image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+        image = image.resize(
+            (round(width * scale), round(height * scale)), Image.Resampling.BICUBIC
+        )
     return image
 
 
@@ -197,7 +201,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}:{number}: invalid JSON ({error.msg})") from None
                 if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: expected an object, as {{\"question\": ...}}")
+                    raise UserError(f'{path}:{number}: expected an object, as {{"question": ...}}')
                 yield f"{path}:{number}", row
     else:
         raise UserError(f"{path}: expected a .parquet or .jsonl file")

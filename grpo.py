@@ -7,14 +7,15 @@ For one question the policy samples a group of G responses with rewards r_1..r_G
     rho_t = exp(logp_t - logp_old_t)
     l_t   = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)          a token, paper Eq. 1
 
-No critic: the group's mean is the baseline. No KL term, no reference model, no entropy bonus.
-When all rewards of a group are equal, every A_i is exactly 0 and the group teaches nothing: the paper's
+No critic: the group's mean is the baseline. No KL term, no reference model, no entropy bonus. When
+all rewards of a group are equal, every A_i is exactly 0 and the group teaches nothing: the paper's
 *vanishing advantages*, which ssr.py answers.
 
 What we do differently: the paper averages over each response's tokens, then over responses; the
-released code over all tokens of a micro-batch, so that its gradient depends on how the batch is cut.
-`token_weights` offers the paper's form ("sequence") and, by default, the mean over all response
-tokens of the whole optimiser batch ("token"), which no cut into micro-batches or ranks can change.
+released code over all tokens of a micro-batch, so that its gradient depends on how the batch is
+cut. `token_weights` offers the paper's form ("sequence") and, by default, the mean over all
+response tokens of the whole optimiser batch ("token"), which no cut into micro-batches or ranks can
+change.
 """
 
 import torch

@@ -96,8 +96,13 @@ class Policy(nn.Module):
         self.text_model.config._attn_implementation = "tree"  # tree.tree_attention
         config = model.config
         text_config = config.get_text_config()
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-                 "vision_token_id")
+        names = (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+            "vision_token_id",
+        )
         banned = {getattr(config, name, None) for name in names}
         banned |= {tokenizer.convert_tokens_to_ids("<|vision_pad|>")}
         banned = [i for i in banned if isinstance(i, int) and 0 <= i < text_config.vocab_size]
@@ -132,7 +137,9 @@ class Policy(nn.Module):
             # Another rank may hold pictures, and the tower's parameters are gathered and reduced
             # by all ranks or by none: look at one blank picture and use nothing of it.
             pixel_values, image_grid_thw = self.blank_picture(embeds)
-        features = self.model.model.get_image_features(pixel_values, image_grid_thw, return_dict=True)
+        features = self.model.model.get_image_features(
+            pixel_values, image_grid_thw, return_dict=True
+        )
         features = torch.cat(list(features.pooler_output)).to(embeds.dtype)  # [image tokens, D]
         if blank:
             return embeds + 0.0 * features.sum()
@@ -316,10 +323,14 @@ def find_checkpoint(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
+        return Path(
+            snapshot_download(path, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"])
+        )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--model {path}: no such directory, and the hub gives no model ({reason})") from None
+        raise UserError(
+            f"--model {path}: no such directory, and the hub gives no model ({reason})"
+        ) from None
 
 
 def load_policy(

@@ -1,9 +1,9 @@
 """One policy on many ranks: processes, sharding (FSDP2), and whole weights for sampling.
 
-torchrun starts one process a GPU (gloo on CPUs). `shard` splits every parameter over them; a layer is
-gathered just before it runs and let go after. Sampling would gather all layers once a token, so for a
-rollout `whole_weights` gathers everything once, and decoding then uses no collective at all: ranks may
-decode different lengths without waiting for each other.
+torchrun starts one process a GPU (gloo on CPUs). `shard` splits every parameter over them; a layer
+is gathered just before it runs and let go after. Sampling would gather all layers once a token, so
+for a rollout `whole_weights` gathers everything once, and decoding then uses no collective at all:
+ranks may decode different lengths without waiting for each other.
 
 Collectives must be called by all ranks alike, or the run hangs. So nothing here decides by what
 one rank alone knows: samples are exchanged (`gather`), and every rank then computes the same plan.
@@ -81,7 +81,9 @@ def barrier() -> None:
 # ---------------------------------------------------------------------------- sharding
 
 
-def shard(policy: Policy, device: torch.device, over: str = "world", offload: bool = False) -> Policy:
+def shard(
+    policy: Policy, device: torch.device, over: str = "world", offload: bool = False
+) -> Policy:
     """Move to the device; where there is a process group, split over it. Compute is bf16 on GPUs.
 
     over     "world" splits over all ranks; "node" splits within a node and keeps a copy on each
@@ -97,7 +99,9 @@ def shard(policy: Policy, device: torch.device, over: str = "world", offload: bo
         return policy.to(device)
     half = torch.bfloat16 if device.type == "cuda" else None
     options = {
-        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=half, reduce_dtype=torch.float32 if half else None
+        ),
         "mesh": mesh_over(device.type, over),
     }
     if offload:

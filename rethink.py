@@ -2,9 +2,10 @@
 
     y = y1 + trigger + y2
 
-When a response y1 has ended, a trigger such as "Wait, does it seem right?" is appended to a share q of
-the responses and the policy goes on. Where the new answer is correct, at most two a question, the whole y
-takes y1's place in its group, and an additional loss teaches the policy to say it by itself:
+When a response y1 has ended, a trigger such as "Wait, does it seem right?" is appended to a share q
+of the responses and the policy goes on. Where the new answer is correct, at most two a question,
+the whole y takes y1's place in its group, and an additional loss teaches the policy to say it by
+itself:
 
     L = L_GRPO + c * mean of -log pi(y_t)  over the tokens of the kept ones
 
@@ -12,9 +13,10 @@ The EOS of y1 is removed. Trigger tokens are *forced*: context for y2, never in 
 loss (the policy did not choose them), always in the second one (there it learns to choose them).
 
 What we do differently from the released code: the trigger is drawn without looking at the label
-(`oracle` has the code's rule, which knows whether y1 was right); a kept response is weighed against the
-group's mean *before* replacement (replacing first lifts the mean, and so pushes down siblings that
-only had no second chance); its reward is its own; every attempt is counted by what became of it.
+(`oracle` has the code's rule, which knows whether y1 was right); a kept response is weighed against
+the group's mean *before* replacement (replacing first lifts the mean, and so pushes down siblings
+that only had no second chance); its reward is its own; every attempt is counted by what became of
+it.
 """
 
 import math
@@ -171,4 +173,6 @@ def before_rethinking(text: str) -> str:
     >>> before_rethinking("It is 5.\\n\\nWait, let's double check: 6.")
     'It is 5.\\n\\n'
     """
-    return text[: min((text.find(t.strip()) for t in TRIGGERS.values() if t.strip() in text), default=None)]
+    return text[
+        : min((text.find(t.strip()) for t in TRIGGERS.values() if t.strip() in text), default=None)
+    ]

@@ -11,9 +11,9 @@ have finished leave the batch. What the policy said is recorded as it is said: i
 log-probabilities (the behaviour policy's, which PPO's ratio needs), and a mask that is False where
 a token was forced.
 
-Forced tokens are how Forced Rethinking (paper, Section 4.3; rethink.py) is sampled: when a row ends, `extend`
-may set it back behind some token and queue others; the row goes on from its own cache, in the same batch,
-and nothing is computed twice.
+Forced tokens are how Forced Rethinking (paper, Section 4.3; rethink.py) is sampled: when a row
+ends, `extend` may set it back behind some token and queue others; the row goes on from its own
+cache, in the same batch, and nothing is computed twice.
 
 What we do differently from the released code: temperature alone, no top-p or top-k, because these
 change the distribution whose log-probability is taken; nothing is read from generation_config.
@@ -106,14 +106,21 @@ def prefill(policy: Policy, prompts: list[Prompt], group_size: int) -> tuple[tor
 
     device = policy.device
     hidden, keys, values = policy.prefill(
-        input_ids.to(device), position_ids.to(device),
-        None if pixels is None else pixels.to(device), None if grids is None else grids.to(device),
+        input_ids.to(device),
+        position_ids.to(device),
+        None if pixels is None else pixels.to(device),
+        None if grids is None else grids.to(device),
     )
     B = N * group_size
     empty = [k.new_zeros(B, k.shape[1], 0, k.shape[3]) for k in keys]
     cache = Cache(
-        keys, values, bias[:, None, None].to(device), empty, list(empty),
-        torch.arange(B, device=device), group_size,
+        keys,
+        values,
+        bias[:, None, None].to(device),
+        empty,
+        list(empty),
+        torch.arange(B, device=device),
+        group_size,
     )
     return hidden[torch.arange(N, device=device), last.to(device)], cache
 

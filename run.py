@@ -146,7 +146,9 @@ def choose_out(config: Config) -> Path:
         out = Path(config.out or f"runs/{config.preset}")
         if config.resume:
             if not config.out:
-                numbered = [p for p in out.parent.glob(out.name + "*") if (p / "metrics.jsonl").exists()]
+                numbered = [
+                    p for p in out.parent.glob(out.name + "*") if (p / "metrics.jsonl").exists()
+                ]
                 out = max(numbered, key=lambda p: p.stat().st_mtime, default=out)
         elif (out / "metrics.jsonl").exists():
             if config.out:
@@ -178,7 +180,9 @@ def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:
     # By a hash of the id: the same questions are held out whatever the seed or the order of the file.
     by_hash = sorted(questions, key=lambda q: hashlib.sha256(q.id.encode()).digest())
     kept_out = {q.id for q in by_hash[: config.heldout]}
-    return [q for q in questions if q.id not in kept_out], [q for q in questions if q.id in kept_out]
+    return [q for q in questions if q.id not in kept_out], [
+        q for q in questions if q.id in kept_out
+    ]
 
 
 def find_model(config: Config) -> str:
@@ -200,7 +204,9 @@ def drop_long_prompts(config: Config, policy: Policy, questions: list[Question])
         share = [questions[i] for i in mine]
         bar = tqdm(total=len(share), desc="checking pictures", disable=parallel.rank() > 0)
         with bar:
-            sizes = check_images(share, lambda results: (bar.update() and None or r for r in results))
+            sizes = check_images(
+                share, lambda results: (bar.update() and None or r for r in results)
+            )
         lengths = [prompt_length(policy, q, config.template, s) for q, s in zip(share, sizes)]
         return [i for i, n in zip(mine, lengths) if n > config.max_prompt_tokens]
 

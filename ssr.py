@@ -1,8 +1,8 @@
 """Selective Sample Replay (paper, Section 3 and Algorithm 1).
 
-*Vanishing advantages*: a question whose G rewards are all equal has A = 0 for every response and gives
-no gradient. As a policy improves, fewer and fewer samples of a batch are effective (the paper's
-72B: from 40 % to below 20 % in 256 steps). SSR keeps the batch full of effective ones:
+*Vanishing advantages*: a question whose G rewards are all equal has A = 0 for every response and
+gives no gradient. As a policy improves, fewer and fewer samples of a batch are effective (the
+paper's 72B: from 40 % to below 20 % in 256 steps). SSR keeps the batch full of effective ones:
 
     D_eff  = samples of the fresh batch with |A| > 0
     B      = B + D_eff                             before drawing: fresh samples may be replayed
@@ -13,13 +13,13 @@ no gradient. As a policy improves, fewer and fewer samples of a batch are effect
 The unit is one sample, with the log-probabilities of the policy that sampled it: the clipped ratio
 corrects for its age. The buffer lives for one episode, then it is cleared.
 
-What we do differently: the paper says neither alpha nor whether a draw is put back; we take alpha = 1,
-as the released code effectively does, and put back, both by flag. The released replay is
+What we do differently: the paper says neither alpha nor whether a draw is put back; we take alpha =
+1, as the released code effectively does, and put back, both by flag. The released replay is
 unreachable, trains on half the batch, never clears its buffer, and loops forever where nothing is
 effective; here nothing loops, and an empty buffer draws nothing.
 
-A draw is a function of (seed, how many draws came before it): resuming needs the buffer's samples and one
-number. No model and no tensors: a sample is anything with an `.advantage`.
+A draw is a function of (seed, how many draws came before it): resuming needs the buffer's samples
+and one number. No model and no tensors: a sample is anything with an `.advantage`.
 """
 
 import math

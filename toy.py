@@ -16,7 +16,8 @@ first mostly slow and twice, so that it learns to see, then a mix in which the f
 That is the state the paper starts from: a base that can think slowly and rarely does. From there,
 reinforcement learning has to find out which way pays.
 
-Training and held-out questions never share a picture: a hash of the picture says which side it is on.
+Training and held-out questions never share a picture: a hash of the picture says which side it is
+on.
 """
 
 import hashlib
@@ -211,12 +212,16 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE over a few hundred sentences: every text can be written, the world's words are
     one token each, and a colour is the same token wherever it stands."""
     colour = f"(?:{'|'.join(COLOURS)})(?![A-Za-z])"
-    pieces = rf"\\boxed\{{|{colour}|\s*(?!{colour})[A-Za-z]+\s*|\s*[0-9]\s*|\s*[^\sA-Za-z0-9]+\s*|\s+"
+    pieces = (
+        rf"\\boxed\{{|{colour}|\s*(?!{colour})[A-Za-z]+\s*|\s*[0-9]\s*|\s*[^\sA-Za-z0-9]+\s*|\s+"
+    )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pieces), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pieces), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
     recipe = Recipe(colours=len(COLOURS))
@@ -241,8 +246,10 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 def new_policy(seed: int = 0, hidden: int = 128, layers: int = 4, heads: int = 4) -> Policy:
     """A Qwen2.5-VL with random weights: about a million parameters at the default size."""
     tokenizer = toy_tokenizer()
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
-           ("im_end", "endoftext", "image_pad", "video_pad", "vision_start", "vision_end")}
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("im_end", "endoftext", "image_pad", "video_pad", "vision_start", "vision_end")
+    }
     half = hidden // heads // 2
     rotary = [half // 4, (half - half // 4) // 2]
     config = Qwen2_5_VLConfig(
@@ -279,8 +286,9 @@ def warm_start(recipe: Recipe, progress=tqdm) -> Policy:
     policy = new_policy(recipe.seed)
     policy.train()
     rng = random.Random(f"warm start {recipe.seed}")
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe.warm_lr, betas=(0.9, 0.95),
-                                  weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=recipe.warm_lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.warm_lr, total_steps=recipe.warm_steps + 1, pct_start=0.05
     )

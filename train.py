@@ -3,8 +3,8 @@
     python train.py                                   the toy world, on whatever machine this is
     torchrun --nproc_per_node 8 train.py --preset 7b --data 39Krelease.parquet --out runs/7b
 
-One *episode* (paper, Section 4): sample G responses to each of Q questions with frozen weights, then
-take Q G / B optimiser steps on them.
+One *episode* (paper, Section 4): sample G responses to each of Q questions with frozen weights,
+then take Q G / B optimiser steps on them.
 
     sample    rollout.py         G responses a question from one prefill; some are forced to look again
     reward    reward.py          1 if the last \\boxed{} holds the answer, else 0
@@ -12,9 +12,9 @@ take Q G / B optimiser steps on them.
     replay    ssr.py             samples without advantage make room for some that have one
     update    tree.py, grpo.py   clipped loss on trees of responses, AdamW
 
-Every rank holds all samples of an episode (token ids and numbers; pictures are read again where they are
-needed) and computes the same plan from them, so ranks never have to agree on anything. What a run is
-made of is in run.py, its flags in config.py.
+Every rank holds all samples of an episode (token ids and numbers; pictures are read again where
+they are needed) and computes the same plan from them, so ranks never have to agree on anything.
+What a run is made of is in run.py, its flags in config.py.
 """
 
 import math
@@ -71,7 +71,9 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     numbers = range(parallel.rank(), len(everything), parallel.world())
     mine = [everything[i] for i in numbers]
     prompts = [encode(run.policy, question, c.template) for question in mine]
-    extend = extender(rethinking(c), run.policy.tokenizer, grade, c.max_new_tokens, (c.seed, run.step))
+    extend = extender(
+        rethinking(c), run.policy.tokenizer, grade, c.max_new_tokens, (c.seed, run.step)
+    )
     bar = tqdm(total=len(mine) * c.group_size, desc=f"sampling episode {run.episode + 1}",
                unit="response", leave=False, disable=parallel.rank() > 0)  # fmt: skip
     with parallel.whole_weights(run.policy, c.rollout_weights == "layer"), bar:
@@ -174,7 +176,9 @@ def micro_batch_loss(run: Run, branches: list[Branch], trees, totals: Counter):
     branches  in the order of the trees' branches;  totals  of the whole optimiser batch
     """
     c, device = run.config, run.policy.device
-    logprobs, entropy = (pad_rows(x, trees.lengths) for x in run.policy(trees, c.temperature))  # [B, R]
+    logprobs, entropy = (
+        pad_rows(x, trees.lengths) for x in run.policy(trees, c.temperature)
+    )  # [B, R]
     mask = stack([b.sample.mask for b in branches], device)  # [B, R]
     old = stack([b.sample.logprobs for b in branches], device)  # [B, R]
     advantages = torch.tensor([b.sample.advantage for b in branches], device=device)  # [B]
@@ -208,7 +212,9 @@ def update(run: Run, branches: list[Branch]) -> dict:
     totals = Counter(
         tokens=sum(int(b.sample.mask.sum()) * b.draws for b in branches),
         responses=sum(b.draws for b in branches),
-        sft_tokens=sum(int(imitated(b.sample, c.rethink_sft_on).sum()) for b in branches if b.imitate),
+        sft_tokens=sum(
+            int(imitated(b.sample, c.rethink_sft_on).sum()) for b in branches if b.imitate
+        ),
     )
     sums = Counter()
     mismatch = 0.0
@@ -365,7 +371,9 @@ def train(run: Run, record: Recorder) -> None:
     steps_per_episode = c.episode_queries * c.group_size // c.batch_size
     sampling_seconds = 0.0
     first = parallel.rank() == 0
-    bar = tqdm(total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not first)
+    bar = tqdm(
+        total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not first
+    )
     with bar:
         if run.step == 0 and run.heldout:
             record.metrics(measure(run))
@@ -387,7 +395,11 @@ def train(run: Run, record: Recorder) -> None:
                             replayed=f"{row['replayed']:.0%}", length=f"{row['response_length']:.0f}")  # fmt: skip
             stop = any(parallel.gather([run.interrupted])) or run.not_finite >= STOP_AFTER
             last = run.step == run.total_steps or stop
-            if run.heldout and not stop and (last or (c.eval_every and run.step % c.eval_every == 0)):
+            if (
+                run.heldout
+                and not stop
+                and (last or (c.eval_every and run.step % c.eval_every == 0))
+            ):
                 record.metrics(measure(run))
             if last or run.step % c.save_every == 0:
                 save(run)

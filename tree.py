@@ -2,14 +2,16 @@
 
     [ prompt | y_1 | y_2 | ... | y_G ]        T = P + R_1 + ... + R_G tokens instead of G (P + R)
 
-G responses to one question share a prompt that is mostly image tokens. On one row it runs once, forward
-and backward. Three things make the row equal to G separate ones: who sees whom (each response its prompt
-and itself: `tree_mask` says it, `tree_attention` does it without a mask over the row), positions (every response starts right after the prompt), and the first token of every
+G responses to one question share a prompt that is mostly image tokens. On one row it runs once,
+forward and backward. Three things make the row equal to G separate ones: who sees whom (each
+response its prompt and itself: `tree_mask` says it, `tree_attention` does it without a mask over
+the row), positions (every response starts right after the prompt), and the first token of every
 response being predicted by the last token of the prompt.
 
-A sample that replay has drawn k times is one branch whose loss counts k times: the same gradient for
-a k-th of the work. `plan_micro_batches` cuts an optimiser batch into micro-batches for all ranks. It is a
-pure function of the lengths, so every rank computes the whole plan and none has to ask.
+A sample that replay has drawn k times is one branch whose loss counts k times: the same gradient
+for a k-th of the work. `plan_micro_batches` cuts an optimiser batch into micro-batches for all
+ranks. It is a pure function of the lengths, so every rank computes the whole plan and none has to
+ask.
 
 Letters: N trees, G branches, P prompt tokens, R response tokens, T tokens of a row, K response
 tokens of all rows, D features.
@@ -130,7 +132,9 @@ def response_mask(prompts: torch.Tensor, longest_prompt: int, longest: int) -> t
     return torch.cat((prompt.expand(B, R, -1), own.expand(B, -1, -1)), dim=-1)[:, None]
 
 
-def tree_attention(module, query, key, value, attention_mask, trees: Trees | None = None, **options):
+def tree_attention(
+    module, query, key, value, attention_mask, trees: Trees | None = None, **options
+):
     """Attention on trees without a [T, T] mask, as transformers' attention interface calls it.
 
     Two calls: the prompts among themselves, causally (no mask, so the fastest kernel serves); then every

@@ -2,9 +2,9 @@
 
     python recipes/plan.py                      72B on 4 nodes x 8 GPUs; a minute on a CPU, no GPU
 
-The model is built on the meta device and split by `parallel.shard` itself over a fake process group of
-that many ranks, so weights and optimiser state are counted on the shards that a rank would hold. The
-rest is arithmetic from the shapes, printed with its formula.
+The model is built on the meta device and split by `parallel.shard` itself over a fake process group
+of that many ranks, so weights and optimiser state are counted on the shards that a rank would hold.
+The rest is arithmetic from the shapes, printed with its formula.
 """
 
 import argparse
@@ -46,7 +46,9 @@ def build(size: str) -> Policy:
     return Policy(model, toy_tokenizer(), Qwen2VLImageProcessorPil())
 
 
-def plan(size: str, gpus: int, prompt: int, response: int, rows: int, tree_tokens: int) -> list[tuple]:
+def plan(
+    size: str, gpus: int, prompt: int, response: int, rows: int, tree_tokens: int
+) -> list[tuple]:
     """(what, bytes or number, formula) of one GPU; `prompt` and `response` in tokens."""
     hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[size]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
@@ -97,7 +99,9 @@ def main() -> None:
     update += size["one layer's activations"] + size["vocabulary chunk"]
     sampling = size["KV cache of a rollout"]
     print(f"| **while sampling** | **{(state + sampling) / 2**30:.1f} GiB** | state + KV cache |")
-    print(f"| **while updating** | **{(state + update) / 2**30:.1f} GiB** | state + gradients + activations |")
+    print(
+        f"| **while updating** | **{(state + update) / 2**30:.1f} GiB** | state + gradients + activations |"
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python recipes/toy_ablation.py runs/ablation results
 
-Arms are compared at equal sampled tokens, tokens of forced second looks included: every run is read at
-the largest number of tokens that all have reached. Intervals are 95 % over seeds (Student's t); a
-difference to plain GRPO is paired by seed, since the same seed means the same questions.
+Arms are compared at equal sampled tokens, tokens of forced second looks included: every run is read
+at the largest number of tokens that all have reached. Intervals are 95 % over seeds (Student's t);
+a difference to plain GRPO is paired by seed, since the same seed means the same questions.
 """
 
 import csv
@@ -77,7 +77,9 @@ def interval(values: list[float]) -> tuple[float, float]:
     2.0
     """
     spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
-    return float(np.mean(values)), float(T_95.get(len(values), 1.96) * spread / math.sqrt(len(values)))
+    return float(np.mean(values)), float(
+        T_95.get(len(values), 1.96) * spread / math.sqrt(len(values))
+    )
 
 
 def show(values: list[float], digits: int = 3) -> str:
@@ -112,7 +114,9 @@ def tables(runs: list[dict], budget: float) -> str:
     lines += ["", "| arm | attempted | kept | wrong→right | right→right | right→wrong | wrong→wrong |",
               "|---|---|---|---|---|---|---|"]  # fmt: skip
     for arm in arms:
-        totals = {k: sum(r["outcomes"][k] for r in runs if r["arm"] == arm) for k in runs[0]["outcomes"]}
+        totals = {
+            k: sum(r["outcomes"][k] for r in runs if r["arm"] == arm) for k in runs[0]["outcomes"]
+        }
         if n := totals["attempted"]:
             cells = [f"{totals[k] / n:.1%}" for k in list(totals)[1:]]
             lines.append(f"| {arm} | {n} | " + " | ".join(cells) + " |")
@@ -131,7 +135,9 @@ def panel(x0: int, title: str, series: dict, x_end: float, y_end: float, x_label
         y = at(0, tick).split(",")[1]
         parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#ddd"/>'
                      f'<text x="{left - 6}" y="{float(y) + 4}" text-anchor="end">{tick:.2g}</text>')  # fmt: skip
-    parts.append(f'<text x="{left + width / 2}" y="{top + height + 18}" text-anchor="middle">{x_label}</text>')
+    parts.append(
+        f'<text x="{left + width / 2}" y="{top + height + 18}" text-anchor="middle">{x_label}</text>'
+    )
     for (arm, (x, mean, half)), colour in zip(series.items(), COLOURS):
         band = [at(a, m + h) for a, m, h in zip(x, mean, half)]
         band += [at(a, m - h) for a, m, h in reversed(list(zip(x, mean, half)))]
@@ -186,7 +192,10 @@ def main(runs_folder: str, results_folder: str) -> None:
     out = Path(results_folder)
     out.mkdir(exist_ok=True)
     with open(out / "ablation.csv", "w", newline="") as file:
-        rows = [{"arm": r["arm"], "seed": r["seed"], **figures(r, budget), **r["outcomes"]} for r in runs]
+        rows = [
+            {"arm": r["arm"], "seed": r["seed"], **figures(r, budget), **r["outcomes"]}
+            for r in runs
+        ]
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
