@@ -132,7 +132,10 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise UserError(f"{missing[0]}: missing; the checkpoint is not whole, resume an older one")
-    files = [safe_open(path, framework="pt") for path in paths]
+    try:
+        files = [safe_open(path, framework="pt") for path in paths]
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory}: cannot be read ({error}); resume an older one") from None
     names = set(files[0].keys())
     for name, parameter in policy.named_parameters():
         mine = parallel.local(parameter)

@@ -169,13 +169,15 @@ def check(config: Config) -> None:
             raise UserError(f"--{name} {values[name]}: must lie between 0 and 1")
     if not config.temperature > 0:
         raise UserError(f"--temperature {config.temperature}: must be above 0 to sample a group")
+    if config.steps == 0 and config.data == "toy":
+        raise UserError("--steps 0 passes over a data file: give --data FILE, or --steps N")
     responses = config.episode_queries * config.group_size
     if responses % config.batch_size:
         raise UserError(
             f"--batch_size {config.batch_size} does not divide the {responses} responses of an episode "
             f"(--episode_queries {config.episode_queries} x --group_size {config.group_size})"
         )
-    if (config.model == "toy") != (config.data == "toy") and config.model == "toy":
+    if config.model == "toy" and config.data != "toy":
         raise UserError(
             "--model toy reads the toy world only: give --model a Qwen2.5-VL with --data"
         )

@@ -151,7 +151,7 @@ def whole_weights(policy: Policy, by_layer: bool = False):
 
     Every rank holds every parameter, gathered once: nothing that follows uses a collective. With
     `by_layer`, for a model that does not fit on one GPU, only the embedding and the head stay, and layers
-    are gathered as they run (`layer_weights`): then all ranks must take equally many steps.
+    are gathered as they run (`rollout.layers_in_turn`): then all ranks must take equally many steps.
     """
     units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
     gathered = [u for u in units if u is policy] if by_layer else units

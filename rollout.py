@@ -53,6 +53,12 @@ class Rows:
         return Rows(*(tensor[index] for tensor in vars(self).values()))
 
 
+def replace_each(tensors: list[torch.Tensor], change: Callable) -> None:
+    """Change a list's tensors one after the other: only one exists twice at a time."""
+    for i, tensor in enumerate(tensors):
+        tensors[i] = change(tensor)
+
+
 @dataclass
 class Cache:
     """Keys and values of N prompts and B rows, a tensor a layer."""
@@ -67,13 +73,13 @@ class Cache:
 
     def select(self, index: torch.Tensor) -> None:
         """Keep these rows; drop the prompts that have none left."""
-        self.suffix_k = [k[index] for k in self.suffix_k]
-        self.suffix_v = [v[index] for v in self.suffix_v]
+        replace_each(self.suffix_k, lambda k: k[index])
+        replace_each(self.suffix_v, lambda v: v[index])
         prompt, member = self.slot[index] // self.group_size, self.slot[index] % self.group_size
         kept, renumbered = prompt.unique(return_inverse=True)
         if len(kept) < len(self.prefix_bias):
-            self.prefix_k = [k[kept] for k in self.prefix_k]
-            self.prefix_v = [v[kept] for v in self.prefix_v]
+            replace_each(self.prefix_k, lambda k: k[kept])
+            replace_each(self.prefix_v, lambda v: v[kept])
             self.prefix_bias = self.prefix_bias[kept]
         self.slot = renumbered * self.group_size + member
 
@@ -81,8 +87,8 @@ class Cache:
         """Room for `size` tokens a row. Doubled when full, so a step copies nothing."""
         room = size - self.suffix_k[0].shape[2]
         if room > 0:
-            self.suffix_k = [F.pad(k, (0, 0, 0, room)) for k in self.suffix_k]
-            self.suffix_v = [F.pad(v, (0, 0, 0, room)) for v in self.suffix_v]
+            replace_each(self.suffix_k, lambda k: F.pad(k, (0, 0, 0, room)))
+            replace_each(self.suffix_v, lambda v: F.pad(v, (0, 0, 0, room)))
 
 
 # ---------------------------------------------------------------------------- the model, token by token
@@ -157,7 +163,7 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) 
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         cache.suffix_k[i][row, :, at] = k
         cache.suffix_v[i][row, :, at] = v
-        mixed = tree_attention(
+        mixed = shared_prefix_attention(
             q.unflatten(1, (k.shape[1], -1)) * attention.scaling,
             (cache.prefix_k[i], cache.prefix_v[i], cache.prefix_bias),
             (cache.suffix_k[i][:, :, :span], cache.suffix_v[i][:, :, :span], suffix_bias),
@@ -193,7 +199,7 @@ def most(count: int, policy: Policy) -> int:
     return int(counts)
 
 
-def tree_attention(q, prefix, suffix, slot, group_size: int) -> torch.Tensor:
+def shared_prefix_attention(q, prefix, suffix, slot, group_size: int) -> torch.Tensor:
     """Attention of B rows over their prompt and over themselves, as one softmax. [B, H, g, d]
 
     q       [B, H, g, d] scaled queries: H key-value heads, each read by g query heads

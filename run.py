@@ -5,10 +5,12 @@ Everything the user can get wrong is found here, in one line, before any trainin
 
 import contextlib
 import hashlib
+import re
 import shutil
 import signal
 import sys
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +41,6 @@ class Run:
     total_steps: int
     buffer: ReplayBuffer
     step: int = 0  # optimiser steps done, skipped ones included
-    adam_step: int = 0  # those that changed the weights
     episode: int = 0  # episodes sampled
     fresh: list[Sample] = field(default_factory=list)  # of this episode, not yet trained on
     counts: dict = field(default_factory=dict)  # of this episode, for the metrics
@@ -69,6 +70,14 @@ def score(groups: list[list[Sample]], scale: str) -> None:
     for group, row in zip(groups, group_advantages(rewards, scale).tolist()):
         for sample, advantage in zip(group, row):
             sample.advantage = advantage
+
+
+def add_counts(parts) -> Counter:
+    """Their sum. (Counter's own + forgets what is not positive.)"""
+    total = Counter()
+    for part in parts:
+        total.update(part)
+    return total
 
 
 def rethinking(c: Config) -> Rethinking:
@@ -146,9 +155,9 @@ def choose_out(config: Config) -> Path:
         out = Path(config.out or f"runs/{config.preset}")
         if config.resume:
             if not config.out:
-                numbered = [
-                    p for p in out.parent.glob(out.name + "*") if (p / "metrics.jsonl").exists()
-                ]
+                own = re.compile(re.escape(out.name) + r"(-[0-9]+)?")
+                numbered = [p for p in out.parent.glob("*/metrics.jsonl")]
+                numbered = [p.parent for p in numbered if own.fullmatch(p.parent.name)]
                 out = max(numbered, key=lambda p: p.stat().st_mtime, default=out)
         elif (out / "metrics.jsonl").exists():
             if config.out:
@@ -223,14 +232,15 @@ def drop_long_prompts(config: Config, policy: Policy, questions: list[Question])
 
 # ---------------------------------------------------------------------------- save and resume
 
-COUNTERS = ("step", "adam_step", "episode", "counts", "not_finite", "logp_mismatch")
+COUNTERS = ("step", "episode", "counts", "not_finite", "logp_mismatch")
 
 
 def save(run: Run) -> None:
     """Write OUT/checkpoint-STEP, on all ranks together."""
     trainer = {name: getattr(run, name) for name in COUNTERS}
     trainer |= {"draws": run.buffer.draws, "config": asdict(run.config)}
-    samples = {"fresh": run.fresh, "buffer": run.buffer.samples}
+    # At an episode's end nothing will be drawn from the buffer any more.
+    samples = {"fresh": run.fresh, "buffer": run.buffer.samples if run.fresh else []}
     checkpoint.save(run.out, run.policy, run.optimizer, trainer, samples, run.config.keep_last)
 
 
@@ -260,7 +270,9 @@ def resume(run: Run) -> bool:
         elif qid not in known:
             raise UserError(f"{run.config.data}: no question {qid}, which the episode under way needs; "
                             "resume with the file and the flags of before")  # fmt: skip
-        prompts[qid] = encode(run.policy, known[qid], run.config.template)
+        prompt = encode(run.policy, known[qid], run.config.template)
+        # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.
+        prompts[qid] = replace(prompt, pixel_values=None) if parallel.world() > 1 else prompt
     run.fresh = [checkpoint.unpack_sample(row, prompts) for row in packed["fresh"]]
     run.buffer.samples = [checkpoint.unpack_sample(row, prompts) for row in packed["buffer"]]
     return True

@@ -43,7 +43,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data import MARKER, TEMPLATES, Question
 from model import Policy, encode, load_policy, response_logprobs, save_policy
-from rethink import TRIGGERS
+from rethink import TRIGGERS, rethinks
 
 CELL = 28  # pixels a side: one visual token
 COLOURS = {
@@ -182,7 +182,7 @@ def way(text: str) -> str:
     >>> way("red to blue. So \\\\boxed{blue}."), way("Looks like \\\\boxed{red}.")
     ('slow', 'fast')
     """
-    if any(trigger in text for trigger in TRIGGERS.values()):
+    if rethinks(text):
         return "twice"
     return "fast" if text.startswith("Looks like") else "slow"
 

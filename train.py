@@ -13,7 +13,7 @@ then take Q G / B optimiser steps on them.
     update    tree.py, grpo.py   clipped loss on trees of responses, AdamW
 
 Every rank holds all samples of an episode (token ids and numbers; pictures are read again where
-they are needed) and computes the same plan from them, so ranks never have to agree on anything.
+they are needed) and computes the same plan from them, so no rank has to ask another what to train on.
 What a run is made of is in run.py, its flags in config.py.
 """
 
@@ -35,11 +35,24 @@ from config import Config, parse
 from data import Question, UserError
 from explain import explain
 from grpo import is_clipped, policy_loss, token_weights
+from measure import measure
 from model import Sample, encode, response_logprobs, with_pixels
 from record import Recorder
 from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks
-from rollout import generate
-from run import Run, generator, gentle_stop, grade, prepare, resume, rethinking, save, score
+from rollout import generate, most
+from run import (
+    Run,
+    add_counts,
+    agree,
+    generator,
+    gentle_stop,
+    grade,
+    prepare,
+    resume,
+    rethinking,
+    save,
+    score,
+)
 from ssr import effective_sample_size, is_effective, replay_batch
 from tree import build_trees, pad_rows, plan_micro_batches
 
@@ -54,10 +67,12 @@ def episode_questions(run: Run, episode: int) -> list[Question]:
     c = run.config
     if run.questions is None:
         return toy.toy_questions(toy.LEVELS[c.toy_level], c.episode_queries, f"{c.seed}-{episode}")
-    n, chosen = len(run.questions), []
+    n, chosen, orders = len(run.questions), [], {}
     for place in range(episode * c.episode_queries, (episode + 1) * c.episode_queries):
-        order = random.Random(f"order {c.seed} {place // n}").sample(range(n), n)
-        chosen.append(run.questions[order[place % n]])
+        number = place // n
+        if number not in orders:
+            orders[number] = random.Random(f"order {c.seed} {number}").sample(range(n), n)
+        chosen.append(run.questions[orders[number][place % n]])
     return chosen
 
 
@@ -70,7 +85,7 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     everything = episode_questions(run, run.episode)
     numbers = range(parallel.rank(), len(everything), parallel.world())
     mine = [everything[i] for i in numbers]
-    prompts = [encode(run.policy, question, c.template) for question in mine]
+    prompts = agree(lambda: [encode(run.policy, question, c.template) for question in mine])
     extend = extender(
         rethinking(c), run.policy.tokenizer, grade, c.max_new_tokens, (c.seed, run.step)
     )
@@ -103,14 +118,6 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     return [group for _, group in ordered], add_counts(part for _, part in parts)
 
 
-def add_counts(parts) -> Counter:
-    """Their sum. (Counter's own + forgets what is not positive.)"""
-    total = Counter()
-    for part in parts:
-        total.update(part)
-    return total
-
-
 def describe_groups(groups: list[list[Sample]]) -> Counter:
     """Counts over an episode's responses as they were sampled, before any second look is put in."""
     counts = Counter(effective=sum(any(map(is_effective, group)) for group in groups))
@@ -126,7 +133,9 @@ def describe_groups(groups: list[list[Sample]]) -> Counter:
 @torch.no_grad()
 def recompute_logprobs(run: Run, groups: list[list[Sample]]) -> None:
     """Behaviour log-probabilities by the training forward pass, in place of those met in sampling."""
-    for group in groups:
+    # Where layers are gathered as they run, all ranks must take equally many: some do one twice.
+    spare = groups[:1] * (most(len(groups), run.policy) - len(groups))
+    for group in groups + spare:
         branches = [(group[0].prompt, [sample.tokens for sample in group])]
         logprobs, _ = response_logprobs(run.policy, branches, run.config.temperature)
         for sample, row in zip(group, logprobs.cpu()):
@@ -231,7 +240,6 @@ def update(run: Run, branches: list[Branch]) -> dict:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate
         run.optimizer.step()
-        run.adam_step += 1
     run.optimizer.zero_grad()
     sums = add_counts(parallel.gather([sums]))
     mismatch = max(parallel.gather([mismatch]))
@@ -269,50 +277,6 @@ def lr_factor(step: int, total: int, c: Config) -> float:
         return (step + 1) / rising
     progress = min(1.0, (step - rising) / max(1, total - rising))
     return c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-# ---------------------------------------------------------------------------- measure
-
-
-def measure(run: Run) -> dict:
-    """Held-out questions: greedy accuracy, accuracy of one sample, and how the policy answers."""
-    c = run.config
-    mine = run.heldout[parallel.rank() :: parallel.world()]
-    # With fewer questions than ranks some have none, and decode one for nobody: see `layers_in_turn`.
-    prompts = [encode(run.policy, q, c.template) for q in mine or run.heldout[:1]]
-    counts = Counter()
-    with parallel.whole_weights(run.policy, c.rollout_weights == "layer"):
-        for kind, temperature in (("greedy", 0.0), ("sampled", c.temperature)):
-            groups = generate(run.policy, prompts, 1, c.max_new_tokens, temperature,
-                              generator(run, "heldout"), max_rows=c.rollout_rows)  # fmt: skip
-            groups = groups[: len(mine)]
-            counts[f"{kind}_right"] = sum(grade(group[0]) for group in groups)
-            if kind == "greedy":
-                for sample in (group[0] for group in groups):
-                    category = sample.prompt.question.category
-                    counts[category, "n"] += 1
-                    counts[category, "right"] += grade(sample)
-                continue
-            for sample in (group[0] for group in groups):
-                counts["tokens"] += len(sample.tokens)
-                if rethinks(sample.text):
-                    counts["rethinks"] += 1
-                    before = grade(sample, before_rethinking(sample.text))
-                    counts["helped"] += grade(sample) - before
-                if c.data == "toy":
-                    counts[toy.way(sample.text)] += 1
-    counts = add_counts(parallel.gather([counts]))
-    n = len(run.heldout)
-    row = {
-        "step": run.step, "heldout_accuracy": counts["greedy_right"] / n,
-        "heldout_sampled": counts["sampled_right"] / n, "heldout_tokens": counts["tokens"] / n,
-        "heldout_rethinks": counts["rethinks"] / n, "heldout_rethinks_helped": counts["helped"] / n,
-    }  # fmt: skip
-    names = sorted({q.category for q in run.heldout})
-    row["heldout_categories"] = {k: counts[k, "right"] / counts[k, "n"] for k in names}
-    if c.data == "toy":
-        row |= {f"heldout_{way}": counts[way] / n for way in ("fast", "slow", "twice")}
-    return row
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -354,7 +318,7 @@ def train_step(run: Run, sampling_seconds: float) -> dict:
         "response_length": counts["response_tokens"] / responses,
         "response_tokens": counts["response_tokens"] * c.batch_size / responses,
         "truncated": counts["truncated"] / responses,
-        "rethinks": counts["rethinks"] / responses, "rethinks_helped": counts["rethinks_helped"],
+        "rethinks": counts["rethinks"] / responses, "rethinks_helped": counts["rethinks_helped"] / responses,
         "rethought": counts["kept"] / responses,
         **{f"rethink_{name}": counts[name] for name in
            ("attempted", "kept", "tokens", "wrong_right", "right_right", "right_wrong", "wrong_wrong")},
@@ -385,7 +349,8 @@ def train(run: Run, record: Recorder) -> None:
                 run.fresh = [sample for group in groups for sample in group]
                 run.buffer.clear()
                 run.episode += 1
-                record.samples(run.step, groups[:2], run.policy.tokenizer)
+                # Under the first step that trains on them: a run resumed before it writes them again.
+            record.samples(run.step + 1, groups[:2], run.policy.tokenizer)
             for sample in run.fresh:
                 sample.extension = None  # a second look that was not kept has been shown
             row = train_step(run, sampling_seconds)
@@ -428,7 +393,9 @@ def main(argv: list[str]) -> int:
         if parallel.rank() == 0:
             print(record.summary(run.step, run.total_steps, sys.argv[0]))
     except UserError as error:
-        if parallel.rank() == 0:
+        if (
+            parallel.rank() == 0 or run is not None
+        ):  # later than set-up, one rank may be alone with it
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:

@@ -4,7 +4,7 @@
 
 G responses to one question share a prompt that is mostly image tokens. On one row it runs once,
 forward and backward. Three things make the row equal to G separate ones: who sees whom (each
-response its prompt and itself: `tree_mask` says it, `tree_attention` does it without a mask over
+response its prompt and itself: `tree_mask` says it, for tests and `--explain`; `tree_attention` does it without a mask over
 the row), positions (every response starts right after the prompt), and the first token of every
 response being predicted by the last token of the prompt.
 

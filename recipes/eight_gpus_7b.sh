@@ -5,6 +5,8 @@
 # us. Not yet run on a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# torchrun kills its processes 30 s after Ctrl-C; a step, and the saving after it, takes longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600
 data=$1
 out=${2:-runs/7b}
 

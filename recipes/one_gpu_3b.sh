@@ -4,11 +4,11 @@
 # the host's memory for a smaller GPU. Not yet run on a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# torchrun kills its processes 30 s after Ctrl-C; a step, and the saving after it, takes longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600
 data=$1
 out=${2:-runs/3b}
 
-# torchrun, for one GPU too: a process group of one is what makes the computation bf16.
-#
 # --preset 7b      the paper's settings; what follows differs from them
 # --model          the hub id, or a directory in the hub's layout
 # --data           ViRL39K's parquet, its pictures unpacked beside it
@@ -19,7 +19,7 @@ out=${2:-runs/3b}
 # --max_new_tokens 1024, --rollout_rows 64   bound the KV cache of sampling
 # --micro_batch_tokens 12288   bounds the activations of an update
 # --rethink_fraction 0.25, --template rethink   one stage: forced second looks from the start
-# --save_every 20  steps between checkpoints of 45 GB; --keep_last 1 of them is kept
+# --save_every 20  steps between checkpoints of about 52 GB; --keep_last 1 of them is kept
 # --out, --resume  the run's folder; the same line goes on where an earlier one stopped
 torchrun --nproc_per_node 1 train.py --preset 7b --model Qwen/Qwen2.5-VL-3B-Instruct \
   --data "$data" --pass_rate_column PassRate_7BBase --pass_rate_min 0.25 \

@@ -5,6 +5,8 @@
 # arithmetic of memory and traffic. Not yet run on a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# torchrun kills its processes 30 s after Ctrl-C; a step, and the saving after it, takes longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600
 data=$1
 out=$2
 
@@ -20,7 +22,7 @@ out=$2
 # --gradient_checkpointing true   keep one tensor a layer, compute the rest again
 # --template plain, --ssr replay, --rethink_fraction 0, --passes 2   stage 1; stage 2 follows as in
 #                 eight_gpus_7b.sh: --model, --template rethink, --rethink_fraction 0.25, --passes 1
-# --save_every 16 steps are an episode of the paper; a checkpoint is about 880 GB, --keep_last 1
+# --save_every 16 steps are an episode of the paper; a checkpoint is about 1 TB, --keep_last 1
 # --out, --resume the run's folder; after a node is lost, start the same line again
 torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint "$HEAD:29500" \
   --rdzv_id vl-rethinker-72b \
