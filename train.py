@@ -350,9 +350,9 @@ def train(run: Run, record: Recorder) -> None:
                 run.buffer.clear()
                 run.episode += 1
                 # Under the first step that trains on them: a run resumed before it writes them again.
-            record.samples(run.step + 1, groups[:2], run.policy.tokenizer)
-            for sample in run.fresh:
-                sample.extension = None  # a second look that was not kept has been shown
+                record.samples(run.step + 1, groups[:2], run.policy.tokenizer)
+                for sample in run.fresh:
+                    sample.extension = None  # a second look that was not kept has been shown
             row = train_step(run, sampling_seconds)
             record.metrics(row)
             bar.update()
