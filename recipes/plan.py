@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import parallel
-from config import parse
+from config import PRESETS, Config
 from model import CHUNK, Policy
 from toy import toy_tokenizer
 
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=1300)
     a = parser.parse_args()
-    c = parse(["--preset", a.size])
+    c = Config(**PRESETS[a.size])
     rows = plan(a.size, a.gpus, a.prompt, c.max_new_tokens, c.rollout_rows, c.micro_batch_tokens)
     print(f"{a.size} on {a.gpus} GPUs\n\n| what | | formula |\n|---|---|---|")
     for name, number, formula in rows:

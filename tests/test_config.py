@@ -20,7 +20,7 @@ def test_every_field_is_a_flag_of_its_name_and_type():
     for f in fields(Config):
         text = f.metadata["choices"][-1] if f.metadata["choices"] else texts[f.type]
         command = [f"--{f.name}", text]
-        if f.name == "model":
+        if f.name in ("model", "preset"):
             command += ["--data", "file.jsonl"]
         if f.name == "data":
             command += ["--model", "directory"]

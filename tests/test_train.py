@@ -114,7 +114,7 @@ def test_the_asked_share_of_responses_looks_again(base, tmp_path, monkeypatch):
 
 def test_samples_show_pictures_and_tell_forced_text_from_sampled(finished):
     rows = read_jsonl(finished / "samples.jsonl")
-    assert [row["step"] for row in rows] == [0, 0, 4, 4]
+    assert [row["step"] for row in rows] == [1, 1, 5, 5]  # the first step that trains on them
     responses = [response for row in rows for response in row["responses"]]
     assert len(responses) == 4 * 8
     for row in rows:
