@@ -138,6 +138,11 @@ def panel(x0: int, title: str, series: dict, x_end: float, y_end: float, x_label
     parts.append(
         f'<text x="{left + width / 2}" y="{top + height + 18}" text-anchor="middle">{x_label}</text>'
     )
+    for value, anchor in ((0, "start"), (x_end, "end")):
+        x = at(value, 0).split(",")[0]
+        parts.append(
+            f'<text x="{x}" y="{top + height + 18}" text-anchor="{anchor}">{value:.0f}</text>'
+        )
     for (arm, (x, mean, half)), colour in zip(series.items(), COLOURS):
         band = [at(a, m + h) for a, m, h in zip(x, mean, half)]
         band += [at(a, m - h) for a, m, h in reversed(list(zip(x, mean, half)))]
