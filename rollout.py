@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from model import NEVER, Policy, Prompt, Sample, decode, masked_logits
 from rethink import Extension
+from tree import join_pictures
 
 COMPACT_BELOW = 0.75  # finished rows leave when fewer than this share of the batch still decodes
 
@@ -106,9 +107,7 @@ def prefill(policy: Policy, prompts: list[Prompt], group_size: int) -> tuple[tor
         position_ids[:, n, :length] = prompt.position_ids
         bias[n, :length] = 0.0
     last = torch.tensor([len(p.input_ids) - 1 for p in prompts])
-    pictured = [p for p in prompts if len(p.image_grid_thw)]
-    pixels = torch.cat([p.pixel_values for p in pictured]) if pictured else None
-    grids = torch.cat([p.image_grid_thw for p in pictured]) if pictured else None
+    pixels, grids = join_pictures(prompts)
 
     device = policy.device
     hidden, keys, values = policy.prefill(

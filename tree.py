@@ -104,18 +104,25 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]], pad_id: int = 0
             own.append(n * T + torch.arange(start, start + R))
             row.append(n)
             start += R
-    pixels = [p.pixel_values for p, _ in groups if len(p.image_grid_thw)]
-    grids = [p.image_grid_thw for p, _ in groups if len(p.image_grid_thw)]
     own = torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=-1)  # [B, R]
     row = torch.tensor(row)
     prompts = (branch == 0).sum(-1)  # [N]
     longest_prompt = int(prompts.max())
     return Trees(
         input_ids, position_ids, branch,
-        torch.cat(pixels) if pixels else None, torch.cat(grids) if grids else None,
+        *join_pictures([prompt for prompt, _ in groups]),
         torch.cat(predictor), torch.cat(targets), lengths,
         longest_prompt, own, row, response_mask(prompts[row], longest_prompt, own.shape[1]),
     )  # fmt: skip
+
+
+def join_pictures(prompts: list) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(pixel_values, image_grid_thw) of all the prompts' pictures in order; None where there are none."""
+    pictured = [p for p in prompts if len(p.image_grid_thw)]
+    if not pictured:
+        return None, None
+    pixels, grids = zip(*((p.pixel_values, p.image_grid_thw) for p in pictured))
+    return torch.cat(pixels), torch.cat(grids)
 
 
 def response_mask(prompts: torch.Tensor, longest_prompt: int, longest: int) -> torch.Tensor:
