@@ -58,6 +58,7 @@ def made_with(config, name: str) -> dict:
         "samples",
         "max_prompt_tokens",
         "seed",
+        "data",
         "force_rethink",
     )
     settings = {key: getattr(config, key) for key in wanted}

@@ -5,6 +5,7 @@ wins over both. The help of each field says what the paper [P] or its released c
 """
 
 import argparse
+import math
 from dataclasses import asdict, dataclass, field, fields
 
 from data import TEMPLATES, UserError
@@ -161,6 +162,9 @@ def check(config: Config) -> None:
         "min_pixels": 0, "max_pixels": 0,
     }  # fmt: skip
     values = asdict(config)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value}: must be a finite number")
     for name, low in at_least.items():
         if not values[name] >= low:
             raise UserError(f"--{name} {values[name]}: must be at least {low}")

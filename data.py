@@ -198,8 +198,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
                     row = json.loads(line.decode("utf-8-sig"))
                 except UnicodeDecodeError:
                     raise UserError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{number}: invalid JSON ({error.msg})") from None
+                except (ValueError, RecursionError) as error:
+                    reason = getattr(error, "msg", str(error))
+                    raise UserError(f"{path}:{number}: invalid JSON ({reason})") from None
                 if not isinstance(row, dict):
                     raise UserError(f'{path}:{number}: expected an object, as {{"question": ...}}')
                 yield f"{path}:{number}", row
@@ -238,6 +239,8 @@ def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> l
         text, answer = row.get("question"), row.get("answer")
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{place}: no question; a row needs a non-empty 'question' text")
+        if isinstance(answer, (list, dict, bool)):
+            raise UserError(f"{place}: the answer is a {type(answer).__name__}; give one text or number")
         if answer is None or not str(answer).strip() or str(answer).strip() == "\\boxed{}":
             raise UserError(f"{place}: no answer; a row needs a non-empty 'answer'")
         qid = str(row["qid"] if row.get("qid") is not None else n_rows - 1)

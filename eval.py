@@ -111,7 +111,7 @@ def has_several(config: Config) -> bool:
 
 def toy_items(config: Config) -> list[Item]:
     """Questions of the toy world that training never shows, or those of a file like ViRL39K."""
-    if config.data and Path(config.data).is_file():
+    if config.data:
         questions, template = load_questions(config.data), ""
     else:
         import toy  # imports torch; marking the other benchmarks does not

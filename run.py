@@ -149,6 +149,9 @@ def agree(action):
 def choose_out(config: Config) -> Path:
     """The run's directory, writable, and not another run's. Rank 0 chooses."""
 
+    def is_taken(out: Path) -> bool:
+        return (out / "metrics.jsonl").exists() or bool(checkpoint.list_checkpoints(out))
+
     def choose() -> Path | None:
         if parallel.rank() > 0:
             return None
@@ -159,11 +162,11 @@ def choose_out(config: Config) -> Path:
                 numbered = [p for p in out.parent.glob("*/metrics.jsonl")]
                 numbered = [p.parent for p in numbered if own.fullmatch(p.parent.name)]
                 out = max(numbered, key=lambda p: p.stat().st_mtime, default=out)
-        elif (out / "metrics.jsonl").exists():
+        elif is_taken(out):
             if config.out:
                 raise UserError(f"--out {out}: holds a run already; add --resume or choose another")
             number = 2
-            while (Path(f"{out}-{number}") / "metrics.jsonl").exists():
+            while is_taken(Path(f"{out}-{number}")):
                 number += 1
             out = Path(f"{out}-{number}")
         try:
@@ -185,7 +188,7 @@ def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:
     wanted = (config.pass_rate_column, config.pass_rate_min, config.pass_rate_max)
     questions = agree(lambda: load_questions(config.data, wanted if wanted[0] else None))
     if config.heldout >= len(questions):
-        raise UserError(f"--heldout {config.heldout}: {config.data} has {len(questions)} questions")
+        raise UserError(f"--heldout {config.heldout}: {config.data} has {len(questions)} questions; lower it, or 0 for none")
     # By a hash of the id: the same questions are held out whatever the seed or the order of the file.
     by_hash = sorted(questions, key=lambda q: hashlib.sha256(q.id.encode()).digest())
     kept_out = {q.id for q in by_hash[: config.heldout]}

@@ -291,7 +291,8 @@ def train_step(run: Run, sampling_seconds: float) -> dict:
     if numbers and fresh[0].step == run.step:
         run.logp_mismatch = numbers["mismatch"]
     finite = math.isfinite(numbers.get("grad_norm", 0.0))
-    run.not_finite = 0 if finite else run.not_finite + 1
+    if branches:  # ruined weights make all rewards equal: an empty batch is no sign of health
+        run.not_finite = 0 if finite else run.not_finite + 1
     draws, tokens = sum(b.draws for b in branches), max(1, numbers.get("tokens", 0))
     replayed = draws - sum(b.fresh and b.draws > 0 for b in branches)
     age = sum((run.step - b.sample.step) * b.draws for b in branches if not b.fresh)
@@ -366,7 +367,8 @@ def train(run: Run, record: Recorder) -> None:
                 and (last or (c.eval_every and run.step % c.eval_every == 0))
             ):
                 record.metrics(measure(run))
-            if last or run.step % c.save_every == 0:
+            # Not while gradients are not finite: what is kept must not be pushed out by what may be ruined.
+            if run.not_finite == 0 and (last or run.step % c.save_every == 0):
                 save(run)
             if run.not_finite >= STOP_AFTER:
                 raise UserError(
@@ -403,6 +405,11 @@ def main(argv: list[str]) -> int:
             raise
         print(f"error: {checkpoint.explain_os_error(error, run.out)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the second one, or one before training
+        if parallel.rank() == 0:
+            how = f"go on with --resume --out {run.out}" if run else "nothing to resume: start it again"
+            print(f"stopped at once; {how}", file=sys.stderr)
+        return 130
     finally:
         parallel.stop()
     return 0
