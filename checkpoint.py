@@ -124,7 +124,7 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
 
     Raises UserError where the checkpoint is of another model or lacks a file.
     """
-    trainer = json.loads((directory / "trainer.json").read_text())
+    trainer = read_json(directory / "trainer.json")
     paths = [
         directory / f"state-{r}-of-{trainer['shards']}.safetensors"
         for r in range(trainer["shards"])
@@ -144,6 +144,11 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
             raise UserError(
                 f"{directory}: no weights for {name}; it is a checkpoint of another model"
             )
+        rows = sum(file.get_slice(f"param/{name}").get_shape()[0] for file in files)
+        if rows != parameter.shape[0]:
+            raise UserError(
+                f"{directory}: {name} has {rows} rows, not {parameter.shape[0]}; give --model as before"
+            )
         with torch.no_grad():
             mine.copy_(read_rows(files, f"param/{name}", start, stop))
         if f"step/{name}" not in names:
@@ -157,8 +162,18 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
     return trainer
 
 
+def read_json(path: Path) -> dict:
+    """A checkpoint's .json file. Raises UserError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{path}: missing or damaged; delete {path.parent} to resume from the one before"
+        ) from None
+
+
 def read_samples(directory: Path) -> dict[str, list[dict]]:
-    return json.loads((directory / "samples.json").read_text())
+    return read_json(directory / "samples.json")
 
 
 def rows_of(parameter: torch.Tensor) -> tuple[int, int]:

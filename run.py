@@ -257,14 +257,14 @@ def resume(run: Run) -> bool:
     changed = [
         name for name, value in trainer["config"].items()
         if name not in ("out", "resume", "steps", "save_every", "keep_last", "eval_every")
-        and value != getattr(run.config, name)
+        and value != getattr(run.config, name, value)
     ]  # fmt: skip
     if changed and parallel.rank() == 0:
         tqdm.write(f"note: {', '.join(changed)} differ from the run that is resumed")
     for name in COUNTERS:
         setattr(run, name, trainer[name])
     run.buffer.draws = trainer["draws"]
-    packed = checkpoint.read_samples(directory)
+    packed = agree(lambda: checkpoint.read_samples(directory))
     known = {q.id: q for q in run.questions or []}
     prompts = {}
     for qid in {row["qid"] for rows in packed.values() for row in rows}:

@@ -117,15 +117,24 @@ def test_a_signal_ends_the_step_and_saves_and_resuming_is_exact(
     assert_same_run(tmp_path, whole)
 
 
-def test_a_second_ctrl_c_stops_at_once(base, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_stops_at_once(base, tmp_path, monkeypatch, capsys):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
     at_step(monkeypatch, 2, twice)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(flags(base, tmp_path))
+    assert train.main(flags(base, tmp_path)) == 130
+    assert "stopped at once; go on with --resume" in capsys.readouterr().err
     assert len(steps_of(tmp_path)) == 1
+
+
+def test_a_damaged_checkpoint_is_named_with_what_to_do(base, tmp_path, capsys):
+    run_training(base, tmp_path, steps=2, heldout=0)
+    damaged = list_checkpoints(tmp_path)[-1] / "trainer.json"
+    damaged.write_text(damaged.read_text()[:20])
+    assert train.main([*flags(base, tmp_path), "--resume"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(damaged) in error and "delete" in error
 
 
 KILLED_WHILE_IT_SAVES = """

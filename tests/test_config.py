@@ -72,6 +72,7 @@ MISTAKES = {
     "no switch": (["--resume", "maybe"], ["--resume", "'maybe'", "true or false"]),
     "no value": (["--lr"], ["--lr"]),
     "a stray word": (["toy"], ["toy"]),
+    "not finite": (["--lr", "inf"], ["--lr inf", "finite"]),
     "negative": (["--steps", "-1"], ["--steps -1", "at least 0"]),
     "group of one": (["--group_size", "1"], ["--group_size 1", "at least 2"]),
     "nan": (["--lr", "nan"], ["--lr nan"]),
