@@ -21,20 +21,17 @@ def measure(run: Run) -> dict:
         for kind, temperature in (("greedy", 0.0), ("sampled", c.temperature)):
             groups = generate(run.policy, prompts, 1, c.max_new_tokens, temperature,
                               generator(run, "heldout"), max_rows=c.rollout_rows)  # fmt: skip
-            groups = groups[: len(mine)]
-            counts[f"{kind}_right"] = sum(grade(group[0]) for group in groups)
-            if kind == "greedy":
-                for sample in (group[0] for group in groups):
+            for sample in (group[0] for group in groups[: len(mine)]):
+                right = grade(sample)
+                counts[f"{kind}_right"] += right
+                if kind == "greedy":
                     category = sample.prompt.question.category
-                    counts[category, "n"] += 1
-                    counts[category, "right"] += grade(sample)
-                continue
-            for sample in (group[0] for group in groups):
+                    counts.update({(category, "n"): 1, (category, "right"): right})
+                    continue
                 counts["tokens"] += len(sample.tokens)
                 if rethinks(sample.text):
                     counts["rethinks"] += 1
-                    before = grade(sample, before_rethinking(sample.text))
-                    counts["helped"] += grade(sample) - before
+                    counts["helped"] += right - grade(sample, before_rethinking(sample.text))
                 if c.data == "toy":
                     counts[toy.way(sample.text)] += 1
     counts = add_counts(parallel.gather([counts]))

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks import BENCHMARKS, Benchmark, Item
-from data import UserError, open_image, read_rows
+from data import BROKEN_IMAGE, UserError, open_image, read_rows
 
 SPLITS = {"train", "dev", "validation", "val", "test", "testmini"}
 
@@ -160,8 +160,7 @@ def check_pictures(items: list[Item], will_be_seen: bool, progress=iter) -> list
                 raise UserError(
                     f"{where}: {name} does not exist; unpack the pictures beside the data file"
                 ) from None
-            # PIL reports broken files by any of these, PNG chunks even by SyntaxError.
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except BROKEN_IMAGE as error:
                 reason = re.sub(r"<.*>", "unknown format", str(error))
                 raise UserError(f"{where}: {name} cannot be read ({reason})") from None
         return found
