@@ -93,6 +93,7 @@ class Policy(nn.Module):
         self.image_processor = image_processor
         self.compute_device: torch.device | None = None
         self.lockstep = False  # layers are gathered as they decode, on all ranks together
+        self.cuda_graphs = True  # on a GPU a decoding step is launched as a whole
         self.text_model.config._attn_implementation = "tree"  # tree.tree_attention
         config = model.config
         text_config = config.get_text_config()

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from data import UserError
 from model import NEVER, Policy, Prompt, Sample, decode, masked_logits
 from rethink import Extension
 from tree import join_pictures
@@ -66,7 +67,7 @@ class Cache:
 
     prefix_k: list[torch.Tensor]  # [N, H, P, d]
     prefix_v: list[torch.Tensor]
-    prefix_bias: torch.Tensor  # [N, 1, 1, P]: 0, or NEVER at padding
+    prefix_bias: torch.Tensor  # [N, P]: 0, or NEVER at padding
     suffix_k: list[torch.Tensor]  # [B, H, S, d]
     suffix_v: list[torch.Tensor]
     slot: torch.Tensor  # [B] n * G + g, with n counting the prompts still here
@@ -84,10 +85,15 @@ class Cache:
             self.prefix_bias = self.prefix_bias[kept]
         self.slot = renumbered * self.group_size + member
 
-    def grow(self, size: int) -> None:
-        """Room for `size` tokens a row. Doubled when full, so a step copies nothing."""
-        room = size - self.suffix_k[0].shape[2]
-        if room > 0:
+    @property
+    def size(self) -> int:
+        """Tokens a row that there is room for."""
+        return self.suffix_k[0].shape[2]
+
+    def grow(self, size: int, limit: int) -> None:
+        """Room for `size` tokens a row. Doubled when full, so that few steps copy anything."""
+        if size > self.size:
+            room = min(max(64, 2 * size), limit) - self.size
             replace_each(self.suffix_k, lambda k: F.pad(k, (0, 0, 0, room)))
             replace_each(self.suffix_v, lambda v: F.pad(v, (0, 0, 0, room)))
 
@@ -121,7 +127,7 @@ def prefill(policy: Policy, prompts: list[Prompt], group_size: int) -> tuple[tor
     cache = Cache(
         keys,
         values,
-        bias[:, None, None].to(device),
+        bias.to(device),
         empty,
         list(empty),
         torch.arange(B, device=device),
@@ -150,8 +156,9 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) 
     scale = model.rotary_emb.attention_scaling
     cos, sin = (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
     row = torch.arange(len(tokens), device=x.device)
-    seen = torch.arange(span, device=x.device) <= at[:, None]  # [B, S]
-    suffix_bias = torch.where(seen, 0.0, NEVER)[:, None, None]  # [B, 1, 1, S]
+    unseen = torch.arange(span, device=x.device) > at[:, None]  # [B, S]
+    bias = torch.cat((cache.prefix_bias[cache.slot // cache.group_size], unseen * NEVER), dim=-1)
+    bias = bias[:, None, None].to(x.dtype)  # [B, 1, 1, P + S]
     for i, layer in enumerate(layers_in_turn(policy)):
         attention = layer.self_attn
         h = layer.input_layernorm(x)
@@ -164,8 +171,9 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) 
         cache.suffix_v[i][row, :, at] = v
         mixed = shared_prefix_attention(
             q.unflatten(1, (k.shape[1], -1)) * attention.scaling,
-            (cache.prefix_k[i], cache.prefix_v[i], cache.prefix_bias),
-            (cache.suffix_k[i][:, :, :span], cache.suffix_v[i][:, :, :span], suffix_bias),
+            (cache.prefix_k[i], cache.prefix_v[i]),
+            (cache.suffix_k[i][:, :, :span], cache.suffix_v[i][:, :, :span]),
+            bias,
             cache.slot,
             cache.group_size,
         )
@@ -198,37 +206,39 @@ def most(count: int, policy: Policy) -> int:
     return int(counts)
 
 
-def shared_prefix_attention(q, prefix, suffix, slot, group_size: int) -> torch.Tensor:
+def shared_prefix_attention(q, prefix, suffix, bias, slot, group_size: int) -> torch.Tensor:
     """Attention of B rows over their prompt and over themselves, as one softmax. [B, H, g, d]
 
     q       [B, H, g, d] scaled queries: H key-value heads, each read by g query heads
-    prefix  k, v [N, H, P, d] and bias [N, 1, 1, P];  suffix  k, v [B, H, S, d], bias [B, 1, 1, S]
-    slot    [B] n * group_size + member. Members that have left are empty queries, which costs
-            nothing: reading the prompt's keys once is what takes the time.
+    prefix  k, v [N, H, P, d];  suffix  k, v [B, H, S, d]
+    bias    [B, 1, 1, P + S]: 0, or NEVER at what a row must not see
+    slot    [B] n * group_size + member, ascending
     """
-    N, H = prefix[0].shape[:2]
-    g, d = q.shape[2:]
-    shared = q.new_zeros(N * group_size, H, g, d)
-    shared[slot] = q
-    shared = shared.view(N, group_size, H, g, d).transpose(1, 2).reshape(N, H, group_size * g, d)
-    parts = []
-    for part in partial_softmax(shared, *prefix):
-        part = part.view(N, H, group_size, g, -1).transpose(1, 2).reshape(N * group_size, H, g, -1)
-        parts.append(part[slot])
-    out_p, max_p, sum_p = parts
-    out_s, max_s, sum_s = partial_softmax(q, *suffix)
-    top = torch.maximum(max_p, max_s)
-    weight_p, weight_s = (max_p - top).exp(), (max_s - top).exp()
-    out = out_p * weight_p + out_s * weight_s
-    return (out / (sum_p * weight_p + sum_s * weight_s)).to(q.dtype)
+    N, P = len(prefix[0]), prefix[0].shape[2]
+    shared = by_prompt(q, slot, N, group_size)  # [N, H, G g, d]
+    over_prompt = by_row(shared @ prefix[0].transpose(-1, -2), slot, group_size)  # [B, H, g, P]
+    scores = torch.cat((over_prompt, q @ suffix[0].transpose(-1, -2)), dim=-1) + bias
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    shared = by_prompt(weights[..., :P], slot, N, group_size)  # [N, H, G g, P]
+    return by_row(shared @ prefix[1], slot, group_size) + weights[..., P:] @ suffix[1]
 
 
-def partial_softmax(q, k, v, bias):
-    """The numerator, the largest score and the sum of a softmax, to be merged with another part's."""
-    scores = (q @ k.transpose(-1, -2)).float() + bias
-    top = scores.amax(-1, keepdim=True)
-    weights = (scores - top).exp_()
-    return (weights.to(v.dtype) @ v).float(), top, weights.sum(-1, keepdim=True)
+def by_prompt(x: torch.Tensor, slot, N: int, group_size: int) -> torch.Tensor:
+    """[B, H, g, e] -> [N, H, G g, e]: the rows of a group side by side, so that their prompt is read once.
+
+    Members that have left are rows of zeros, which cost nothing: reading is what takes the time.
+    """
+    _, H, g, e = x.shape
+    if len(x) < N * group_size:
+        x = x.new_zeros(N * group_size, H, g, e).index_copy_(0, slot, x)
+    return x.view(N, group_size, H, g, e).transpose(1, 2).reshape(N, H, group_size * g, e)
+
+
+def by_row(x: torch.Tensor, slot, group_size: int) -> torch.Tensor:
+    """[N, H, G g, e] -> [B, H, g, e]: the way back."""
+    N, H, _, e = x.shape
+    x = x.view(N, H, group_size, -1, e).transpose(1, 2).reshape(N * group_size, H, -1, e)
+    return x[slot] if len(slot) < len(x) else x
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -290,27 +300,62 @@ def generate_batch(
     hidden = hidden.repeat_interleave(group_size, 0)  # [B, D]
     rows = new_rows(prompts, group_size, max_new_tokens, device)
     samples: list[list[Sample]] = [[None] * group_size for _ in prompts]
+    may_force = extend is not None
+    advance(rows, *sample_token(policy, hidden, temperature, generator), eos, may_force)
+    as_graph = device.type == "cuda" and policy.cuda_graphs and not policy.lockstep
     # Looking at `done` makes the host wait for the GPU; on a CPU it costs nothing.
     check_every = 16 if device.type == "cuda" else 2
-    longest, steps = 0, 0
-    while True:
-        token, logprob = sample_token(policy, hidden, temperature, generator)
-        rows = advance(rows, token, logprob, eos, extend is not None)
-        longest, steps = min(longest + 1, max_new_tokens), steps + 1
-        if steps % check_every == 0:
-            finish(policy, rows, prompts, samples, extend, progress)
-            live = (~rows.done).nonzero()[:, 0]
-            if most(len(live), policy) == 0:
-                return samples
-            if 0 < len(live) <= COMPACT_BELOW * len(rows.done):
-                rows = rows.select(live)
-                cache.select(live)
-            longest = int(rows.length.max())
-        if longest > cache.suffix_k[0].shape[2]:
-            cache.grow(min(max(64, 2 * longest), max_new_tokens))
+    # What attention reads of the suffix is rounded up to it: a recorded step has fixed shapes.
+    block = 256 if as_graph else 1
+
+    def step():
+        """The last token of every row -> its next one. Waits for nothing, and writes in place."""
         at = rows.length - 1
         token = rows.tokens.gather(1, at[:, None])[:, 0]
-        hidden = decode_step(policy, cache, token, rows.first + at, at, longest)
+        hidden = decode_step(policy, cache, token, rows.first + at, at, span)
+        advance(rows, *sample_token(policy, hidden, temperature, generator), eos, may_force)
+
+    run_step, recorded = step, None
+    while True:
+        finish(policy, rows, prompts, samples, extend, progress)
+        live = (~rows.done).nonzero()[:, 0]
+        longest = int(rows.length[live].max()) if len(live) else max_new_tokens
+        if 0 < len(live) <= COMPACT_BELOW * len(rows.done):
+            rows = rows.select(live)
+            cache.select(live)
+        steps = min(check_every - longest % check_every, max_new_tokens - longest)
+        steps = most(steps, policy)
+        if steps == 0:
+            return samples
+        span = min(-(-(longest + steps) // block) * block, max_new_tokens)
+        cache.grow(span, max_new_tokens)
+        shapes = (len(rows.done), span, cache.size)
+        if as_graph and shapes != recorded:
+            step()  # what it needs once, such as cuBLAS's memory, must not be recorded
+            run_step, recorded, steps = record(step, generator), shapes, steps - 1
+        for _ in range(steps):
+            run_step()
+
+
+def record(step: Callable, generator: torch.Generator | None) -> Callable:
+    """`step` as a CUDA graph: run by one launch, on the memory that it uses now. It is not run here.
+
+    A decoding step is a thousand small kernels, and the host takes longer to launch them one by one
+    than the GPU to run them.
+    """
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    try:
+        # "thread_local": meanwhile NCCL's watchdog looks at its events, from a thread of its own.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"a decoding step cannot be recorded ({reason}); --cuda_graphs false does without"
+        ) from error
+    return graph.replay
 
 
 def new_rows(prompts: list[Prompt], group_size: int, size: int, device) -> Rows:
@@ -351,12 +396,12 @@ def sample_token(policy: Policy, hidden, temperature: float, generator):
     return token[:, 0], logprobs.gather(-1, token)[:, 0]
 
 
-def advance(rows: Rows, token, logprob, eos, may_force: bool) -> Rows:
+def advance(rows: Rows, token, logprob, eos, may_force: bool) -> None:
     """Write the next token of every live row, in place. A forced id takes the sampled one's place."""
     size = rows.tokens.shape[1]
     at = rows.length.clamp(max=size - 1)[:, None]
     keep = rows.done[:, None]  # a finished row writes back what stands there
-    ends = torch.isin(token, eos)
+    ends = (token[:, None] == eos).any(-1)
     if may_force:
         forced = rows.forced.gather(1, at)[:, 0]
         is_forced = forced >= 0
@@ -368,7 +413,6 @@ def advance(rows: Rows, token, logprob, eos, may_force: bool) -> Rows:
     rows.logprobs.scatter_(1, at, torch.where(keep, rows.logprobs.gather(1, at), logprob[:, None]))
     rows.length += ~rows.done
     rows.done |= ends | (rows.length >= size)
-    return rows
 
 
 def finish(policy: Policy, rows: Rows, prompts, samples, extend, progress) -> None:
