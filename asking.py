@@ -105,10 +105,10 @@ def bring_policy(settings: dict):
     return load_policy(settings["model"], dtype, *bounds).to(device)
 
 
-def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, rows: int) -> dict:
+def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, config) -> dict:
     """{id: [answer]} by asking what is not in OUT yet, each rank its share of the batches.
 
-    rows  responses decoded at once
+    settings  what the answers depend on (`made_with`); config  the rest, such as --rows
     """
     claim(out, name, settings)
     main = out / f"{name}.jsonl"
@@ -129,18 +129,19 @@ def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, 
         path = main if RANK == 0 else out / f"{name}.rank{RANK}.jsonl"
         drop_cut_line(path)
         with open(path, "ab") as file:
-            ask(items, answers, settings, rows, file)
+            ask(items, answers, settings, config, file)
     while RANK == 0 and undone(answers):
         answers = all_answers()
         time.sleep(0.2)
     return {id_: [found[k] for k in sorted(found)] for id_, found in answers.items()}
 
 
-def ask(items: list[Item], answers: dict, settings: dict, rows: int, file) -> None:
+def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
     """Ask this rank's batches of prompts of like length, the longest first; append what comes."""
     from model import prompt_length
 
     policy = bring_policy(settings)
+    policy.cuda_graphs = config.cuda_graphs
 
     def bar_over(results):
         return tqdm(results, total=len(items), desc="checking pictures", disable=RANK > 0)
@@ -152,7 +153,7 @@ def ask(items: list[Item], answers: dict, settings: dict, rows: int, file) -> No
     ]
     # The stable order and the cut depend on the questions alone: see the top.
     order = sorted(range(len(items)), key=lambda i: -lengths[i])
-    size = max(1, rows // settings["samples"])
+    size = max(1, config.rows // settings["samples"])
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     mine = range(RANK, len(batches), WORLD)
     credits: list[float] = []
@@ -162,7 +163,7 @@ def ask(items: list[Item], answers: dict, settings: dict, rows: int, file) -> No
             short = [i for i in batches[b] if lengths[i] <= settings["max_prompt_tokens"]]
             known = [answers.get(items[i].question.id, {}) for i in batches[b]]
             if any(len(found) < settings["samples"] for found in known):
-                asked = ask_batch(policy, [items[i] for i in short], settings, rows, b)
+                asked = ask_batch(policy, [items[i] for i in short], settings, config.rows, b)
                 given = dict(zip(short, asked, strict=True))
                 for i, found in zip(batches[b], known, strict=True):
                     lines = marked_lines(items[i], given.get(i), settings["samples"])

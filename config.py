@@ -68,6 +68,7 @@ class Config:
     rollout_weights: str = flag("whole", "while sampling, a rank holds the model, or a layer at a time",
                                 ("whole", "layer"))  # fmt: skip
     offload: bool = flag(False, "keep weights and optimiser state in host memory between uses")
+    cuda_graphs: bool = flag(True, "on a GPU, launch a decoding step as a whole (weights whole)")
 
     advantage: str = flag(
         "mean", "divide r - mean by the group's std? [P: std] [C: mean]", ("mean", "std")
@@ -121,28 +122,37 @@ def parse(argv: list[str]) -> Config:
     >>> parse(["--lr", "0.001", "--resume"]).lr
     0.001
     """
-    parser = argparse.ArgumentParser(
-        "train.py", description="Teach a Qwen vision-language model to think slowly.",
-        usage="python train.py [--FIELD VALUE ...]", allow_abbrev=False,
-    )  # fmt: skip
-
-    def fail(message):
-        raise UserError(f"{message}; see python train.py --help")
-
-    parser.error = fail
-    for f in fields(Config):
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        options = {"help": text, "choices": f.metadata["choices"], "default": argparse.SUPPRESS}
-        if f.type is bool:  # --flag, --flag true, --flag false
-            options |= {"type": read_bool, "nargs": "?", "const": True, "metavar": "true|false"}
-        else:
-            options |= {"type": f.type}
-        parser.add_argument(f"--{f.name}", **options)
-    given = vars(parser.parse_args(argv))
+    given = read_flags(
+        Config, "train.py", "Teach a Qwen vision-language model to think slowly.", argv
+    )
     preset = PRESETS[given.get("preset", "toy")]
     config = Config(**(preset | given))
     check(config)
     return config
+
+
+def read_flags(kind: type, program: str, description: str, argv: list[str]) -> dict:
+    """{field: value} of those flags of a dataclass that are given. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        program, description=description, usage=f"python {program} [--FIELD VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+
+    def fail(message):
+        raise UserError(f"{message}; see python {program} --help")
+
+    parser.error = fail
+    for f in fields(kind):
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        options = {"help": text, "choices": f.metadata["choices"], "default": argparse.SUPPRESS}
+        if f.type is bool:  # --flag, --flag true, --flag false
+            options |= {"type": read_bool, "nargs": "?", "const": True, "metavar": "true|false"}
+        elif f.type is tuple:
+            options |= {"nargs": 2, "metavar": ("A", "B")}
+        else:
+            options |= {"type": f.type}
+        parser.add_argument(f"--{f.name}", **options)
+    return vars(parser.parse_args(argv))
 
 
 def read_bool(text: str) -> bool:

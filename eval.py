@@ -18,16 +18,15 @@ under torchrun each process answers a share with the whole model and no collecti
 wait for each other.
 """
 
-import argparse
 import json
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import scores
 from asking import RANK, answers_from_model, made_with
 from benchmarks import BENCHMARKS, Item
-from config import flag
+from config import flag, read_flags
 from data import TEMPLATES, UserError, load_questions, read_rows, write_atomically
 from reward import extract_answer, is_correct
 from sources import check_pictures, find_data, find_files, load
@@ -55,6 +54,7 @@ class Config:
     max_prompt_tokens: int = flag(32768, "questions with a longer prompt get no answer, counted")
     force_rethink: bool = flag(False, "force every response to look again, too (paper, Fig. 7)")
     rows: int = flag(64, "responses decoded at once: their KV cache must fit")
+    cuda_graphs: bool = flag(True, "on a GPU, launch a decoding step as a whole")
     seed: int = flag(0, "of sampling; every batch has its own, so resuming changes nothing")
 
 
@@ -64,24 +64,11 @@ def parse(argv: list[str]) -> Config:
     >>> parse(["--benchmark", "mmmu", "--samples", "8"]).temperature
     0.6
     """
-    parser = argparse.ArgumentParser(
-        "eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python eval.py [--FIELD VALUE ...]", allow_abbrev=False,
-    )  # fmt: skip
 
     def fail(message):
         raise UserError(f"{message}; see python eval.py --help")
 
-    parser.error = fail
-    for f in fields(Config):
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        kind = {"type": f.type, "choices": f.metadata["choices"]}
-        if f.type is tuple:
-            kind = {"nargs": 2, "metavar": ("A", "B")}
-        elif f.type is bool:
-            kind = {"action": "store_true"}
-        parser.add_argument(f"--{f.name}", help=text, default=f.default, **kind)
-    config = Config(**vars(parser.parse_args(argv)))
+    config = Config(**read_flags(Config, "eval.py", __doc__, argv))
     for name in names(config):
         if name not in NAMES:
             fail(f"--benchmark {name!r}: no such benchmark; there are {', '.join(NAMES)}")
@@ -240,7 +227,7 @@ def evaluate(config: Config) -> dict[str, dict]:
             check_pictures(items, will_be_seen=False)
             answers = answers_from_file(config, name, ids)
         else:
-            answers = answers_from_model(name, items, out, made, config.rows)
+            answers = answers_from_model(name, items, out, made, config)
         if RANK > 0:
             continue
         marked = {

@@ -136,6 +136,11 @@ def prefill(policy: Policy, prompts: list[Prompt], group_size: int) -> tuple[tor
     return hidden[torch.arange(N, device=device), last.to(device)], cache
 
 
+def rms_norm(norm, x: torch.Tensor) -> torch.Tensor:
+    """A norm of the model in one kernel where there is one, instead of eight."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of x [B, H, d] at one position a row; cos, sin [B, 1, d]."""
     left, right = x.chunk(2, dim=-1)
@@ -161,12 +166,12 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) 
     bias = bias[:, None, None].to(x.dtype)  # [B, 1, 1, P + S]
     for i, layer in enumerate(layers_in_turn(policy)):
         attention = layer.self_attn
-        h = layer.input_layernorm(x)
+        h = rms_norm(layer.input_layernorm, x)
         q, k, v = (
             project(h).unflatten(-1, (-1, attention.head_dim))
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(torch.cat((q, k), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
         cache.suffix_k[i][row, :, at] = k
         cache.suffix_v[i][row, :, at] = v
         mixed = shared_prefix_attention(
@@ -178,8 +183,8 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) 
             cache.group_size,
         )
         x = x + attention.o_proj(mixed.flatten(1))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return model.norm(x)
+        x = x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))
+    return rms_norm(model.norm, x)
 
 
 def layers_in_turn(policy: Policy):
@@ -302,18 +307,14 @@ def generate_batch(
     samples: list[list[Sample]] = [[None] * group_size for _ in prompts]
     may_force = extend is not None
     advance(rows, *sample_token(policy, hidden, temperature, generator), eos, may_force)
-    as_graph = device.type == "cuda" and policy.cuda_graphs and not policy.lockstep
+    as_graph = recordable(policy)
     # Looking at `done` makes the host wait for the GPU; on a CPU it costs nothing.
     check_every = 16 if device.type == "cuda" else 2
     # What attention reads of the suffix is rounded up to it: a recorded step has fixed shapes.
     block = 256 if as_graph else 1
 
     def step():
-        """The last token of every row -> its next one. Waits for nothing, and writes in place."""
-        at = rows.length - 1
-        token = rows.tokens.gather(1, at[:, None])[:, 0]
-        hidden = decode_step(policy, cache, token, rows.first + at, at, span)
-        advance(rows, *sample_token(policy, hidden, temperature, generator), eos, may_force)
+        next_token(policy, cache, rows, span, temperature, generator, eos, may_force)
 
     run_step, recorded = step, None
     while True:
@@ -337,6 +338,19 @@ def generate_batch(
             run_step()
 
 
+def next_token(policy, cache, rows, span, temperature, generator, eos, may_force) -> None:
+    """Feed every row its last token and write its next one. Waits for nothing; all in place."""
+    at = rows.length - 1
+    token = rows.tokens.gather(1, at[:, None])[:, 0]
+    hidden = decode_step(policy, cache, token, rows.first + at, at, span)
+    advance(rows, *sample_token(policy, hidden, temperature, generator), eos, may_force)
+
+
+def recordable(policy: Policy) -> bool:
+    """Whether decoding steps can be CUDA graphs: in lockstep, layers come and go in memory."""
+    return policy.device.type == "cuda" and policy.cuda_graphs and not policy.lockstep
+
+
 def record(step: Callable, generator: torch.Generator | None) -> Callable:
     """`step` as a CUDA graph: run by one launch, on the memory that it uses now. It is not run here.
 
@@ -350,6 +364,8 @@ def record(step: Callable, generator: torch.Generator | None) -> Callable:
         # "thread_local": meanwhile NCCL's watchdog looks at its events, from a thread of its own.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(

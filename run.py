@@ -110,6 +110,7 @@ def prepare(config: Config) -> Run:
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = parallel.shard(policy, device, config.shard, config.offload).train()
+    policy.cuda_graphs = config.cuda_graphs
     if empty:
         agree(lambda: checkpoint.load_weights(find_checkpoint(model), policy))
     optimizer = torch.optim.AdamW(

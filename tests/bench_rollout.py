@@ -11,11 +11,12 @@ A ladder, one idea a rung; each rung samples G responses to each of N questions:
                           copied to the G rows and grows by concatenation; sampling as in rollout.py
     + static cache        `rollout.generate`: the prompt's cache is kept and read once a question,
                           the rows' caches are written in place
+    + CUDA graphs         the same, a decoding step launched as a whole (only on a GPU)
 
 The prompts, pictures, lengths and the distribution (softmax at temperature 1 without the banned
 ids) are the same. Ids that end a turn are banned in all, so that all rows run to the full length;
-what rollout.py gains when rows finish early is not measured here. The last two rungs also compute
-the log-probability of every token, which HF generate does not.
+what rollout.py gains when rows finish early is not measured here. All rungs but the first also
+compute the log-probability of every token, which HF generate does not.
 
 On a GPU the table also has the share of the memory roofline that decoding reaches:
 
@@ -23,7 +24,7 @@ On a GPU the table also has the share of the memory roofline that decoding reach
     bytes = language model's weights + prompts' cache, once a question + half the rows' full cache
 
 The bandwidth is measured: a copy of 1 GiB, counted as read and written. The seconds are those of
-the whole, less those of the same with one new token, over the steps between.
+the whole, less those of the same with one new token, over the steps between: recording graphs is in.
 """
 
 import argparse
@@ -34,6 +35,8 @@ import torch
 from rollout import generate, sample_token
 
 WAYS = ["HF generate", "+ shared prefill", "+ static cache"]
+if torch.cuda.is_available():
+    WAYS.append("+ CUDA graphs")
 
 
 def hf_inputs(policy, prompts) -> dict:
@@ -87,11 +90,19 @@ def ours(policy, prompts, group_size: int, new_tokens: int, temperature: float):
     return torch.stack([sample.tokens for group in groups for sample in group])
 
 
+def without_graphs(policy, *arguments):
+    policy.cuda_graphs = False
+    try:
+        return ours(policy, *arguments)
+    finally:
+        policy.cuda_graphs = True
+
+
 def make_ways(policy, questions: int, P: int, R: int, group_size: int, temperature=1.0) -> dict:
     """The rungs: {name: () -> tokens [N G, R]}."""
     prompts = [benching.random_prompt(policy, P, seed) for seed in range(questions)]
     arguments = (policy, prompts, group_size, R, temperature)
-    functions = [hf_generate, shared_prefill, ours]
+    functions = [hf_generate, shared_prefill, without_graphs, ours]
     return {way: lambda f=f: f(*arguments) for way, f in zip(WAYS, functions)}
 
 

@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import QUESTIONS, chi_squared, hf_distribution, hf_generate, hf_inputs, hf_logprobs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rollout
+from data import UserError
 from model import decode, encode, response_logprobs
 from rollout import Extension, generate
 
@@ -229,6 +232,127 @@ def test_prompts_run_once_whatever_is_sampled_and_extended(own_policy, prompts):
     own_policy.model.model.visual.register_forward_hook(lambda *_: runs.update(["pictures"]))
     generate(own_policy, prompts, 8, 20, 1.0, seeded(10), extend_every([30, 31], 20))
     assert runs == {"text": 1, "pictures": 1}
+
+
+# ---------------------------------------------------------------------------- CUDA graphs
+
+
+class StaysOn(TorchDispatchMode):
+    """Refuses operations that take a tensor of another device: on a GPU they would wait for it.
+
+    Reading a value (`.item()`, `nonzero`, a mask as an index) the meta device refuses by itself.
+    """
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device, self.operations = device, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        strangers = [x for x in tensors if x.device.type != self.device]
+        assert not strangers, f"{function}: {strangers}"
+        self.operations += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("some_have_left", [False, True])
+def test_a_decoding_step_looks_at_no_value_and_copies_from_no_other_device(
+    own_policy, prompts, temperature, some_have_left
+):
+    """What a CUDA graph needs, seen without a GPU: the step runs where tensors have no values."""
+    _, cache = rollout.prefill(own_policy, prompts, 2)
+    rows = rollout.new_rows(prompts, 2, 16, "cpu")
+    cache.grow(8, 16)
+    if some_have_left:
+        left = torch.tensor([0, 3, 4])
+        rows = rows.select(left)
+        cache.select(left)
+    policy = own_policy.to("meta")
+    policy.text_model.rotary_emb.to("meta")
+    for thing in (rows, cache):
+        for name, value in vars(thing).items():
+            if isinstance(value, torch.Tensor):
+                setattr(thing, name, value.to("meta"))
+            elif isinstance(value, list):
+                setattr(thing, name, [x.to("meta") for x in value])
+    arguments = policy, cache, rows, 8, temperature, None, torch.tensor([1, 2], device="meta"), True
+    rollout.next_token(*arguments)  # once as it is, as before recording
+    memory = [id(x) for x in vars(rows).values()]
+    with StaysOn("meta") as watch:
+        rollout.next_token(*arguments)
+    assert watch.operations > 50
+    assert [id(x) for x in vars(rows).values()] == memory
+
+
+def addresses(rows, cache) -> list:
+    lists = [cache.prefix_k, cache.prefix_v, cache.suffix_k, cache.suffix_v]
+    tensors = [*vars(rows).values(), cache.slot, cache.prefix_bias, *(x for y in lists for x in y)]
+    return [(x.data_ptr(), x.shape) for x in tensors]
+
+
+@pytest.mark.parametrize("extend", [False, True])
+def test_a_recorded_step_meets_its_memory_where_it_was(policy, prompts, monkeypatch, extend):
+    """With a stand-in for CUDA graphs that looks; and the tokens are those of unrecorded steps."""
+    forced = extend_every([30, 31, 32], 60) if extend else None
+    want = generate(policy, prompts, 4, 60, 1.0, seeded(20), forced)
+    now, records, replays = [], [], []
+    real = rollout.next_token
+
+    def next_token(policy, cache, rows, span, *rest):
+        now[:] = [addresses(rows, cache), span]
+        real(policy, cache, rows, span, *rest)
+
+    def record(step, generator):
+        recorded = list(now)  # of the step that ran as it is
+        records.append(recorded)
+
+        def replay():
+            step()
+            assert now == recorded
+            replays.append(1)
+
+        return replay
+
+    monkeypatch.setattr(rollout, "next_token", next_token)
+    monkeypatch.setattr(rollout, "record", record)
+    monkeypatch.setattr(rollout, "recordable", lambda policy: True)
+    got = generate(policy, prompts, 4, 60, 1.0, seeded(20), forced)
+    for ours, theirs in zip(got, want):
+        for a, b in zip(ours, theirs):
+            assert same(a, b) and (a.extension is None) == (b.extension is None)
+            assert a.extension is None or same(a.extension, b.extension)
+    assert 2 < len(records) < len(replays)
+
+
+def test_a_step_that_cannot_be_recorded_is_named_with_the_way_around(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    with pytest.raises(UserError, match=r"not permitted.*--cuda_graphs false"):
+        rollout.record(lambda: None, None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_recorded_steps_decode_and_sample_as_they_should(own_policy, prompts):
+    policy = own_policy.to("cuda")
+    greedy = {}
+    for policy.cuda_graphs in (True, False):
+        greedy[policy.cuda_graphs] = [g[0] for g in generate(policy, prompts, 1, 60, 0)]
+    assert all(map(same, *greedy.values()))
+    policy.cuda_graphs = True
+    draw = torch.Generator("cuda").manual_seed(20)
+    groups = generate(policy, prompts, 8, 60, 1.0, draw, extend_every([30, 31], 60))
+    for group in groups:
+        assert len({tuple(s.tokens.tolist()) for s in group}) > 4
+        with torch.no_grad():
+            said = [(group[0].prompt, [s.tokens for s in group])]
+            want, _ = response_logprobs(policy, said)
+        for sample, row in zip(group, want.cpu()):
+            R = len(sample.tokens)
+            torch.testing.assert_close(sample.logprobs, row[:R], atol=1e-3, rtol=0)
 
 
 # ---------------------------------------------------------------------------- forced tokens
