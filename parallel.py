@@ -105,7 +105,7 @@ def shard(
         "mesh": mesh_over(device.type, over),
     }
     if offload:
-        options["offload_policy"] = CPUOffloadPolicy()
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     fully_shard(policy.model.model.visual, **options)
     for layer in policy.text_model.layers:
         fully_shard(layer, **options)

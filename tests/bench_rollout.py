@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=8 if cuda else 4)
     parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3, help="measured turns of each rung")
+    parser.add_argument("--lengths", type=int, help="only the first so many prompt : response")
     parser.add_argument("--no_memory", action="store_true", help="measure time alone")
     args = parser.parse_args(argv)
     if args.shape == "3b" and not cuda:
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     policy = make_policy(name)
     bandwidth = copy_bandwidth() if cuda else None
     rows = []
-    for P, R in shape.lengths:
+    for P, R in shape.lengths[: args.lengths]:
         ways = make_ways(policy, N, P, R, G)
         seconds = benching.alternate(ways, repeats)
         memory, first = dict.fromkeys(WAYS), {}

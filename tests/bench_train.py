@@ -150,6 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5, help="measured turns of each way")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--lengths", type=int, help="only the first so many prompt : response")
     parser.add_argument("--no_memory", action="store_true", help="measure time alone")
     args = parser.parse_args(argv)
     if args.shape == "3b" and not cuda:
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
     peak = next((v for k, v in PEAK.items() if cuda and k in torch.cuda.get_device_name()), None)
     rows, worst = [], 0.0
-    for P, R in shape.lengths:
+    for P, R in shape.lengths[: args.lengths]:
         logprobs = make_logprobs(policy, P, R, G)
         worst = max(worst, disagreement(logprobs))
         steps = make_steps(policy, logprobs, G)

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,6 +64,29 @@ def ranks(base, tmp_path_factory):
     return read
 
 
+@pytest.fixture(scope="module")
+def nodes(base, tmp_path_factory):
+    """What two_ranks.py saw on two nodes of two ranks, on this machine: a dict a rank; their folder."""
+    out = tmp_path_factory.mktemp("nodes")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2",
+              "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "nodes"]  # fmt: skip
+    command = [*launch, HERE / "two_ranks.py", base, out, "node"]
+    agents = [
+        subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE) for _ in range(2)
+    ]  # fmt: skip
+    try:
+        errors = [agent.communicate(timeout=LIMIT)[1].decode() for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(errors)[-5000:]
+    return json.loads((out / "node.json").read_text()), out
+
+
 def distance(a: dict, b: dict) -> tuple[float, float]:
     """Largest difference of any number, and the norm of the difference relative to b's."""
     assert a.keys() == b.keys()
@@ -70,7 +94,7 @@ def distance(a: dict, b: dict) -> tuple[float, float]:
     return float((flat_a - flat_b).abs().max()), float((flat_a - flat_b).norm() / flat_b.norm())
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("budget", [*BUDGETS, "offload"])
 def test_two_ranks_take_the_gradient_of_one(ranks, base, tmp_path, budget):
     """Whatever micro-batches each has, and with text on one and pictures on the other."""
     run = train.prepare(parse(flags(base, tmp_path, max_grad_norm=0, micro_batch_tokens=8192)))
@@ -80,6 +104,38 @@ def test_two_ranks_take_the_gradient_of_one(ranks, base, tmp_path, budget):
     print(f"budget {budget}: largest difference {largest:.1e}, relative {relative:.1e}")
     assert largest < 1e-5 and relative < 1e-5
     assert all(bool(g.any()) for name, g in one.items() if "visual.blocks" in name)
+
+
+def test_hybrid_sharding_splits_within_a_node_and_takes_the_gradient_of_one(nodes, base, tmp_path):
+    """Two nodes of two ranks, met by torchrun's rendezvous as on a cluster."""
+    seen, out = nodes
+    places = sorted((rank["part"], rank["copy"]) for rank in seen)
+    assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(rank["parts"] == 2 and 0.45 < rank["share"] < 0.55 for rank in seen)
+    run = train.prepare(parse(flags(base, tmp_path, max_grad_norm=0)))
+    one = gradients_of_hand_made_batch(run)
+    largest, relative = distance(load_file(out / "gradient-node.safetensors"), one)
+    assert largest < 1e-5 and relative < 1e-5
+
+
+def test_a_run_of_two_nodes_is_saved_once_and_one_rank_goes_on(nodes, base, monkeypatch):
+    seen, out = nodes
+    assert [rank["code"] for rank in seen] == [0] * 4
+    saved = sorted(path.name for path in (out / "run/checkpoint-2").glob("state-*"))
+    assert saved == ["state-0-of-2.safetensors", "state-1-of-2.safetensors"]
+    let_be_right(monkeypatch, lucky)
+    run_training(base, out / "run", steps=3, rethink_fraction=0.5, resume="true")
+    rows = steps_of(out / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert max(row["logp_mismatch"] for row in rows) < 1e-4
+
+
+def test_a_run_with_offloaded_weights_trains(ranks, base):
+    assert [seen["code"] for seen in ranks("offload")] == [0, 0]
+    rows = steps_of(ranks("") / "offload")
+    assert len(rows) == 2 and max(row["logp_mismatch"] for row in rows) < 1e-4
+    trained = weights_of(ranks("") / "offload/checkpoint-2")
+    assert not same_tensors(trained, weights_of(base))
 
 
 def test_the_hand_made_batch_gives_ranks_unlike_work(base):

@@ -1,6 +1,7 @@
-"""What test_parallel.py runs on two processes:
+"""What test_parallel.py runs on two processes, and on two nodes of two:
 
     torchrun --nproc_per_node 2 tests/two_ranks.py BASE DIR
+    torchrun --nnodes 2 --nproc_per_node 2 ... tests/two_ranks.py BASE DIR node
 
 Each check writes what it saw into DIR; the tests judge it. A hang is a time limit in the test.
 """
@@ -105,12 +106,34 @@ def whole_state(run) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------- the checks
 
 
-def gradient(base: Path, out: Path) -> None:
+def gradient(base: Path, out: Path, name: str, **changes) -> None:
+    run = train.prepare(parse(flags(base, out, max_grad_norm=0, **changes)))
+    gradients = gradients_of_hand_made_batch(run)
+    if parallel.rank() == 0:
+        save_file(gradients, out / f"gradient-{name}.safetensors")
+
+
+def gradients(base: Path, out: Path) -> None:
     for budget in BUDGETS:
-        run = train.prepare(parse(flags(base, out, max_grad_norm=0, micro_batch_tokens=budget)))
-        gradients = gradients_of_hand_made_batch(run)
-        if parallel.rank() == 0:
-            save_file(gradients, out / f"gradient-{budget}.safetensors")
+        gradient(base, out, str(budget), micro_batch_tokens=budget)
+    gradient(base, out, "offload", offload="true")
+
+
+def across_nodes(base: Path, out: Path) -> dict:
+    """Hybrid sharding: which part and copy this rank holds, how much of the model, and a run with it."""
+    gradient(base, out, "node", shard="node")
+    run = train.prepare(parse(flags(base, out, shard="node")))
+    part, parts, copy = parallel.shard_place_of(run.policy)
+    held = sum(parallel.local(p).numel() for p in run.policy.parameters())
+    share = held / sum(p.numel() for p in run.policy.parameters())
+    with reward_by(lucky):
+        code = train.main(flags(base, out / "run", shard="node", steps=2, rethink_fraction=0.5))
+    return {"code": code, "part": part, "parts": parts, "copy": copy, "share": share}
+
+
+def offloaded(base: Path, out: Path) -> dict:
+    with reward_by(lucky):
+        return {"code": train.main(flags(base, out, offload="true", steps=2, rethink_fraction=0.5))}
 
 
 def lengths_differ(base: Path, out: Path, weights: str) -> dict:
@@ -243,12 +266,13 @@ def errors(base: Path, out: Path) -> dict:
     return results
 
 
-def main(base: Path, out: Path) -> None:
+def main(base: Path, out: Path, nodes: bool) -> None:
     device = parallel.start()
     stop, parallel.stop = parallel.stop, lambda: None  # one process group for all checks
     parallel.start = lambda: device
     checks = {
-        "gradient": lambda: gradient(base, out),
+        "gradient": lambda: gradients(base, out),
+        "offload": lambda: offloaded(base, out / "offload"),
         "whole": lambda: lengths_differ(base, out / "whole", "whole"),
         "layer": lambda: lengths_differ(base, out / "layer", "layer"),
         "one_rank": lambda: one_rank_has_nothing_effective(base, out / "one_rank"),
@@ -258,6 +282,8 @@ def main(base: Path, out: Path) -> None:
         "from_one": lambda: resume_from_one_rank(base, out / "from_one"),
         "errors": lambda: errors(base, out / "errors"),
     }
+    if nodes:
+        checks = {"node": lambda: across_nodes(base, out)}
     for name, check in checks.items():
         results = parallel.gather([check()])
         if parallel.rank() == 0:
@@ -268,4 +294,4 @@ def main(base: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), nodes=sys.argv[3:] == ["node"])
