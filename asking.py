@@ -62,6 +62,8 @@ def made_with(config, name: str) -> dict:
         "force_rethink",
     )
     settings = {key: getattr(config, key) for key in wanted}
+    if name == "toy" and not config.data:
+        settings["template"] = "bare"  # its questions are asked as they are
     weights = list(Path(config.model).glob("*.safetensors"))
     settings["saved"] = int(max((file.stat().st_mtime for file in weights), default=0))
     settings["max_new_tokens"] = config.max_new_tokens or (64 if name == "toy" else 8192)

@@ -16,6 +16,7 @@ ranks therefore finds any row it needs by counting through the old files (`read_
 import errno
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 
 import parallel
 from data import UserError
-from model import Policy, Sample, save_policy
+from model import Policy, Prompt, Sample, save_policy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -34,16 +35,33 @@ def to_json(value) -> str:
 
 
 def pack_sample(sample: Sample) -> dict:
-    """A Sample as JSON holds it. float32 numbers survive the way through decimal exactly."""
+    """A Sample as JSON holds it. float32 numbers survive the way through decimal exactly.
+
+    `prompt` is a checksum: what was sampled belongs to the very prompt that it was sampled from.
+    """
     row = {k: v for k, v in vars(sample).items() if k not in ("prompt", "extension")}
     row |= {k: row[k].tolist() for k in ("tokens", "logprobs", "mask")}
-    return row | {"qid": sample.prompt.question.id}
+    return row | {"qid": sample.prompt.question.id, "prompt": checksum(sample.prompt)}
+
+
+def checksum(prompt: Prompt) -> int:
+    """Of its tokens and the sizes of its pictures."""
+    numbers = [*prompt.input_ids.tolist(), *prompt.image_grid_thw.flatten().tolist()]
+    return zlib.crc32(json.dumps(numbers).encode())
 
 
 def unpack_sample(row: dict, prompts: dict) -> Sample:
-    """The Sample that `pack_sample` wrote; `prompts` maps question ids to Prompts."""
+    """The Sample that `pack_sample` wrote; `prompts` maps question ids to Prompts.
+
+    Raises UserError where the prompt is not the one that was sampled from.
+    """
     row = dict(row)
     prompt = prompts[row.pop("qid")]
+    if row.pop("prompt") != checksum(prompt):
+        raise UserError(
+            f"qid {prompt.question.id}: its question, pictures or --template changed within an episode; "
+            "resume with the data and the flags of before"
+        )
     row["tokens"] = torch.tensor(row["tokens"], dtype=torch.long)
     row["logprobs"] = torch.tensor(row["logprobs"], dtype=torch.float32)
     row["mask"] = torch.tensor(row["mask"], dtype=torch.bool)

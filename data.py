@@ -222,6 +222,15 @@ def _image_sources(value, folder: Path) -> list:
     return sources
 
 
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> list[Question]:
     """Read a file in ViRL39K's layout.
 
@@ -237,6 +246,8 @@ def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> l
     for place, row in read_rows(path):
         n_rows += 1
         text, answer = row.get("question"), row.get("answer")
+        if not all(is_text(x) for x in (text, answer) if isinstance(x, str)):
+            raise UserError(f"{place}: half of a surrogate pair, which no tokenizer reads; mend the row")
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{place}: no question; a row needs a non-empty 'question' text")
         if isinstance(answer, (list, dict, bool)):

@@ -205,6 +205,8 @@ def answers_from_file(config: Config, name: str, ids: set[str]) -> dict[str, lis
                 f"{place}: {len(found[id_])} responses to id {id_!r}, more than --samples "
                 f"{config.samples}; remove some, or say how many there are"
             )
+    if not found:
+        raise UserError(f"{config.responses}: the file is empty")
     return found
 
 
@@ -219,9 +221,8 @@ def evaluate(config: Config) -> dict[str, dict]:
         made = {"responses": config.responses} if config.responses else made_with(config, name)
         settings = made | {"data": config.data, "limit": config.limit}
         if RANK == 0:
-            print(
-                f"{name}: {len(items)} questions, results in {out}, settings {json.dumps(settings)}"
-            )
+            told = ", ".join(f"{k} {v}" for k, v in made.items() if v or k == "temperature")
+            print(f"{name}: {len(items)} questions, results in {out}; {told}")
         if config.responses:
             check_owner(config, name, out)
             check_pictures(items, will_be_seen=False)

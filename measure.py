@@ -36,6 +36,7 @@ def measure(run: Run) -> dict:
                     counts[toy.way(sample.text)] += 1
     counts = add_counts(parallel.gather([counts]))
     n = len(run.heldout)
+    run.measured = run.step
     row = {
         "step": run.step, "heldout_accuracy": counts["greedy_right"] / n,
         "heldout_sampled": counts["sampled_right"] / n, "heldout_tokens": counts["tokens"] / n,

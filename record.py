@@ -52,7 +52,7 @@ class Recorder:
                 "responses": [describe(sample, tokenizer) for sample in group],
             })  # fmt: skip
 
-    def summary(self, step: int, total: int, command: str) -> str:
+    def summary(self, step: int, total: int) -> str:
         """The last line of a run: what was learnt, where it is, and how to go on."""
         with open(self.out / "metrics.jsonl", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
@@ -60,7 +60,7 @@ class Recorder:
         learnt = f"held-out accuracy {heldout[0]:.2f} -> {heldout[-1]:.2f}; " if heldout else ""
         where = f"checkpoint: {self.out}/checkpoint-{step}"
         if step < total:
-            how = f"go on with: python {command} --resume --out {self.out}, and the flags of before"
+            how = f"go on with --resume --out {self.out} and the flags of before"
             return f"stopped after step {step} of {total}; {where}; {how}"
         return f"{step} steps; {learnt}{where}"
 

@@ -46,6 +46,7 @@ class Run:
     counts: dict = field(default_factory=dict)  # of this episode, for the metrics
     not_finite: int = 0  # steps in a row skipped for a gradient that was not finite
     logp_mismatch: float = 0.0  # of this episode: sampling against the training forward pass
+    measured: int = -1  # the step of the last measurement on held-out questions
     interrupted: bool = False  # by Ctrl-C or SIGTERM: finish the step, save, stop
 
 
@@ -172,13 +173,18 @@ def choose_out(config: Config) -> Path:
             out = Path(f"{out}-{number}")
         try:
             out.mkdir(parents=True, exist_ok=True)
-            write_atomically(out / "config.json", checkpoint.to_json(asdict(config)))
+            if not is_taken(out):  # else when it has been resumed: that may fail
+                write_config(out, config)
         except OSError as error:
             raise checkpoint.explain_os_error(error, out) from None
         return out
 
     out = agree(choose)
     return Path(parallel.from_first(out))
+
+
+def write_config(out: Path, config: Config) -> None:
+    write_atomically(out / "config.json", checkpoint.to_json(asdict(config)))
 
 
 def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:
@@ -236,7 +242,7 @@ def drop_long_prompts(config: Config, policy: Policy, questions: list[Question])
 
 # ---------------------------------------------------------------------------- save and resume
 
-COUNTERS = ("step", "episode", "counts", "not_finite", "logp_mismatch")
+COUNTERS = ("step", "episode", "counts", "not_finite", "logp_mismatch", "measured")
 
 
 def save(run: Run) -> None:
@@ -279,6 +285,10 @@ def resume(run: Run) -> bool:
         prompts[qid] = replace(prompt, pixel_values=None) if parallel.world() > 1 else prompt
     run.fresh = [checkpoint.unpack_sample(row, prompts) for row in packed["fresh"]]
     run.buffer.samples = [checkpoint.unpack_sample(row, prompts) for row in packed["buffer"]]
+    if run.step > run.total_steps:
+        raise UserError(f"--steps {run.total_steps}: {directory} is further already; raise it")
+    if parallel.rank() == 0:
+        write_config(run.out, run.config)
     return True
 
 

@@ -330,6 +330,13 @@ def train_step(run: Run, sampling_seconds: float) -> dict:
     }  # fmt: skip
 
 
+def is_measured(run: Run) -> bool:
+    """Whether accuracy on held-out questions is due: first, last and every `eval_every` steps."""
+    every = run.config.eval_every
+    due = run.step in (0, run.total_steps) or (every and run.step % every == 0)
+    return bool(run.heldout and due and run.measured < run.step)
+
+
 def train(run: Run, record: Recorder) -> None:
     """Episodes until the last step, measuring and saving on the way."""
     c = run.config
@@ -340,7 +347,7 @@ def train(run: Run, record: Recorder) -> None:
         total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not first
     )
     with bar:
-        if run.step == 0 and run.heldout:
+        if is_measured(run):  # before the first step; or where an interruption came between
             record.metrics(measure(run))
         while run.step < run.total_steps:
             if not run.fresh:
@@ -361,11 +368,7 @@ def train(run: Run, record: Recorder) -> None:
                             replayed=f"{row['replayed']:.0%}", length=f"{row['response_length']:.0f}")  # fmt: skip
             stop = any(parallel.gather([run.interrupted])) or run.not_finite >= STOP_AFTER
             last = run.step == run.total_steps or stop
-            if (
-                run.heldout
-                and not stop
-                and (last or (c.eval_every and run.step % c.eval_every == 0))
-            ):
+            if is_measured(run) and not stop:
                 record.metrics(measure(run))
             # Not while gradients are not finite: what is kept must not be pushed out by what may be ruined.
             if run.not_finite == 0 and (last or run.step % c.save_every == 0):
@@ -393,7 +396,7 @@ def main(argv: list[str]) -> int:
         with gentle_stop(run):
             train(run, record)
         if parallel.rank() == 0:
-            print(record.summary(run.step, run.total_steps, sys.argv[0]))
+            print(record.summary(run.step, run.total_steps))
     except UserError as error:
         if (
             parallel.rank() == 0 or run is not None

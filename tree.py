@@ -64,7 +64,7 @@ def tree_mask(branch: torch.Tensor) -> torch.Tensor:
     return (t[:, None] >= t[None, :]) & ((key == query) | ((key == 0) & (query >= 0)))
 
 
-def build_trees(groups: list[tuple[object, list[torch.Tensor]]], pad_id: int = 0) -> Trees:
+def build_trees(groups: list[tuple[object, list[torch.Tensor]]]) -> Trees:
     """Lay each (Prompt, [response tokens [R], ...]) on one row; pad the rows to the longest.
 
     The first token of every response is predicted by the last token of the prompt.
@@ -81,7 +81,7 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]], pad_id: int = 0
     """
     T = max(len(p.input_ids) + sum(map(len, ys)) for p, ys in groups)
     N = len(groups)
-    input_ids = torch.full((N, T), pad_id)
+    input_ids = torch.zeros(N, T, dtype=torch.long)
     branch = torch.full((N, T), -1)
     position_ids = torch.zeros(3, N, T, dtype=torch.long)
     predictor, targets, lengths, own, row = [], [], [], [], []

@@ -45,8 +45,8 @@ def test_no_row_of_the_mask_is_empty_even_at_padding():
 
 def test_trees_of_different_lengths_are_laid_out_as_by_hand():
     a, b = text_prompt(1, 2, 3), text_prompt(4, 5)
-    trees = build_trees([(a, [ids(11, 12), ids(21)]), (b, [ids(31)])], pad_id=99)
-    assert trees.input_ids.tolist() == [[1, 2, 3, 11, 12, 21], [4, 5, 31, 99, 99, 99]]
+    trees = build_trees([(a, [ids(11, 12), ids(21)]), (b, [ids(31)])])
+    assert trees.input_ids.tolist() == [[1, 2, 3, 11, 12, 21], [4, 5, 31, 0, 0, 0]]
     assert trees.branch.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 1, -1, -1, -1]]
     for row in trees.position_ids:
         assert row.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 2, 0, 0, 0]]
