@@ -44,9 +44,7 @@ _COMPOUND_PART = re.compile(r"[0-9.]+ ?[A-Za-z]+")
 _COMPOUND = re.compile(r"[0-9.]+ ?[A-Za-z]+(?: ?[0-9.]+ ?[A-Za-z]+){1,2}")
 _CHAIN = re.compile(r"[A-Z][a-z]?(?:-[A-Z][a-z]?)+")  # H-O-H, and not a difference
 _BUILDER = re.compile(r"[a-z] ?(?:\\in ?\\mathbb ?\{R\} ?)?(?:\\mid|\||:)(.+)")
-_NAME = (
-    r"(?:[A-Za-z]+|\\[A-Za-z]+(?:\{[A-Za-z ]*\})?)(?: ?_ ?(?:\{[^{}]*\}|[0-9A-Za-z]))?'*"
-)
+_NAME = r"(?:[A-Za-z]+|\\[A-Za-z]+(?:\{[A-Za-z ]*\})?)(?: ?_ ?(?:\{[^{}]*\}|[0-9A-Za-z]))?'*"
 # What may stand before "=" without being part of the answer: x, f(x), Area of ABC, angle 1,
 # |AB|, dy/dx, a:b, (x, y). Not 2x, x + y or x^2: those are equations.
 _LABEL = re.compile(

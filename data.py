@@ -247,11 +247,15 @@ def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> l
         n_rows += 1
         text, answer = row.get("question"), row.get("answer")
         if not all(is_text(x) for x in (text, answer) if isinstance(x, str)):
-            raise UserError(f"{place}: half of a surrogate pair, which no tokenizer reads; mend the row")
+            raise UserError(
+                f"{place}: half of a surrogate pair, which no tokenizer reads; mend the row"
+            )
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{place}: no question; a row needs a non-empty 'question' text")
         if isinstance(answer, (list, dict, bool)):
-            raise UserError(f"{place}: the answer is a {type(answer).__name__}; give one text or number")
+            raise UserError(
+                f"{place}: the answer is a {type(answer).__name__}; give one text or number"
+            )
         if answer is None or not str(answer).strip() or str(answer).strip() == "\\boxed{}":
             raise UserError(f"{place}: no answer; a row needs a non-empty 'answer'")
         qid = str(row["qid"] if row.get("qid") is not None else n_rows - 1)

@@ -278,7 +278,7 @@ def _number(text: str) -> Fraction:
 
 def _mixed(text: str, rest: list[Token]) -> Fraction:
     r"""1\frac{1}{2} and 1 1/2 are three halves; 2\frac{5}{3} could mean two things: Unreadable."""
-    ahead = [token.text for token in rest[: -8 : -1]]
+    ahead = [token.text for token in rest[:-8:-1]]
     if ahead[:2] + ahead[3:5] + ahead[6:] == ["\\frac", "{", "}", "{", "}"]:
         above, below, used = ahead[2], ahead[5], 7
     elif ahead[1:2] == ["/"] and rest[-1].spaced and len(ahead) > 2:

@@ -23,6 +23,7 @@ from mathexpr import CONSTANTS, FUNCTIONS, Tree, mentions
 MAX_BITS = 8000  # of an exact number
 LOW, HIGH = 40, 80  # digits
 
+
 class Point(NamedTuple):
     """Where trees are evaluated: a value for each free symbol, a precision, and a number line."""
 
@@ -193,6 +194,7 @@ def _count(operation: str, values: list) -> Fraction:
 
 
 # --------------------------------------------------------------------------- equality
+
 
 def symbols(tree: Tree) -> set[str]:
     """The names of a tree's free symbols."""

@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path, needed: set[str]) -> list[dict]:
-    """The objects of a .jsonl file; each has the keys `needed`.
+    """The objects of a .jsonl file; each has the keys `needed`, "step" with a whole number among them.
 
     What stands after the last line end is passed over: a line that is still being written.
     """
@@ -83,6 +83,10 @@ def read_lines(path: Path, needed: set[str]) -> list[dict]:
             raise UserError(f"{path}:{number}: invalid JSON ({error.msg}); mend the line") from None
         if not isinstance(row, dict) or not needed <= row.keys():
             raise UserError(f"{path}:{number}: expected an object with {', '.join(sorted(needed))}")
+        if not isinstance(row["step"], int):
+            raise UserError(
+                f"{path}:{number}: step {row['step']!r} is no whole number; mend the line"
+            )
         rows.append(row)
     return rows
 

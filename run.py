@@ -195,7 +195,9 @@ def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:
     wanted = (config.pass_rate_column, config.pass_rate_min, config.pass_rate_max)
     questions = agree(lambda: load_questions(config.data, wanted if wanted[0] else None))
     if config.heldout >= len(questions):
-        raise UserError(f"--heldout {config.heldout}: {config.data} has {len(questions)} questions; lower it, or 0 for none")
+        raise UserError(
+            f"--heldout {config.heldout}: {config.data} has {len(questions)} questions; lower it, or 0 for none"
+        )
     # By a hash of the id: the same questions are held out whatever the seed or the order of the file.
     by_hash = sorted(questions, key=lambda q: hashlib.sha256(q.id.encode()).digest())
     kept_out = {q.id for q in by_hash[: config.heldout]}

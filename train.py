@@ -410,7 +410,11 @@ def main(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:  # the second one, or one before training
         if parallel.rank() == 0:
-            how = f"go on with --resume --out {run.out}" if run else "nothing to resume: start it again"
+            how = (
+                f"go on with --resume --out {run.out}"
+                if run
+                else "nothing to resume: start it again"
+            )
             print(f"stopped at once; {how}", file=sys.stderr)
         return 130
     finally:

@@ -68,7 +68,7 @@ def before_second_look(response: dict) -> str | None:
 
 
 def second_look_verdict(response: dict, question: dict) -> str:
-    """"wrong → right" where looking again helped; "" where the response did not look again."""
+    """ "wrong → right" where looking again helped; "" where the response did not look again."""
     before = before_second_look(response)
     if before is None:
         return ""

@@ -25,11 +25,18 @@ def benches(quick: bool) -> list[list[str]]:
     """The commands, without the interpreter."""
     if torch.cuda.is_available():
         # A picture's prompt of 1300 tokens and responses of 512: each ratio more takes minutes.
-        timed = [["bench_rollout.py"], ["bench_train.py"], ["bench_train.py", "--gradient_checkpointing"]]
+        timed = [
+            ["bench_rollout.py"],
+            ["bench_train.py"],
+            ["bench_train.py", "--gradient_checkpointing"],
+        ]
         timed = [[*command, "--lengths", "1"] for command in timed]
     else:
         timed = [["bench_rollout.py"], ["bench_train.py"], ["bench_ranks.py"], ["bench_trl.py"]]
-    return [*([*command, "--quick"] if quick else command for command in timed), ["bench_reward.py"]]
+    return [
+        *([*command, "--quick"] if quick else command for command in timed),
+        ["bench_reward.py"],
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -83,9 +83,7 @@ def make_logprobs(policy, prompt_length: int, response_length: int, group_size: 
     """The four ways: {name: () -> log-probabilities}."""
     prompt = benching.random_prompt(policy, prompt_length, seed=0)
     generator = torch.Generator().manual_seed(1)
-    responses = [
-        benching.random_ids(policy, response_length, generator) for _ in range(group_size)
-    ]
+    responses = [benching.random_ids(policy, response_length, generator) for _ in range(group_size)]
     actions = [
         lambda: rows_logprobs(policy, prompt, responses, False),
         lambda: rows_logprobs(policy, prompt, responses, True),

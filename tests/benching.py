@@ -70,8 +70,10 @@ SHAPES = {
 def random_policy(shape: Shape, device="cpu", dtype=torch.float32) -> Policy:
     """A policy with random weights that never says a token that ends a turn: lengths are fixed."""
     tokenizer = toy_tokenizer()
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
-           ("im_end", "endoftext", "image_pad", "video_pad", "vision_start", "vision_end")}
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("im_end", "endoftext", "image_pad", "video_pad", "vision_start", "vision_end")
+    }
     half = shape.head_dim // 2
     time, height = half // 4, half // 4 + half // 8
     last = shape.vision_layers - 1

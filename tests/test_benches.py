@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import bench_all
 import bench_rollout
 import bench_train
 import bench_trl
@@ -46,6 +47,22 @@ def test_step_memory_sees_what_torch_takes():
     if peak is None:
         pytest.skip("no high-water mark on this system")
     assert 47 < benching.mib(peak) < 56
+
+
+def test_one_command_runs_every_bench():
+    there = {path.name for path in bench_all.HERE.glob("bench_*.py")} - {"bench_all.py"}
+    on_a_gpu = {"bench_rollout.py", "bench_train.py", "bench_reward.py"}
+    named = {name for name, *_ in bench_all.benches(quick=False)}
+    assert named == (on_a_gpu if torch.cuda.is_available() else there)
+
+
+def test_a_bench_that_fails_is_named_and_the_others_run(monkeypatch, tmp_path, capsys):
+    commands = [["missing.py"], ["bench_train.py", "--help"]]
+    monkeypatch.setattr(bench_all, "benches", lambda quick: commands)
+    assert bench_all.main(["--out", str(tmp_path / "tables.md")]) == 1
+    assert "failed: python tests/missing.py" in capsys.readouterr().err
+    written = (tmp_path / "tables.md").read_text()
+    assert "failed with exit status 2" in written and "--gradient_checkpointing" in written
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is installed")

@@ -248,6 +248,44 @@ def test_a_question_that_has_left_the_file_is_named(base, tmp_path, monkeypatch,
     assert str(data) in line and any(qid in line for qid in needed)
 
 
+def test_a_question_that_changed_within_an_episode_is_named_and_config_json_stays(
+    base, tmp_path, monkeypatch, capsys
+):
+    rows = [{"qid": f"q{i}", "question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"data": data, "heldout": 0, "ssr": "off", "episode_queries": 8, "steps": 4}
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_training(base, tmp_path / "run", **settings)
+    config = (tmp_path / "run/config.json").read_text()
+    for row in rows:
+        row["question"] = row["question"].replace("+", "-")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = flags(base, tmp_path / "run", **settings, resume="true", lr=5e-4)
+    assert train.main(command) == 2
+    assert "changed within an episode" in capsys.readouterr().err
+    assert (tmp_path / "run/config.json").read_text() == config
+
+
+def test_a_measurement_that_was_due_at_an_interruption_is_made_up(base, tmp_path, monkeypatch):
+    settings = {"steps": 3, "eval_every": 2}
+    run_training(base, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_training(base, tmp_path / "run", **settings)
+    assert [row["step"] for row in heldout_of(tmp_path / "run")] == [0]
+    run_training(base, tmp_path / "run", **settings, resume="true")
+    assert [row["step"] for row in heldout_of(tmp_path / "run")] == [0, 2, 3]
+    assert heldout_of(tmp_path / "run") == heldout_of(tmp_path / "whole")
+
+
+def test_resuming_to_fewer_steps_than_are_done_is_refused(base, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    assert train.main(flags(base, out, **BOTH | {"steps": 5, "resume": "true"})) == 2
+    assert "--steps 5" in capsys.readouterr().err and len(steps_of(out)) == 8
+
+
 # ---------------------------------------------------------------------------- what a checkpoint is
 
 

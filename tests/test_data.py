@@ -315,6 +315,7 @@ BAD_ROWS = {
     "a qid twice": (row(qid="a-1"), "duplicate qid 'a-1', first at .*data.jsonl:1"),
     "more markers than images": (row(qid="b", question="<image> <image>"), "qid b.*2 <image>"),
     "markers and no image": (row(qid="b", image=None), "qid b.*1 <image> markers but 0 images"),
+    "half of a surrogate pair": (row(question="\ud83d?"), "surrogate"),
     "an image that is a number": (row(qid="b", image=[3]), "qid b.*int"),
     "invalid JSON": ('{"question": ', "invalid JSON"),
     "not an object": ("[1, 2]", "object"),

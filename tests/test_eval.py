@@ -115,6 +115,13 @@ def test_marking_twice_and_marking_the_result_give_the_same_files(tmp_path, mmmu
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_a_file_without_responses_is_no_score_of_0(tmp_path, mmmu, capsys):
+    (tmp_path / "r.jsonl").write_text("")
+    flags = ["--benchmark", "mmmu", "--data", mmmu, "--responses", tmp_path / "r.jsonl"]
+    assert run(*flags, "--out", tmp_path / "out") == 2
+    assert "r.jsonl: the file is empty" in capsys.readouterr().err
+
+
 ROWS = {
     "mathvista": mathvista_row(), "mathverse": mathverse_row(), "mathvision": mathvision_row(),
     "mmmu": mmmu_row(), "mmmu_pro": mmmu_pro_row(), "emma": emma_row(), "emma_mini": emma_row(),

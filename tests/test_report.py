@@ -21,8 +21,7 @@ from record import Recorder
 from report import main, write_report
 
 HOSTILE = (
-    "</script><script>document.title='owned'</script>"
-    "<img src=x onerror=\"document.title='owned'\">"
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 )
 PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AA"
@@ -154,7 +153,10 @@ def test_a_second_look_that_was_not_kept_is_shown_under_the_response_that_stood(
     stood = response([["\\boxed{5}.<|im_end|>", False]], not_kept=second)
     elements = Elements(page_of(write_run(tmp_path / "run", samples=[group(0, responses=[stood])])))
     assert "not kept" in elements.text and "looked again: right → wrong" in elements.text
-    assert [item["class"] for item in elements.of("li") if "class" in item] == ["is-right", "is-wrong"]
+    assert [item["class"] for item in elements.of("li") if "class" in item] == [
+        "is-right",
+        "is-wrong",
+    ]
     assert len(elements.of("script")) == 1
 
 
@@ -195,7 +197,7 @@ def test_whatever_a_model_or_a_data_set_wrote_is_shown_as_text(tmp_path):
     row = group(0, text=HOSTILE, responses=[response(pieces)])
     row["question"] |= {"answer": HOSTILE, "images": [PIXEL + '"onload="alert(1)']}
     config = {"steps": 4, HOSTILE: HOSTILE}
-    folder = write_run(tmp_path / "\" onload=\"<script>alert(1)<", samples=[row], config=config)
+    folder = write_run(tmp_path / '" onload="<script>alert(1)<', samples=[row], config=config)
     elements = Elements(page_of(folder, write_run(tmp_path / "other")))
     assert len(elements.of("script")) == 1
     assert len(elements.of("img")) == 1 and "onload" not in elements.of("img")[0]
@@ -272,6 +274,10 @@ def wrong_rows(folder):
     (folder / "samples.jsonl").write_text('{"step": 1}\n')
 
 
+def step_of_text(folder):
+    (folder / "metrics.jsonl").write_text('{"step": "one"}\n')
+
+
 def not_text(folder):
     (folder / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\n")
 
@@ -289,7 +295,8 @@ def a_folder_in_the_way(folder):
     [
         (no_run, "no such run"), (no_metrics, "no metrics.jsonl"),
         (broken_line, "jsonl:2: invalid"), (wrong_rows, "question, responses, step"),
-        (not_text, "not a text file"), (broken_config, "config.json: invalid"),
+        (not_text, "not a text file"), (step_of_text, "jsonl:1: step 'one'"),
+        (broken_config, "config.json: invalid"),
         (a_folder_in_the_way, "cannot be written"),
     ],
 )  # fmt: skip
