@@ -7,7 +7,8 @@ values serve all G rows. While decoding, a row's attention has two halves, softm
     suffix  [B, H, S, d]   one a row: what the row itself has said, written in place
 
 so that the prompt is stored once and read once a step, however many responses it has. Rows that
-have finished leave the batch. What the policy said is recorded as it is said: its token ids, their
+have finished leave the batch. A step looks at no value and writes in place, so that a GPU can replay
+it as a whole (`record`). What the policy said is recorded as it is said: its token ids, their
 log-probabilities (the behaviour policy's, which PPO's ratio needs), and a mask that is False where
 a token was forced.
 
@@ -232,6 +233,11 @@ def by_prompt(x: torch.Tensor, slot, N: int, group_size: int) -> torch.Tensor:
     """[B, H, g, e] -> [N, H, G g, e]: the rows of a group side by side, so that their prompt is read once.
 
     Members that have left are rows of zeros, which cost nothing: reading is what takes the time.
+
+    >>> x = torch.tensor([5.0, 7.0]).view(2, 1, 1, 1)  # the first of one group, the last of another
+    >>> by_prompt(x, torch.tensor([0, 3]), N=2, group_size=2).flatten(1)
+    tensor([[5., 0.],
+            [0., 7.]])
     """
     _, H, g, e = x.shape
     if len(x) < N * group_size:
