@@ -169,8 +169,9 @@ def tree_attention(
         module, own(query), keys, values, trees.mask, is_causal=False, **options
     )  # [B, R, h, d]
     out = F.pad(causal, (0, 0, 0, 0, 0, T - P)).flatten(0, 1)  # [N T, h, d]
-    real = trees.own >= 0
-    return out.index_put((trees.own[real],), branches[real]).unflatten(0, (N, T)), None
+    # One more row, for index -1: choosing what is no padding would make the host wait for a GPU.
+    out = F.pad(out, (0, 0, 0, 0, 0, 1)).index_put_((trees.own,), branches)[:-1]
+    return out.unflatten(0, (N, T)), None
 
 
 AttentionInterface.register("tree", tree_attention)

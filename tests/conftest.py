@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import toy
@@ -179,3 +181,28 @@ def chi_squared(counts, probabilities) -> tuple[float, float]:
     statistic = ((counts - expected) ** 2 / expected).sum().item()
     k = 2 / (9 * (len(counts) - 1))
     return statistic, (len(counts) - 1) * (1 - k + 3.0902 * k**0.5) ** 3
+
+
+class StaysOn(TorchDispatchMode):
+    """Refuses operations that take a tensor of another device: on a GPU they would wait for it.
+
+    Reading a value (`.item()`, `nonzero`, a mask as an index) the meta device refuses by itself.
+    """
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device, self.operations = device, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        strangers = [x for x in tensors if x.device.type != self.device]
+        assert not strangers, f"{function}: {strangers}"
+        self.operations += 1
+        return function(*args, **(kwargs or {}))
+
+
+def to_meta(policy: Policy) -> Policy:
+    """Without values: what then looks at one fails, as it would make a GPU's host wait."""
+    policy = policy.to("meta")
+    policy.text_model.rotary_emb.to("meta")
+    return policy

@@ -2,16 +2,19 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import (
     QUESTIONS,
+    StaysOn,
     hf_distribution,
     hf_inputs,
     hf_logprobs,
     noise_image,
     random_response,
+    to_meta,
     unsettle,
 )
 from PIL import Image
@@ -32,6 +35,7 @@ from model import (
     save_policy,
     with_pixels,
 )
+from tree import build_trees
 
 
 def responses_of(policy, lengths, seed=0) -> list[torch.Tensor]:
@@ -99,6 +103,23 @@ def test_tree_gradients_equal_those_of_separate_rows(own_policy, groups):
     assert tree.keys() == rows.keys() and pictured == any("visual" in name for name in tree)
     for name in tree:
         assert relative_difference(tree[name], rows[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_tree_is_trained_without_looking_at_a_value(own_policy, prompts, kept):
+    """Two groups of unlike lengths, without the vision tower: on a GPU the host would wait."""
+    prompt = next(p for p in prompts if p.pixel_values is None)
+    longer = replace(prompt, input_ids=prompt.input_ids.repeat(2), position_ids=torch.arange(
+        2 * len(prompt.input_ids)).expand(3, -1))  # fmt: skip
+    said = [torch.tensor([30, 31, 32]), torch.tensor([33])]
+    trees = build_trees([(prompt, said), (longer, said[1:])]).to("meta")
+    if not kept:
+        own_policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = to_meta(own_policy.train())
+    with StaysOn("meta") as watch:
+        policy(trees)[0].sum().backward()
+    assert watch.operations > 100
+    assert policy.text_model.layers[0].mlp.up_proj.weight.grad is not None
 
 
 def test_gradient_checkpointing_changes_no_gradient(own_policy, policy, prompts):

@@ -5,9 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import QUESTIONS, chi_squared, hf_distribution, hf_generate, hf_inputs, hf_logprobs
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from conftest import (
+    QUESTIONS,
+    StaysOn,
+    chi_squared,
+    hf_distribution,
+    hf_generate,
+    hf_inputs,
+    hf_logprobs,
+    to_meta,
+)
 
 import rollout
 from data import UserError
@@ -237,24 +244,6 @@ def test_prompts_run_once_whatever_is_sampled_and_extended(own_policy, prompts):
 # ---------------------------------------------------------------------------- CUDA graphs
 
 
-class StaysOn(TorchDispatchMode):
-    """Refuses operations that take a tensor of another device: on a GPU they would wait for it.
-
-    Reading a value (`.item()`, `nonzero`, a mask as an index) the meta device refuses by itself.
-    """
-
-    def __init__(self, device: str):
-        super().__init__()
-        self.device, self.operations = device, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        strangers = [x for x in tensors if x.device.type != self.device]
-        assert not strangers, f"{function}: {strangers}"
-        self.operations += 1
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("some_have_left", [False, True])
 def test_a_decoding_step_looks_at_no_value_and_copies_from_no_other_device(
@@ -268,8 +257,7 @@ def test_a_decoding_step_looks_at_no_value_and_copies_from_no_other_device(
         left = torch.tensor([0, 3, 4])
         rows = rows.select(left)
         cache.select(left)
-    policy = own_policy.to("meta")
-    policy.text_model.rotary_emb.to("meta")
+    policy = to_meta(own_policy)
     for thing in (rows, cache):
         for name, value in vars(thing).items():
             if isinstance(value, torch.Tensor):
