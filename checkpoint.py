@@ -4,7 +4,7 @@
         config.json, *.safetensors, tokenizer ...   the policy in the hub's layout: any tool loads it
         trainer.json                                step, episode, settings: everything but tensors
         samples.json                                what is left of the episode, and the replay buffer
-        state-RANK-of-WORLD.safetensors             each rank's fp32 weights and Adam moments
+        state-PART-of-PARTS.safetensors             each part's fp32 weights and Adam moments
 
 A checkpoint is written under another name and renamed when it is whole, so one that can be seen is
 complete. Nothing is pickled: a checkpoint from elsewhere can do no harm by being read.

@@ -51,14 +51,16 @@ class Config:
     batch_size: int = flag(128, "responses an optimiser step [P: 512]")
     max_new_tokens: int = flag(48, "longest response [C: 2048]")
     temperature: float = flag(1.0, "of sampling and of the log-probabilities [P: 1.0]")
-    rollout_rows: int = flag(256, "responses decoded at once on a rank: their KV cache must fit")
+    rollout_rows: int = flag(
+        256, "responses decoded at once on a rank, in whole groups: their KV cache must fit"
+    )
 
     lr: float = flag(1e-4, "peak learning rate of AdamW [C: 1e-6]")
     warmup: float = flag(0.03, "share of the steps that the learning rate rises [C: 0.03]")
     final_lr: float = flag(0.5, "what the cosine ends at, as a share of the peak [C: 0.5]")
     weight_decay: float = flag(0.0, "of AdamW [C: 0]")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm [C: 1.0]")
-    micro_batch_tokens: int = flag(8192, "tokens of a forward pass, padding included")
+    micro_batch_tokens: int = flag(8192, "tokens of a forward pass's rows, padding included")
     gradient_checkpointing: bool = flag(
         False, "compute activations again in the backward pass [C: true]"
     )

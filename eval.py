@@ -55,7 +55,7 @@ class Config:
     force_rethink: bool = flag(False, "force every response to look again, too (paper, Fig. 7)")
     rows: int = flag(64, "responses decoded at once: their KV cache must fit")
     cuda_graphs: bool = flag(True, "on a GPU, launch a decoding step as a whole")
-    seed: int = flag(0, "of sampling; every batch has its own, so resuming changes nothing")
+    seed: int = flag(0, "of sampling; each batch has its own: go on with the same --rows")
 
 
 def parse(argv: list[str]) -> Config:

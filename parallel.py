@@ -153,12 +153,13 @@ def whole_weights(policy: Policy, by_layer: bool = False):
     `by_layer`, for a model that does not fit on one GPU, only the embedding and the head stay, and layers
     are gathered as they run (`rollout.layers_in_turn`): then all ranks must take equally many steps.
     """
+    by_layer = by_layer and world() > 1  # a single rank holds every layer anyway
     units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
     gathered = [u for u in units if u is policy] if by_layer else units
     for unit in gathered:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    policy.lockstep = by_layer and world() > 1
+    policy.lockstep = by_layer
     try:
         yield
     finally:

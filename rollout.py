@@ -32,7 +32,7 @@ from model import NEVER, Policy, Prompt, Sample, decode, masked_logits
 from rethink import Extension
 from tree import join_pictures
 
-COMPACT_BELOW = 0.75  # finished rows leave when fewer than this share of the batch still decodes
+COMPACT_BELOW = 0.75  # finished rows leave when at most this share of the batch still decodes
 
 
 # (index of the prompt, index in the group, the finished response) -> how it goes on, or None
@@ -41,9 +41,14 @@ Extend = Callable[[int, int, Sample], Extension | None]
 
 @dataclass
 class Rows:
-    """B responses under way. `length[b]` counts tokens said; the last said is fed next."""
+    """B responses under way. `length[b]` counts tokens said; the last said is fed next.
 
-    origin: torch.Tensor  # [B] n * G + g: which response of which prompt
+    A row of length 3 has said three tokens and fed two: its next step feeds the third at place 2 and
+    writes the fourth at place 3. An extension that keeps 2 tokens sets the length back to 2: what the
+    cache holds from place 1 on is written over.
+    """
+
+    origin: torch.Tensor  # [B] n * G + g: which response of which prompt; -1 once collected
     first: torch.Tensor  # [B] M-RoPE position of the first response token
     length: torch.Tensor  # [B]
     done: torch.Tensor  # [B] bool
@@ -314,7 +319,7 @@ def generate_batch(
     may_force = extend is not None
     advance(rows, *sample_token(policy, hidden, temperature, generator), eos, may_force)
     as_graph = recordable(policy)
-    # Looking at `done` makes the host wait for the GPU; on a CPU it costs nothing.
+    # Looking at `done` makes the host wait for the GPU; a row that has ended decodes on until then.
     check_every = 16 if device.type == "cuda" else 2
     # What attention reads of the suffix is rounded up to it: a recorded step has fixed shapes.
     block = 256 if as_graph else 1
@@ -327,18 +332,22 @@ def generate_batch(
         finish(policy, rows, prompts, samples, extend, progress)
         live = (~rows.done).nonzero()[:, 0]
         longest = int(rows.length[live].max()) if len(live) else max_new_tokens
-        if 0 < len(live) <= COMPACT_BELOW * len(rows.done):
-            rows = rows.select(live)
-            cache.select(live)
+        # To the next multiple of `check_every`: then cuts in `block`s fall on checks too.
         steps = min(check_every - longest % check_every, max_new_tokens - longest)
         steps = most(steps, policy)
         if steps == 0:
             return samples
+        # In lockstep a rank that has finished goes on with one row, for the sake of the others.
+        kept = live if len(live) else live.new_zeros(1)
+        if len(kept) <= COMPACT_BELOW * len(rows.done):
+            rows = rows.select(kept)
+            cache.select(kept)
         span = min(-(-(longest + steps) // block) * block, max_new_tokens)
         cache.grow(span, max_new_tokens)
         shapes = (len(rows.done), span, cache.size)
         if as_graph and shapes != recorded:
-            step()  # what it needs once, such as cuBLAS's memory, must not be recorded
+            step()  # libraries set themselves up when they are first used: not while recording
+            run_step = step  # lets go of the last recording's memory
             run_step, recorded, steps = record(step, generator), shapes, steps - 1
         for _ in range(steps):
             run_step()
@@ -370,9 +379,11 @@ def record(step: Callable, generator: torch.Generator | None) -> Callable:
         # "thread_local": meanwhile NCCL's watchdog looks at its events, from a thread of its own.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or isinstance(
+            error.__context__, torch.OutOfMemoryError
+        ):
+            raise torch.OutOfMemoryError(str(error)) from error
         reason = str(error).splitlines()[0]
         raise UserError(
             f"a decoding step cannot be recorded ({reason}); --cuda_graphs false does without"
@@ -415,6 +426,9 @@ def sample_token(policy: Policy, hidden, temperature: float, generator):
         token = torch.searchsorted(cumulative, u, right=True)
         # Among nan nothing is found: the update, which sees that it is not finite, deals with it.
         token = token.clamp_max(logprobs.shape[-1] - 1)
+        # A GPU sums in parallel, so rounding may open a gap where an id of chance 0 stands.
+        possible = logprobs.gather(-1, token).exp() > 0
+        token = torch.where(possible, token, logprobs.argmax(-1, keepdim=True))
     return token[:, 0], logprobs.gather(-1, token)[:, 0]
 
 

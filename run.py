@@ -128,8 +128,9 @@ def prepare(config: Config) -> Run:
 
 
 def check_room(out: Path, policy: Policy, checkpoints: int) -> None:
-    """Raise UserError where the disk cannot hold them: weights twice, two moments, 4 bytes each."""
-    needed = 16 * sum(p.numel() for p in policy.parameters()) * checkpoints
+    """Raise UserError where the disk cannot hold them: weights and two moments in fp32, and the hub's copy."""
+    copy = 2 if torch.cuda.is_available() else 4
+    needed = (12 + copy) * sum(p.numel() for p in policy.parameters()) * checkpoints
     free = shutil.disk_usage(out).free
     if free < needed:
         raise UserError(f"--out {out}: {free >> 20} MiB free, {checkpoints} checkpoints need "
@@ -275,18 +276,24 @@ def resume(run: Run) -> bool:
     run.buffer.draws = trainer["draws"]
     packed = agree(lambda: checkpoint.read_samples(directory))
     known = {q.id: q for q in run.questions or []}
-    prompts = {}
-    for qid in {row["qid"] for rows in packed.values() for row in rows}:
-        if run.questions is None:
-            known[qid] = toy.question_by_id(toy.LEVELS[run.config.toy_level], qid)
-        elif qid not in known:
-            raise UserError(f"{run.config.data}: no question {qid}, which the episode under way needs; "
-                            "resume with the file and the flags of before")  # fmt: skip
-        prompt = encode(run.policy, known[qid], run.config.template)
-        # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.
-        prompts[qid] = replace(prompt, pixel_values=None) if parallel.world() > 1 else prompt
-    run.fresh = [checkpoint.unpack_sample(row, prompts) for row in packed["fresh"]]
-    run.buffer.samples = [checkpoint.unpack_sample(row, prompts) for row in packed["buffer"]]
+
+    def unpack() -> tuple[list[Sample], list[Sample]]:
+        prompts = {}
+        for qid in {row["qid"] for rows in packed.values() for row in rows}:
+            if run.questions is None:
+                known[qid] = toy.question_by_id(toy.LEVELS[run.config.toy_level], qid)
+            elif qid not in known:
+                raise UserError(f"{run.config.data}: no question {qid}, which the episode under way needs; "
+                                "resume with the file and the flags of before")  # fmt: skip
+            prompt = encode(run.policy, known[qid], run.config.template)
+            # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.
+            prompts[qid] = replace(prompt, pixel_values=None) if parallel.world() > 1 else prompt
+        return tuple(
+            [checkpoint.unpack_sample(row, prompts) for row in packed[part]]
+            for part in ("fresh", "buffer")
+        )
+
+    run.fresh, run.buffer.samples = agree(unpack)
     if run.step > run.total_steps:
         raise UserError(f"--steps {run.total_steps}: {directory} is further already; raise it")
     if parallel.rank() == 0:

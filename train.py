@@ -150,9 +150,16 @@ class Branch:
     """A sample in an optimiser batch."""
 
     sample: Sample
-    draws: int = 0  # times it counts in the policy-gradient loss
+    draws: int = (
+        0  # times it counts in the policy-gradient loss; 0: in the SFT loss alone, or nowhere
+    )
     fresh: bool = False  # one of this batch's own samples; any further draws come from the buffer
     imitate: bool = False  # a second look kept in this batch: counts in the SFT loss
+
+    @property
+    def replays(self) -> int:
+        """Draws from the replay buffer: all but a fresh sample's own place."""
+        return self.draws - (self.fresh and self.draws > 0)
 
 
 def choose_batch(run: Run) -> tuple[list[Sample], list[Branch]]:
@@ -192,7 +199,7 @@ def micro_batch_loss(run: Run, branches: list[Branch], trees, totals: Counter):
     old = stack([b.sample.logprobs for b in branches], device)  # [B, R]
     advantages = torch.tensor([b.sample.advantage for b in branches], device=device)  # [B]
     draws = torch.tensor([float(b.draws) for b in branches], device=device)[:, None]  # [B, 1]
-    replayed = torch.tensor([not b.fresh for b in branches], device=device)[:, None]
+    replays = torch.tensor([float(b.replays) for b in branches], device=device)[:, None]
     on_policy = torch.tensor([b.sample.step == run.step for b in branches], device=device)[:, None]
     sft_mask = stack([imitated(b.sample, c.rethink_sft_on) & b.imitate for b in branches], device)
 
@@ -207,8 +214,8 @@ def micro_batch_loss(run: Run, branches: list[Branch], trees, totals: Counter):
             "loss": loss.detach(), "sft_loss": sft_loss.detach(),
             "entropy": (entropy * mask * draws).sum(),
             "clipped": (clipped * draws).sum(),
-            "clipped_replayed": (clipped * replayed * draws).sum(),
-            "replayed_tokens": (mask * replayed * draws).sum(),
+            "clipped_replayed": (clipped * replays).sum(),
+            "replayed_tokens": (mask * replays).sum(),
             "mismatch": drift.max(),
         }  # fmt: skip
     return loss + c.rethink_sft_coef * sft_loss, sums
@@ -249,7 +256,8 @@ def update(run: Run, branches: list[Branch]) -> dict:
 def micro_batches(run: Run, branches: list[Branch]):
     """This rank's share of the batch: (its branches, their trees), a micro-batch at a time.
 
-    A rank that runs out repeats a branch, counting for nothing: all ranks must take equally many.
+    A rank that runs out repeats a branch that counts for nothing: its gradients are 0, but all ranks
+    must gather and reduce equally often.
     """
     lengths = [
         (b.sample.prompt.question.id, len(b.sample.prompt.input_ids), len(b.sample.tokens))
@@ -294,8 +302,8 @@ def train_step(run: Run, sampling_seconds: float) -> dict:
     if branches:  # ruined weights make all rewards equal: an empty batch is no sign of health
         run.not_finite = 0 if finite else run.not_finite + 1
     draws, tokens = sum(b.draws for b in branches), max(1, numbers.get("tokens", 0))
-    replayed = draws - sum(b.fresh and b.draws > 0 for b in branches)
-    age = sum((run.step - b.sample.step) * b.draws for b in branches if not b.fresh)
+    replayed = sum(b.replays for b in branches)
+    age = sum((run.step - b.sample.step) * b.replays for b in branches)
     replayed_tokens = numbers.get("replayed_tokens", 0)
     own_tokens = max(1, tokens - replayed_tokens)
     clipped, clipped_replayed = numbers.get("clipped", 0), numbers.get("clipped_replayed", 0)

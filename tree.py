@@ -40,6 +40,7 @@ class Trees:
     lengths: list[int]  # response lengths, over trees and branches in order; they sum to K
     longest_prompt: int  # P
     own: torch.Tensor  # [B, R]: flat index (row * T + column) of each response's tokens, or -1
+    source: torch.Tensor  # [B * R]: the same, with some token or other at padding
     row: torch.Tensor  # [B]: which tree each response is on
     mask: torch.Tensor  # [B, 1, R, P + R]: what a response's token sees of its prompt and of itself
 
@@ -105,6 +106,8 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]]) -> Trees:
             row.append(n)
             start += R
     own = torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=-1)  # [B, R]
+    # Not one token for all padding: gradients are added up there, one after the other on a GPU.
+    source = torch.where(own >= 0, own, torch.arange(own.numel()).view_as(own) % (N * T)).flatten()
     row = torch.tensor(row)
     prompts = (branch == 0).sum(-1)  # [N]
     longest_prompt = int(prompts.max())
@@ -112,7 +115,7 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]]) -> Trees:
         input_ids, position_ids, branch,
         *join_pictures([prompt for prompt, _ in groups]),
         torch.cat(predictor), torch.cat(targets), lengths,
-        longest_prompt, own, row, response_mask(prompts[row], longest_prompt, own.shape[1]),
+        longest_prompt, own, source, row, response_mask(prompts[row], longest_prompt, own.shape[1]),
     )  # fmt: skip
 
 
@@ -161,12 +164,20 @@ def tree_attention(
     )  # [N, P, h, d]
 
     def own(x):  # [N, heads, T, d] -> [B, heads, R, d]
-        return x.transpose(1, 2).flatten(0, 1)[trees.own.clamp(min=0)].transpose(1, 2)
+        x = x.transpose(1, 2).flatten(0, 1).index_select(0, trees.source)
+        return x.unflatten(0, trees.own.shape).transpose(1, 2)
 
-    keys = torch.cat((key[:, :, :P][trees.row], own(key)), dim=2)  # [B, H, P + R, d]
-    values = torch.cat((value[:, :, :P][trees.row], own(value)), dim=2)
+    def with_prompt(x):  # [N, heads, T, d] -> [B, heads, P + R, d]
+        return torch.cat((x[:, :, :P].index_select(0, trees.row), own(x)), dim=2)
+
     branches, _ = sdpa_attention_forward(
-        module, own(query), keys, values, trees.mask, is_causal=False, **options
+        module,
+        own(query),
+        with_prompt(key),
+        with_prompt(value),
+        trees.mask,
+        is_causal=False,
+        **options,
     )  # [B, R, h, d]
     out = F.pad(causal, (0, 0, 0, 0, 0, T - P)).flatten(0, 1)  # [N T, h, d]
     # One more row, for index -1: choosing what is no padding would make the host wait for a GPU.
@@ -195,8 +206,9 @@ def plan_micro_batches(
 
     branches  (question id, prompt length, response length) a branch
     ranks     how many share the work; each gets about the same number of tokens
-    budget    tokens a micro-batch, padding included. A group that is longer is cut into several
-              trees; one that is longer with a single branch gets a micro-batch of its own.
+    budget    tokens of a micro-batch's rows, padding included. A group that is longer is cut into
+              several trees; one that is longer with a single branch gets a micro-batch of its own.
+              (Within attention each response is padded to the longest of its micro-batch besides.)
 
     Ranks may get different numbers of micro-batches: the caller fills up with empty ones.
 

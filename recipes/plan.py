@@ -93,14 +93,18 @@ def main() -> None:
         shown = f"{number / 1e9:.1f} B" if name == "parameters" else f"{number / 2**30:.1f} GiB"
         print(f"| {name} | {shown} | {formula} |")
     size = {name: number for name, number, _ in rows}
-    state = sum(size[k] for k in ("fp32 weights, rank 0", "Adam moments", "embedding and head, gathered",
-                                  "two layers, gathered"))  # fmt: skip
-    update = size["fp32 gradients"] + size["saved activations"]
+    state = size["fp32 weights, rank 0"] + size["Adam moments"]
+    gathered = size["embedding and head, gathered"] + size["two layers, gathered"]
+    whole = 2 * size["parameters"] if c.rollout_weights == "whole" else gathered
+    update = gathered + size["fp32 gradients"] + size["saved activations"]
     update += size["one layer's activations"] + size["vocabulary chunk"]
-    sampling = size["KV cache of a rollout"]
-    print(f"| **while sampling** | **{(state + sampling) / 2**30:.1f} GiB** | state + KV cache |")
+    sampling = whole + size["KV cache of a rollout"]
+    held = "the whole model in bf16" if c.rollout_weights == "whole" else "what is gathered"
     print(
-        f"| **while updating** | **{(state + update) / 2**30:.1f} GiB** | state + gradients + activations |"
+        f"| **while sampling** | **{(state + sampling) / 2**30:.1f} GiB** | weights, moments, {held}, KV cache |"
+    )
+    print(
+        f"| **while updating** | **{(state + update) / 2**30:.1f} GiB** | weights, moments, what is gathered, gradients, activations |"
     )
 
 

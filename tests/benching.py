@@ -217,16 +217,14 @@ def resident(field: str) -> int:
 
 
 def step_memory(make_ways, arguments: tuple, names: list[str]) -> dict:
-    """Peak memory of one step of each way: {name: bytes or None}.
+    """Peak memory of one step of each way on a CPU: {name: bytes or None}.
 
     make_ways  a function of a module, (*arguments) -> {name: action}
 
-    On a CPU each way runs in a new process, so that none finds memory that another has left. Those
+    Each way runs in a new process, so that none finds memory that another has left. Those
     processes are forked from one that has only imported torch: a fork of this one would inherit
     its memory, and OpenMP does not survive a fork.
     """
-    if torch.cuda.is_available():
-        return {name: gpu_step_memory(action) for name, action in make_ways(*arguments).items()}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
     with context.Pool(1, maxtasksperchild=1) as pool:

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import (
@@ -27,6 +29,7 @@ from tiny import (
 )
 from two_ranks import BUDGETS, ONE_RANK, even_lucky, gradients_of_hand_made_batch, hand_made_batch
 
+import parallel
 import train
 from checkpoint import list_checkpoints
 from config import parse
@@ -225,8 +228,9 @@ def test_two_ranks_go_on_from_one(ranks):
 
 def test_one_rank_goes_on_from_two(ranks, base, tmp_path, monkeypatch):
     let_be_right(monkeypatch, even_lucky)
-    run_training(base, ranks("") / "exact", **ONE_RANK | {"steps": 6}, resume="true")
-    assert [row["step"] for row in steps_of(ranks("") / "exact")] == [1, 2, 3, 4, 5, 6]
+    out = shutil.copytree(ranks("") / "exact", tmp_path / "run")
+    run_training(base, out, **ONE_RANK | {"steps": 6}, resume="true")
+    assert [row["step"] for row in steps_of(out)] == [1, 2, 3, 4, 5, 6]
     # What one rank reads is what two wrote, one after the other.
     written = ranks("") / "one_rank" / "checkpoint-4"
     parts = [load_file(written / f"state-{r}-of-2.safetensors") for r in (0, 1)]
@@ -236,6 +240,34 @@ def test_one_rank_goes_on_from_two(ranks, base, tmp_path, monkeypatch):
         found = {"param": parameter.detach()} | run.optimizer.state[parameter]
         for kind in ("param", "exp_avg", "exp_avg_sq"):
             assert torch.equal(found[kind], torch.cat([part[f"{kind}/{name}"] for part in parts]))
+
+
+# ---------------------------------------------------------------------------- one rank as on a GPU
+
+
+@pytest.mark.parametrize("weights", ["whole", "layer"])
+def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(
+    base, tmp_path, monkeypatch, weights
+):
+    def start():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return torch.device("cpu")
+
+    half = parallel.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    monkeypatch.setattr(parallel, "start", start)
+    monkeypatch.setattr(parallel, "MixedPrecisionPolicy", lambda **_: half)
+    let_be_right(monkeypatch, lucky)
+    settings = {
+        "rollout_weights": weights,
+        "rethink_fraction": 0.5,
+        "gradient_checkpointing": "true",
+    }
+    run_training(base, tmp_path, **settings)
+    rows = steps_of(tmp_path)
+    assert len(rows) == 4 and not any(row["skipped"] for row in rows)
+    assert all(0 < row["logp_mismatch"] < 0.5 for row in rows)  # bf16: not 1e-5
+    trained = weights_of(tmp_path / "checkpoint-4")
+    assert all(tensor.dtype == torch.float32 for tensor in trained.values())
 
 
 # ---------------------------------------------------------------------------- mistakes

@@ -327,10 +327,11 @@ def test_a_step_that_cannot_be_recorded_is_named_with_the_way_around(monkeypatch
 def test_on_a_gpu_recorded_steps_decode_and_sample_as_they_should(own_policy, prompts):
     policy = own_policy.to("cuda")
     greedy = {}
+    ends, policy.eos_ids = policy.eos_ids, [0]  # long enough to be recorded anew
     for policy.cuda_graphs in (True, False):
-        greedy[policy.cuda_graphs] = [g[0] for g in generate(policy, prompts, 1, 60, 0)]
+        greedy[policy.cuda_graphs] = [g[0] for g in generate(policy, prompts, 1, 300, 0)]
     assert all(map(same, *greedy.values()))
-    policy.cuda_graphs = True
+    policy.cuda_graphs, policy.eos_ids = True, ends
     draw = torch.Generator("cuda").manual_seed(20)
     groups = generate(policy, prompts, 8, 60, 1.0, draw, extend_every([30, 31], 60))
     for group in groups:
