@@ -192,6 +192,18 @@ def test_banned_ids_are_never_sampled_even_when_their_logits_are_the_largest(own
                 torch.testing.assert_close(sample.logprobs, want, atol=1e-4, rtol=0)
 
 
+def test_an_id_of_chance_0_is_not_drawn_where_rounding_opens_a_gap(policy, monkeypatch):
+    """A GPU's cumulative sum may rise where nothing is added; here the look-up finds such a place."""
+    banned = policy.banned_ids[0]
+    monkeypatch.setattr(
+        torch, "searchsorted", lambda table, u, right: torch.full_like(u, banned).long()
+    )
+    hidden = torch.randn(5, policy.text_model.config.hidden_size, generator=seeded(0))
+    with torch.no_grad():
+        token, logprob = rollout.sample_token(policy, hidden, 100.0, seeded(1))
+    assert banned not in token.tolist() and (logprob > -100).all()
+
+
 # ---------------------------------------------------------------------------- what a Sample holds
 
 

@@ -315,11 +315,15 @@ def test_replay_keeps_the_batch_full_and_filter_does_not(base, tmp_path, monkeyp
 def test_nothing_is_replayed_from_an_earlier_episode(base, tmp_path, monkeypatch):
     let_be_right(monkeypatch, lucky)
     seen = spy_on_updates(monkeypatch)
-    run_training(base, tmp_path, steps=6, heldout=0)
+    rows = steps_of(run_training(base, tmp_path, steps=6, heldout=0))
     replayed = 0
     for step, (_, branches, _) in enumerate(seen):
         assert all(b.sample.step == step - step % 2 for b in branches)  # two steps an episode
-        replayed += sum(b.draws > b.fresh for b in branches)
+        draws = sum(b.draws - (b.fresh and b.draws > 0) for b in branches)
+        replayed += draws
+        # Draws of the batch's own samples are replayed too, and as old as all of the episode.
+        assert rows[step]["replayed"] == draws / 16
+        assert rows[step]["replay_age"] == (step % 2 if draws else 0)
     assert replayed > 0
 
 
