@@ -176,7 +176,8 @@ class Policy(nn.Module):
         hidden = self.text_model(
             inputs_embeds=embeds,
             position_ids=trees.position_ids,
-            attention_mask=trees.mask,  # of the shape `tree_attention` takes; handed through to it
+            # Four dimensions, so that transformers makes none of its own: `tree_attention` has `trees`.
+            attention_mask=trees.responses[0].mask,
             trees=trees,
             use_cache=False,
         ).last_hidden_state  # [N, T, D]

@@ -25,6 +25,28 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+# Responses up to this length, in tokens, are padded to one length; above, to the double at most.
+SHORT = 64
+
+
+@dataclass
+class Responses:
+    """B responses of like length, as `tree_attention` takes them: rows of their own, padded to R."""
+
+    own: torch.Tensor  # [B, R]: flat index (row * T + column) of each response's tokens, or -1
+    source: torch.Tensor  # [B * R]: the same, with some token or other at padding
+    row: torch.Tensor  # [B]: which tree each response is on
+    mask: torch.Tensor  # [B, 1, R, P + R]: what a response's token sees of its prompt and of itself
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, heads, T, d] -> [B, heads, R, d]: what belongs to their tokens."""
+        x = x.transpose(1, 2).flatten(0, 1).index_select(0, self.source)
+        return x.unflatten(0, self.own.shape).transpose(1, 2)
+
+    def take_with_prompt(self, x: torch.Tensor, P: int) -> torch.Tensor:
+        """[N, heads, T, d] -> [B, heads, P + R, d]: their prompt's before it."""
+        return torch.cat((x[:, :, :P].index_select(0, self.row), self.take(x)), dim=2)
+
 
 @dataclass
 class Trees:
@@ -39,14 +61,14 @@ class Trees:
     targets: torch.Tensor  # [K]: the response token predicted there
     lengths: list[int]  # response lengths, over trees and branches in order; they sum to K
     longest_prompt: int  # P
-    own: torch.Tensor  # [B, R]: flat index (row * T + column) of each response's tokens, or -1
-    source: torch.Tensor  # [B * R]: the same, with some token or other at padding
-    row: torch.Tensor  # [B]: which tree each response is on
-    mask: torch.Tensor  # [B, 1, R, P + R]: what a response's token sees of its prompt and of itself
+    responses: list[Responses]  # all of them, the longest first
 
     def to(self, device) -> "Trees":
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **moved)
+        def move(x):
+            return {k: v.to(device) for k, v in vars(x).items() if isinstance(v, torch.Tensor)}
+
+        responses = [replace(some, **move(some)) for some in self.responses]
+        return replace(self, **move(self), responses=responses)
 
 
 def tree_mask(branch: torch.Tensor) -> torch.Tensor:
@@ -105,18 +127,39 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]]) -> Trees:
             own.append(n * T + torch.arange(start, start + R))
             row.append(n)
             start += R
-    own = torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=-1)  # [B, R]
-    # Not one token for all padding: gradients are added up there, one after the other on a GPU.
-    source = torch.where(own >= 0, own, torch.arange(own.numel()).view_as(own) % (N * T)).flatten()
-    row = torch.tensor(row)
     prompts = (branch == 0).sum(-1)  # [N]
     longest_prompt = int(prompts.max())
+
+    def pad(chosen: list[int]) -> Responses:
+        tokens = torch.nn.utils.rnn.pad_sequence([own[i] for i in chosen], True, -1)  # [B, R]
+        # Not one token for all padding: gradients are added up there, one after the other on a GPU.
+        other = torch.arange(tokens.numel()).view_as(tokens) % (N * T)
+        source = torch.where(tokens >= 0, tokens, other).flatten()
+        rows = torch.tensor([row[i] for i in chosen])
+        mask = response_mask(prompts[rows], longest_prompt, tokens.shape[1])
+        return Responses(tokens, source, rows, mask)
+
     return Trees(
         input_ids, position_ids, branch,
         *join_pictures([prompt for prompt, _ in groups]),
         torch.cat(predictor), torch.cat(targets), lengths,
-        longest_prompt, own, source, row, response_mask(prompts[row], longest_prompt, own.shape[1]),
+        longest_prompt, [pad(chosen) for chosen in of_like_length(lengths)],
     )  # fmt: skip
+
+
+def of_like_length(lengths: list[int]) -> list[list[int]]:
+    """Indices by length, the longest first, cut where half of a row would be padding.
+
+    >>> of_like_length([100, 300, 10, 200, 140, 90])
+    [[1, 3], [4, 0, 5], [2]]
+    """
+    groups, longest = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not groups or 2 * lengths[i] < longest and longest > SHORT:
+            groups.append([])
+            longest = lengths[i]
+        groups[-1].append(i)
+    return groups
 
 
 def join_pictures(prompts: list) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -148,8 +191,9 @@ def tree_attention(
     """Attention on trees without a [T, T] mask, as transformers' attention interface calls it.
 
     Two calls: the prompts among themselves, causally (no mask, so the fastest kernel serves); then every
-    response, a row of its own, over its prompt and itself. A mask over whole rows would have each
-    response look at its siblings, to throw that away: at G = 8 it takes two to four times as long.
+    response, a row of its own, over its prompt and itself (a call for each range of lengths, so that
+    one long response does not pad all others). A mask over whole rows would have each response look at
+    its siblings, to throw that away: at G = 8 it takes two to four times as long.
 
     query [N, h, T, d]; key, value [N, H, T, d] -> [N, T, h, d]. Without `trees`, plain attention.
     """
@@ -163,26 +207,16 @@ def tree_attention(
         module, query[:, :, :P], key[:, :, :P], value[:, :, :P], None, is_causal=True, **options
     )  # [N, P, h, d]
 
-    def own(x):  # [N, heads, T, d] -> [B, heads, R, d]
-        x = x.transpose(1, 2).flatten(0, 1).index_select(0, trees.source)
-        return x.unflatten(0, trees.own.shape).transpose(1, 2)
-
-    def with_prompt(x):  # [N, heads, T, d] -> [B, heads, P + R, d]
-        return torch.cat((x[:, :, :P].index_select(0, trees.row), own(x)), dim=2)
-
-    branches, _ = sdpa_attention_forward(
-        module,
-        own(query),
-        with_prompt(key),
-        with_prompt(value),
-        trees.mask,
-        is_causal=False,
-        **options,
-    )  # [B, R, h, d]
     out = F.pad(causal, (0, 0, 0, 0, 0, T - P)).flatten(0, 1)  # [N T, h, d]
     # One more row, for index -1: choosing what is no padding would make the host wait for a GPU.
-    out = F.pad(out, (0, 0, 0, 0, 0, 1)).index_put_((trees.own,), branches)[:-1]
-    return out.unflatten(0, (N, T)), None
+    out = F.pad(out, (0, 0, 0, 0, 0, 1))
+    for some in trees.responses:
+        said, _ = sdpa_attention_forward(
+            module, some.take(query), some.take_with_prompt(key, P), some.take_with_prompt(value, P),
+            some.mask, is_causal=False, **options,
+        )  # fmt: skip
+        out = out.index_put_((some.own,), said)  # [B, R, h, d]
+    return out[:-1].unflatten(0, (N, T)), None
 
 
 AttentionInterface.register("tree", tree_attention)
@@ -208,7 +242,6 @@ def plan_micro_batches(
     ranks     how many share the work; each gets about the same number of tokens
     budget    tokens of a micro-batch's rows, padding included. A group that is longer is cut into
               several trees; one that is longer with a single branch gets a micro-batch of its own.
-              (Within attention each response is padded to the longest of its micro-batch besides.)
 
     Ranks may get different numbers of micro-batches: the caller fills up with empty ones.
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tree
 from tree import build_trees, pad_rows, plan_micro_batches, tree_attention, tree_mask
 
 
@@ -86,9 +87,11 @@ def test_targets_are_response_tokens_alone(policy, prompts):
     assert predicted_from.tolist() == [0, 1, 1, 0, 0, 1]
 
 
+@pytest.mark.parametrize("short", [64, 1], ids=["one_call", "by_length"])
 @pytest.mark.parametrize("seed", range(4))
-def test_attention_on_trees_does_what_the_mask_says(seed):
+def test_attention_on_trees_does_what_the_mask_says(seed, short, monkeypatch):
     """Values and gradients, for prompts and responses of different lengths and grouped heads."""
+    monkeypatch.setattr(tree, "SHORT", short)
     rng = random.Random(seed)
     groups = [
         (text_prompt(*range(rng.randint(1, 9))),
@@ -96,6 +99,7 @@ def test_attention_on_trees_does_what_the_mask_says(seed):
         for _ in range(3)
     ]  # fmt: skip
     trees = build_trees(groups)
+    assert (len(trees.responses) > 1) == (short == 1)
     N, T = trees.input_ids.shape
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(N, h, T, 8, generator=generator) for h in (4, 2, 2))
@@ -116,12 +120,24 @@ def test_attention_on_trees_does_what_the_mask_says(seed):
         return (scores.softmax(-1) @ v).transpose(1, 2)
 
     def in_two_calls(q, k, v):
-        out, _ = tree_attention(module, q, k, v, trees.mask, trees)
+        out, _ = tree_attention(module, q, k, v, None, trees)
         assert torch.isfinite(out).all()
         return out
 
     for got, want in zip(run(in_two_calls), run(by_the_mask)):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_no_response_is_padded_to_more_than_its_double_or_what_is_short():
+    rng = random.Random(0)
+    lengths = [int(rng.lognormvariate(6, 1)) + 1 for _ in range(200)]
+    groups = tree.of_like_length(lengths)
+    assert sorted(i for group in groups for i in group) == list(range(200))
+    for group in groups:
+        longest = max(lengths[i] for i in group)
+        assert all(2 * lengths[i] >= longest for i in group) or longest <= tree.SHORT
+    padded = sum(max(lengths[i] for i in group) * len(group) for group in groups)
+    assert padded < 1.5 * sum(lengths) < max(lengths) * 200
 
 
 def test_pad_rows_makes_one_row_a_response():
