@@ -144,7 +144,10 @@ def find_model(config: Config) -> str:
     if config.model not in ("", "toy"):
         return config.model
     if any(name != "toy" for name in names(config)):
-        raise UserError(f"--benchmark {config.benchmark}: give a --model, a directory or hub id")
+        raise UserError(
+            f"--benchmark {config.benchmark}: give a --model, a directory or hub id (the toy policy reads "
+            "the toy world alone)"
+        )
     found = [path.parent for path in Path("runs").glob("*/checkpoint-*/trainer.json")]
     found = [path for path in found if trainer_config(str(path)).get("model") == "toy"]
     if found and not config.model:
@@ -221,7 +224,9 @@ def evaluate(config: Config) -> dict[str, dict]:
         made = {"responses": config.responses} if config.responses else made_with(config, name)
         settings = made | {"data": config.data, "limit": config.limit}
         if RANK == 0:
-            told = ", ".join(f"{k} {v}" for k, v in made.items() if v or k == "temperature")
+            told = ", ".join(
+                f"{k} {v}" for k, v in made.items() if k != "saved" and (v or k == "temperature")
+            )
             print(f"{name}: {len(items)} questions, results in {out}; {told}")
         if config.responses:
             check_owner(config, name, out)

@@ -374,6 +374,8 @@ def load_policy(
                 raise UserError(f"--model {path}: no weights for {name} in its safetensors")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
+        if list(directory.glob("checkpoint-*")):
+            reason = "a run's folder: give one of its checkpoint-STEP"
         raise UserError(f"--model {path}: the checkpoint cannot be read ({reason})") from None
     # The processor's template (chat_template.json) knows pictures; a tokenizer's may not.
     processor_template = directory / "chat_template.json"

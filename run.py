@@ -264,13 +264,20 @@ def resume(run: Run) -> bool:
         return False
     directory = Path(found[-1])
     trainer = agree(lambda: checkpoint.load_state(directory, run.policy, run.optimizer))
+    before = trainer["config"]
+    for name in ("data", "toy_level"):
+        if before.get(name, getattr(run.config, name)) != getattr(run.config, name):
+            raise UserError(f"{directory}: was made with --{name} {before[name]}; resume with that, or start "
+                            f"a new run from it: --model {directory}")  # fmt: skip
     changed = [
-        name for name, value in trainer["config"].items()
+        name for name, value in before.items()
         if name not in ("out", "resume", "steps", "save_every", "keep_last", "eval_every")
         and value != getattr(run.config, name, value)
     ]  # fmt: skip
-    if changed and parallel.rank() == 0:
-        tqdm.write(f"note: {', '.join(changed)} differ from the run that is resumed")
+    if parallel.rank() == 0:
+        tqdm.write(f"resuming {directory}")
+        if changed:
+            tqdm.write(f"note: flags changed since: {', '.join(changed)}")
     for name in COUNTERS:
         setattr(run, name, trainer[name])
     run.buffer.draws = trainer["draws"]

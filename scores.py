@@ -271,7 +271,9 @@ def table(summaries: dict[str, dict]) -> str:
             )
         several = [f"{key} {100 * s[key]:.1f}" for key in s if key.split("@")[0] in ("pass", "maj")]
         rows = [(name, "accuracy", "n")]
-        rows += [(g, f"{100 * v['accuracy']:.1f}", str(v["n"])) for g, v in s["groups"].items()]
+        rows += [
+            (g, f"{100 * v['accuracy']:.1f}", str(v["n"])) for g, v in sorted(s["groups"].items())
+        ]
         covers = [f"rules cover {s['rules_cover']}"] if "rules_cover" in s else []
         blocks.append("\n".join([_aligned(rows), *several, *covers]))
     return "\n\n".join(blocks)

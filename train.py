@@ -419,7 +419,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:  # the second one, or one before training
         if parallel.rank() == 0:
             how = (
-                f"go on with --resume --out {run.out}"
+                f"go on with --resume --out {run.out} and the flags of before"
                 if run
                 else "nothing to resume: start it again"
             )

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # torchrun kills its processes 30 s after Ctrl-C; a step, and the saving after it, takes longer.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600
-data=$1
+data=${1:?DATA/39Krelease.parquet}
 out=${2:-runs/3b}
 
 # --preset 7b      the paper's settings; what follows differs from them

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # torchrun kills its processes 30 s after Ctrl-C; a step, and the saving after it, takes longer.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600
-data=$1
+data=${1:?DATA/39Krelease.parquet}
 out=$2
 
 # torchrun: --nnodes, --nproc_per_node   how many machines, and GPUs of each

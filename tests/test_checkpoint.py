@@ -202,7 +202,7 @@ def test_flags_that_changed_since_are_noted(base, whole, tmp_path, capsys):
     changed = BOTH | {"steps": 9, "lr": 2e-3, "ssr": "filter", "resume": "true"}
     run_training(base, out, **changed)
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
-    assert notes == ["note: lr, ssr differ from the run that is resumed"]
+    assert notes == ["note: flags changed since: lr, ssr"]
 
 
 def test_resuming_is_exact_where_the_vision_tower_has_seen_nothing_yet(base, tmp_path, monkeypatch):
@@ -278,6 +278,14 @@ def test_a_measurement_that_was_due_at_an_interruption_is_made_up(base, tmp_path
     run_training(base, tmp_path / "run", **settings, resume="true")
     assert [row["step"] for row in heldout_of(tmp_path / "run")] == [0, 2, 3]
     assert heldout_of(tmp_path / "run") == heldout_of(tmp_path / "whole")
+
+
+def test_resuming_with_other_data_is_refused(base, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    command = flags(base, out, **BOTH | {"toy_level": "hard", "steps": 9, "resume": "true"})
+    assert train.main(command) == 2
+    assert "was made with --toy_level easy" in capsys.readouterr().err
+    assert len(steps_of(out)) == 8
 
 
 def test_resuming_to_fewer_steps_than_are_done_is_refused(base, whole, tmp_path, capsys):
