@@ -65,6 +65,8 @@ def unpack_sample(row: dict, prompts: dict) -> Sample:
     row["tokens"] = torch.tensor(row["tokens"], dtype=torch.long)
     row["logprobs"] = torch.tensor(row["logprobs"], dtype=torch.float32)
     row["mask"] = torch.tensor(row["mask"], dtype=torch.bool)
+    if not 0 < len(row["tokens"]) == len(row["logprobs"]) == len(row["mask"]):
+        raise ValueError("a sample's tokens, logprobs and mask differ in length")
     return Sample(prompt=prompt, **row)
 
 
@@ -143,6 +145,9 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
     Raises UserError where the checkpoint is of another model or lacks a file.
     """
     trainer = read_json(directory / "trainer.json")
+    needed = {"step", "episode", "counts", "not_finite", "logp_mismatch", "draws", "config"}
+    if missing := sorted(needed - trainer.keys()):
+        raise KeyError(f"trainer.json has no {missing[0]}")
     paths = [
         directory / f"state-{r}-of-{trainer['shards']}.safetensors"
         for r in range(trainer["shards"])

@@ -246,7 +246,8 @@ def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> l
     for place, row in read_rows(path):
         n_rows += 1
         text, answer = row.get("question"), row.get("answer")
-        if not all(is_text(x) for x in (text, answer) if isinstance(x, str)):
+        texts = (text, answer, row.get("qid"), row.get("category"))
+        if not all(is_text(x) for x in texts if isinstance(x, str)):
             raise UserError(
                 f"{place}: half of a surrogate pair, which no tokenizer reads; mend the row"
             )

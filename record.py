@@ -14,10 +14,14 @@ class Recorder:
 
     def __init__(self, out: Path, active: bool, resume_step: int | None = None):
         self.out, self.active, self.board = out, active, None
+        self.measured = -1  # the last step with a held-out accuracy
         if not active:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             forget_after(out / name, -1 if resume_step is None else resume_step)
+        if (out / "metrics.jsonl").exists():
+            rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+            self.measured = max((r["step"] for r in rows if "heldout_accuracy" in r), default=-1)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -52,13 +56,13 @@ class Recorder:
                 "responses": [describe(sample, tokenizer) for sample in group],
             })  # fmt: skip
 
-    def summary(self, step: int, total: int) -> str:
+    def summary(self, step: int, total: int, saved: list[Path]) -> str:
         """The last line of a run: what was learnt, where it is, and how to go on."""
         with open(self.out / "metrics.jsonl", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
         heldout = [row["heldout_accuracy"] for row in rows if "heldout_accuracy" in row]
         learnt = f"held-out accuracy {heldout[0]:.2f} -> {heldout[-1]:.2f}; " if heldout else ""
-        where = f"checkpoint: {self.out}/checkpoint-{step}"
+        where = f"checkpoint: {saved[-1]}" if saved else "no checkpoint: gradients were not finite"
         if step < total:
             how = f"go on with --resume --out {self.out} and the flags of before"
             return f"stopped after step {step} of {total}; {where}; {how}"

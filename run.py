@@ -245,7 +245,7 @@ def drop_long_prompts(config: Config, policy: Policy, questions: list[Question])
 
 # ---------------------------------------------------------------------------- save and resume
 
-COUNTERS = ("step", "episode", "counts", "not_finite", "logp_mismatch", "measured")
+COUNTERS = ("step", "episode", "counts", "not_finite", "logp_mismatch")
 
 
 def save(run: Run) -> None:
@@ -257,16 +257,31 @@ def save(run: Run) -> None:
     checkpoint.save(run.out, run.policy, run.optimizer, trainer, samples, run.config.keep_last)
 
 
+def undamaged(directory: Path, action, *arguments):
+    """Do what reads a checkpoint; what it trips over is said in one line."""
+    try:
+        return action(*arguments)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{directory}: damaged, or of another version ({type(error).__name__}: {error}); delete it to "
+            "resume from the one before"
+        ) from None
+
+
 def resume(run: Run) -> bool:
     """Go back to the newest checkpoint of OUT; False where there is none yet."""
     found = parallel.from_first([str(p) for p in checkpoint.list_checkpoints(run.out)])
     if not found:
         return False
     directory = Path(found[-1])
-    trainer = agree(lambda: checkpoint.load_state(directory, run.policy, run.optimizer))
+    trainer = agree(
+        lambda: undamaged(directory, checkpoint.load_state, directory, run.policy, run.optimizer)
+    )
     before = trainer["config"]
     for name in ("data", "toy_level"):
-        if before.get(name, getattr(run.config, name)) != getattr(run.config, name):
+        now, then = getattr(run.config, name), before.get(name)
+        # A file may have moved; what its questions are is checked where they are needed.
+        if then != now and (name == "toy_level" or "toy" in (then, now)):
             raise UserError(f"{directory}: was made with --{name} {before[name]}; resume with that, or start "
                             f"a new run from it: --model {directory}")  # fmt: skip
     changed = [
@@ -300,7 +315,7 @@ def resume(run: Run) -> bool:
             for part in ("fresh", "buffer")
         )
 
-    run.fresh, run.buffer.samples = agree(unpack)
+    run.fresh, run.buffer.samples = agree(lambda: undamaged(directory, unpack))
     if run.step > run.total_steps:
         raise UserError(f"--steps {run.total_steps}: {directory} is further already; raise it")
     if parallel.rank() == 0:

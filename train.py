@@ -401,10 +401,13 @@ def main(argv: list[str]) -> int:
         run = prepare(config)
         resumed = run.config.resume and resume(run)
         record = Recorder(run.out, parallel.rank() == 0, run.step if resumed else None)
+        run.measured = parallel.from_first(record.measured)
         with gentle_stop(run):
             train(run, record)
+        parallel.barrier()
         if parallel.rank() == 0:
-            print(record.summary(run.step, run.total_steps))
+            saved = checkpoint.list_checkpoints(run.out)
+            print(record.summary(run.step, run.total_steps, saved))
     except UserError as error:
         if (
             parallel.rank() == 0 or run is not None

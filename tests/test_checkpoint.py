@@ -137,6 +137,28 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(base, tmp_path, capsys):
     assert str(damaged) in error and "delete" in error
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("trainer.json", lambda found: {k: v for k, v in found.items() if k != "draws"}),
+        ("trainer.json", lambda found: [found]),
+        ("samples.json", lambda found: {"fresh": 5, "buffer": []}),
+        ("samples.json", lambda found: {**found, "fresh": [r | {"mask": r["mask"][1:]} for r in found["fresh"]]}),
+    ],
+    ids=["lacks_a_key", "a_list", "no_rows", "lengths_differ"],
+)  # fmt: skip
+def test_a_checkpoint_of_wrong_types_is_named_with_what_to_do(
+    base, whole, tmp_path, capsys, name, damage
+):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    shutil.rmtree(out / "checkpoint-8")
+    path = out / "checkpoint-6" / name
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    assert train.main(flags(base, out, **BOTH, resume="true")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "checkpoint-6" in error and "delete it" in error
+
+
 KILLED_WHILE_IT_SAVES = """
 import os, signal, sys
 sys.path[:0] = sys.argv[1].split(os.pathsep)
@@ -276,6 +298,7 @@ def test_a_measurement_that_was_due_at_an_interruption_is_made_up(base, tmp_path
         run_training(base, tmp_path / "run", **settings)
     assert [row["step"] for row in heldout_of(tmp_path / "run")] == [0]
     run_training(base, tmp_path / "run", **settings, resume="true")
+    run_training(base, tmp_path / "run", **settings, resume="true")  # nothing is left to do
     assert [row["step"] for row in heldout_of(tmp_path / "run")] == [0, 2, 3]
     assert heldout_of(tmp_path / "run") == heldout_of(tmp_path / "whole")
 

@@ -32,6 +32,7 @@ import rollout
 import scores
 import toy
 from model import save_policy
+from toy import LEVELS, toy_questions
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,6 +114,16 @@ def test_marking_twice_and_marking_the_result_give_the_same_files(tmp_path, mmmu
         summary.pop("settings")
         seen.append(((tmp_path / "out" / "mmmu.jsonl").read_text(), summary))
     assert seen[0] == seen[1] == seen[2]
+
+
+def test_responses_to_the_toy_world_are_marked(tmp_path):
+    responses = write_jsonl(tmp_path / "r.jsonl", [])
+    [item] = toy_questions(LEVELS["easy"], 1, 0, heldout=True)
+    responses.write_text(
+        json.dumps({"id": item.id, "response": f"\\boxed{{{item.answer}}}"}) + "\n"
+    )
+    assert run("--responses", responses, "--limit", 1, "--out", tmp_path / "out") == 0
+    assert summary_of(tmp_path / "out", "toy")["accuracy"] == 1
 
 
 def test_a_file_without_responses_is_no_score_of_0(tmp_path, mmmu, capsys):
