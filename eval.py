@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import scores
-from asking import RANK, answers_from_model, made_with, read_answers
+from asking import RANK, answers_from_model, made_with
 from benchmarks import BENCHMARKS, Item
 from config import flag, read_flags
 from data import TEMPLATES, UserError, load_questions, read_rows, write_atomically
@@ -248,21 +248,16 @@ def evaluate(config: Config) -> dict[str, dict]:
         if config.limit:
             summary["label"] += f", first {len(items)} only"
         summaries[name] = summary | {"settings": settings}
-        save(out, name, marked, summaries[name])
+        others = {}  # a model's answers that a smaller --limit leaves out
+        if (out / f"{name}.run.json").exists():
+            others = {id_: found for id_, found in answers.items() if id_ not in marked}
+        save(out, name, marked | others, summaries[name])
     return summaries
 
 
 def save(out: Path, name: str, marked: dict[str, list[dict]], summary: dict) -> None:
     """NAME.jsonl in the order of the data, and this benchmark's entry in summary.json."""
     lines = [json.dumps(line) + "\n" for lines in marked.values() for line in lines]
-    if (out / f"{name}.run.json").exists():  # a model's answers, which a smaller --limit leaves out
-        others = read_answers(out / f"{name}.jsonl").items()
-        lines += [
-            json.dumps(found[k]) + "\n"
-            for id_, found in others
-            if id_ not in marked
-            for k in sorted(found)
-        ]
     write_atomically(out / f"{name}.jsonl", "".join(lines))
     for part in out.glob(f"{name}.rank*.jsonl"):
         part.unlink()

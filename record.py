@@ -18,10 +18,9 @@ class Recorder:
         if not active:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
-            forget_after(out / name, -1 if resume_step is None else resume_step)
-        if (out / "metrics.jsonl").exists():
-            rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-            self.measured = max((r["step"] for r in rows if "heldout_accuracy" in r), default=-1)
+            for row in forget_after(out / name, -1 if resume_step is None else resume_step):
+                if "heldout_accuracy" in row:
+                    self.measured = max(self.measured, row["step"])
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -73,18 +72,21 @@ class Recorder:
             file.write(json.dumps(row) + "\n")
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps: the run that is resumed writes them again."""
+def forget_after(path: Path, step: int) -> list[dict]:
+    """Drop the lines of later steps: the run that is resumed writes them again. Returns what is kept."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, rows = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] <= step:
                 kept.append(line + "\n")
+                rows.append(row)
         except (ValueError, KeyError, TypeError):
             pass  # the last line of a run that was killed while it wrote
     write_atomically(path, "".join(kept))
+    return rows
 
 
 def describe(sample, tokenizer) -> dict:

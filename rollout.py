@@ -158,7 +158,7 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) 
 
     tokens     [B] ids; positions [B] their M-RoPE position (one number: for text all three agree)
     at         [B] where in the suffix the token stands
-    span       1 + the largest `at`, known to the host, so that attention reads no further
+    span       at least 1 + the largest `at`, known to the host: attention reads no further
     """
     model = policy.text_model
     angles = positions[:, None].float() * model.rotary_emb.inv_freq  # [B, d / 2]

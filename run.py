@@ -257,10 +257,10 @@ def save(run: Run) -> None:
     checkpoint.save(run.out, run.policy, run.optimizer, trainer, samples, run.config.keep_last)
 
 
-def undamaged(directory: Path, action, *arguments):
+def undamaged(directory: Path, action):
     """Do what reads a checkpoint; what it trips over is said in one line."""
     try:
-        return action(*arguments)
+        return action()
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
             f"{directory}: damaged, or of another version ({type(error).__name__}: {error}); delete it to "
@@ -274,9 +274,14 @@ def resume(run: Run) -> bool:
     if not found:
         return False
     directory = Path(found[-1])
-    trainer = agree(
-        lambda: undamaged(directory, checkpoint.load_state, directory, run.policy, run.optimizer)
-    )
+
+    def load() -> dict:
+        trainer = checkpoint.load_state(directory, run.policy, run.optimizer)
+        if missing := sorted({*COUNTERS, "draws", "config"} - trainer.keys()):
+            raise KeyError(f"trainer.json has no {missing[0]}")
+        return trainer
+
+    trainer = agree(lambda: undamaged(directory, load))
     before = trainer["config"]
     for name in ("data", "toy_level"):
         now, then = getattr(run.config, name), before.get(name)

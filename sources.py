@@ -146,14 +146,13 @@ def check_pictures(items: list[Item], will_be_seen: bool, progress=iter) -> list
     def sizes(item: Item) -> list[tuple]:
         found, where = [], f"{item.place} (id {item.question.id})"
         for source in item.question.images:
-            if isinstance(source, Image.Image):  # the toy world's
-                found.append(source.size)
-                continue
             name = "embedded picture" if isinstance(source, bytes) else f"picture {source}"
-            if not will_be_seen and not isinstance(source, bytes) and not source.is_file():
+            opened = isinstance(source, Image.Image)  # as the toy world's are
+            in_a_file = not opened and not isinstance(source, bytes)
+            if not will_be_seen and in_a_file and not source.is_file():
                 continue
             try:
-                if will_be_seen:
+                if will_be_seen or opened:
                     found.append(open_image(source).size)
                     continue
                 with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as it:

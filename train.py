@@ -150,9 +150,7 @@ class Branch:
     """A sample in an optimiser batch."""
 
     sample: Sample
-    draws: int = (
-        0  # times it counts in the policy-gradient loss; 0: in the SFT loss alone, or nowhere
-    )
+    draws: int = 0  # times it counts in the policy-gradient loss; 0: in the SFT loss, or nowhere
     fresh: bool = False  # one of this batch's own samples; any further draws come from the buffer
     imitate: bool = False  # a second look kept in this batch: counts in the SFT loss
 

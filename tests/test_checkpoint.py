@@ -253,17 +253,27 @@ def test_resuming_is_exact_where_the_vision_tower_has_seen_nothing_yet(base, tmp
         assert_same_run(out, tmp_path / "whole")
 
 
-def test_a_question_that_has_left_the_file_is_named(base, tmp_path, monkeypatch, capsys):
+def write_rows(data: Path, rows) -> None:
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def interrupted_over_sums(base, tmp_path, monkeypatch) -> tuple[Path, list[dict], dict]:
+    """(data file, its rows, settings) of a run in tmp_path/run that was stopped within an episode."""
     rows = [{"qid": f"q{i}", "question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(8)]
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(data, rows)
     settings = {"data": data, "heldout": 0, "ssr": "off", "episode_queries": 8, "steps": 4}
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run_training(base, tmp_path / "run", **settings)
+    return data, rows, settings
+
+
+def test_a_question_that_has_left_the_file_is_named(base, tmp_path, monkeypatch, capsys):
+    data, rows, settings = interrupted_over_sums(base, tmp_path, monkeypatch)
     held = json.loads((tmp_path / "run/checkpoint-2/samples.json").read_text())
     needed = {row["qid"] for row in held["fresh"]}
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows if row["qid"] not in needed))
+    write_rows(data, [row for row in rows if row["qid"] not in needed])
     capsys.readouterr()
     assert train.main(flags(base, tmp_path / "run", **settings, resume="true")) == 2
     line = capsys.readouterr().err.splitlines()[-1]
@@ -273,17 +283,11 @@ def test_a_question_that_has_left_the_file_is_named(base, tmp_path, monkeypatch,
 def test_a_question_that_changed_within_an_episode_is_named_and_config_json_stays(
     base, tmp_path, monkeypatch, capsys
 ):
-    rows = [{"qid": f"q{i}", "question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(8)]
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"data": data, "heldout": 0, "ssr": "off", "episode_queries": 8, "steps": 4}
-    with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        run_training(base, tmp_path / "run", **settings)
+    data, rows, settings = interrupted_over_sums(base, tmp_path, monkeypatch)
     config = (tmp_path / "run/config.json").read_text()
     for row in rows:
         row["question"] = row["question"].replace("+", "-")
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(data, rows)
     command = flags(base, tmp_path / "run", **settings, resume="true", lr=5e-4)
     assert train.main(command) == 2
     assert "changed within an episode" in capsys.readouterr().err

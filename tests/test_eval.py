@@ -375,6 +375,10 @@ def test_the_toy_world_is_asked_by_default(tmp_path, model, capsys):
     assert run(*flags) == 0
     assert summary_of(tmp_path / "out", "toy")["n"] == 5
     assert "held-out toy questions, first 5 only" in capsys.readouterr().out
+    said = (tmp_path / "out" / "toy.jsonl").read_text()
+    assert run(*flags[:-1], 2) == 0
+    assert summary_of(tmp_path / "out", "toy")["n"] == 2
+    assert (tmp_path / "out" / "toy.jsonl").read_text() == said  # nothing computed is lost
 
 
 # ---------------------------------------------------------------------------- errors
