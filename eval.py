@@ -13,7 +13,7 @@ pictures between 256 x 28 x 28 and 1280 x 28 x 28 pixels, the plain prompt. Writ
     summary.json      {NAME: accuracy, ci95, counts, groups, settings}
 
 What we do differently from the released evaluator: a response is marked by its benchmark's own rule
-(benchmarks.py); several samples are drawn at temperature 0.6 as there, but without its top-p 0.95;
+(benchmarks/readers.py); several samples are drawn at temperature 0.6 as there, but without its top-p 0.95;
 under torchrun each process answers a share with the whole model and no collective, so ranks never
 wait for each other.
 """
@@ -23,13 +23,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import scores
-from asking import RANK, answers_from_model, made_with
-from benchmarks import BENCHMARKS, Item
+from benchmarks import scores
+from benchmarks.asking import RANK, answers_from_model, made_with
+from benchmarks.readers import BENCHMARKS, Item
 from config import flag, read_flags
 from data import TEMPLATES, UserError, load_questions, read_rows, write_atomically
 from reward import extract_answer, is_correct
-from sources import check_pictures, find_data, find_files, load
+from benchmarks.sources import check_pictures, find_data, find_files, load
 
 NAMES = ("toy", *BENCHMARKS)
 

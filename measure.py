@@ -7,7 +7,7 @@ import toy
 from model import encode
 from rethink import before_rethinking, rethinks
 from rollout import generate
-from run import Run, add_counts, agree, generator, grade
+from prepare import Run, add_counts, agree, generator, grade
 
 
 def measure(run: Run) -> dict:

@@ -10,7 +10,7 @@ around the reward. It may be made while a run is going.
 Whatever a model wrote is escaped. Should that ever be forgotten, the page's security policy still
 names its one script by hash, lets no other run, and fetches nothing.
 
-How it looks is in report_page.html, how curves are drawn in curves.py.
+How it looks is in pages/report.html, how curves are drawn in pages/curves.py.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from curves import Chart, draw, ends, series, show_number, swatch
+from pages.curves import Chart, draw, ends, series, show_number, swatch
 from data import UserError, write_atomically
-from transcripts import rollouts
+from pages.transcripts import rollouts
 
-PAGE = Path(__file__).with_name("report_page.html")
+PAGE = Path(__file__).parent / "pages/report.html"
 CHARTS = (
     Chart("heldout_accuracy", "Held-out accuracy", "greedy answers to questions never trained on",
           "%", 1.0),

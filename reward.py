@@ -3,7 +3,7 @@ r"""Is this answer right? 1.0 if the last box of a response means the same as th
 The idea: the reward is the only teacher, so a right answer in an unusual form must not be
 called wrong, a near miss must not be called right, and no text may execute, hang or raise.
 Texts are compared in the order of cost: as strings, as option letters, as tidy strings, as
-structures (answers.py), as values (mathvalue.py). Nothing is evaluated by Python, sympy or a
+structures (grading/structure.py), as values (grading/value.py). Nothing is evaluated by Python, sympy or a
 LaTeX parser; caps on length, depth and size bound the time, so threads and workers are safe.
 
 The grammar of an answer, from the outside in (each file's docstring has its own part):
@@ -60,8 +60,8 @@ differently: the released code asks a LaTeX-to-sympy library and adds a bonus fo
 
 import re
 
-from answers import readings, same
-from tidy import tidy, words
+from grading.structure import readings, same
+from grading.spelling import tidy, words
 
 MAX_LENGTH = 1000
 # A brace, or a backslash with what it escapes: \\{ is a line break and a brace, \{ is no brace.

@@ -14,7 +14,7 @@ then take Q G / B optimiser steps on them.
 
 Every rank holds all samples of an episode (token ids and numbers; pictures are read again where
 they are needed) and computes the same plan from them, so no rank has to ask another what to train on.
-What a run is made of is in run.py, its flags in config.py.
+What a run is made of is in prepare.py, its flags in config.py.
 """
 
 import math
@@ -33,14 +33,14 @@ import parallel
 import toy
 from config import Config, parse
 from data import Question, UserError
-from explain import explain
+from pages.walk import explain
 from grpo import is_clipped, policy_loss, token_weights
 from measure import measure
 from model import Sample, encode, response_logprobs, with_pixels
 from record import Recorder
 from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks
 from rollout import generate, most
-from run import (
+from prepare import (
     Run,
     add_counts,
     agree,

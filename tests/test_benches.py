@@ -60,7 +60,7 @@ def test_a_bench_that_fails_is_named_and_the_others_run(monkeypatch, tmp_path, c
     commands = [["missing.py"], ["bench_train.py", "--help"]]
     monkeypatch.setattr(bench_all, "benches", lambda quick: commands)
     assert bench_all.main(["--out", str(tmp_path / "tables.md")]) == 1
-    assert "failed: python tests/missing.py" in capsys.readouterr().err
+    assert "failed: python bench/missing.py" in capsys.readouterr().err
     written = (tmp_path / "tables.md").read_text()
     assert "failed with exit status 2" in written and "--gradient_checkpointing" in written
 

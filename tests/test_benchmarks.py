@@ -1,4 +1,4 @@
-"""The promises of benchmarks.py, rules.py, megabench.py and sources.py, on invented rows.
+"""The promises of readers.py, rules.py, mega.py and sources.py, on invented rows.
 
 Every row has the columns of the published files; every picture is a real PNG made here.
 """
@@ -10,15 +10,15 @@ import json
 import pytest
 from PIL import Image
 
-import benchmarks
-import megabench
-import megametrics
-import rules
-import scores
-import sources
-from benchmarks import BENCHMARKS
+from benchmarks import readers
+from benchmarks import mega
+from benchmarks import mega_metrics
+from benchmarks import rules
+from benchmarks import scores
+from benchmarks import sources
+from benchmarks.readers import BENCHMARKS
 from data import UserError
-from sources import load
+from benchmarks.sources import load
 
 
 def png(colour="red", size=(40, 30)) -> bytes:
@@ -129,7 +129,7 @@ def extracted(response: str):
     return rules.extract(response)
 
 
-@pytest.mark.parametrize("module", [benchmarks, megabench, megametrics, rules, scores, sources])
+@pytest.mark.parametrize("module", [readers, mega, mega_metrics, rules, scores, sources])
 def test_the_examples_in_the_docstrings_hold(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -239,7 +239,7 @@ def test_mathvista_lists_are_read_and_compared_in_order():
 
 
 def test_mathvista_asks_the_query_after_its_picture():
-    item = benchmarks.mathvista(mathvista_row())
+    item = readers.mathvista(mathvista_row())
     assert item.question.text.startswith("<image>Hint: ")
     assert "arithmetic" in item.groups
     assert "figure question answering" in item.groups
@@ -257,10 +257,10 @@ def test_mathverse_options_are_parsed_from_the_question():
 def test_mathverse_vision_only_has_no_question_and_is_still_asked_and_marked():
     row = mathverse_row(question="", problem_version="Vision Only",
                         query_cot="According to the question shown, reason.")  # fmt: skip
-    item = benchmarks.mathverse(row)
+    item = readers.mathverse(row)
     assert item.question.text == "<image>According to the question shown, reason."
     assert is_right("mathverse", row, "\\boxed{40°}")
-    bare = benchmarks.mathverse(row | {"query_cot": ""})
+    bare = readers.mathverse(row | {"query_cot": ""})
     assert bare.question.text == "<image>Answer the question in the picture."
 
 
@@ -287,7 +287,7 @@ def test_mathverse_free_form_takes_the_right_hand_side_without_units():
 
 
 def test_mathverse_versions_of_a_problem_are_one_cluster():
-    item = benchmarks.mathverse(mathverse_row())
+    item = readers.mathverse(mathverse_row())
     assert item.cluster == "1801"
     assert item.groups == ["Text Lite", "multi-choice", "Plane Geometry", "Angle"]
 
@@ -297,17 +297,17 @@ def test_mathverse_versions_of_a_problem_are_one_cluster():
 
 def test_mathvision_shows_its_merged_picture_once_however_many_tags():
     row = mathvision_row(question="Compare <image1> with <image2> and <image3>.")
-    item = benchmarks.mathvision(row)
+    item = readers.mathvision(row)
     assert item.question.text.count("<image>") == 1
     assert "<image2>" not in item.question.text
     assert len(item.question.images) == 1
 
 
 def test_mathvision_prints_no_list_of_options_that_are_drawn():
-    drawn = benchmarks.mathvision(mathvision_row(options=["A", "B", "C", "D", "E"]))
+    drawn = readers.mathvision(mathvision_row(options=["A", "B", "C", "D", "E"]))
     assert "Choices" not in drawn.question.text
     assert is_right("mathvision", mathvision_row(options=["A", "B", "C", "D", "E"]), "\\boxed{C}")
-    listed = benchmarks.mathvision(mathvision_row())
+    listed = readers.mathvision(mathvision_row())
     assert "Choices:\n(A) 1\n(B) 2" in listed.question.text
 
 
@@ -335,7 +335,7 @@ def test_mathvision_free_answers_are_equal_to_two_decimals_and_golds_are_mended(
 
 
 def test_mmmu_reads_printed_lists_and_names_its_pictures():
-    item = benchmarks.mmmu(mmmu_row(image_2=stored("blue"), question="Is <image 2> in <image 1>?"))
+    item = readers.mmmu(mmmu_row(image_2=stored("blue"), question="Is <image 2> in <image 1>?"))
     assert item.question.choices == ["block P", "block Q", "both together", "neither"]
     assert item.question.text.startswith("<image><image>Is [Image 2] in [Image 1]?\nChoices:\n(A)")
     assert item.groups == ["multiple-choice", "Science", "Physics"]
@@ -366,14 +366,14 @@ def test_mmmu_open_answers_match_an_alias_or_a_number():
 def test_mmmu_pro_pictures_keep_their_number_when_options_are_shuffled():
     row = mmmu_pro_row(options="['<image 3>', '<image 2>']", answer="B", image_2=stored("blue"),
                        image_3=stored("green"))  # fmt: skip
-    item = benchmarks.mmmu_pro(row)
+    item = readers.mmmu_pro(row)
     assert item.question.text.endswith("(A) [Image 3]\n(B) [Image 2]")
     assert [Image.open(io.BytesIO(data)).getpixel((0, 0)) for data in item.question.images] == [
         (255, 0, 0), (0, 0, 255), (0, 128, 0)]  # fmt: skip
 
 
 def test_mmmu_pro_settings_share_ids_and_are_told_apart():
-    standard, vision = benchmarks.mmmu_pro(mmmu_pro_row()), benchmarks.mmmu_pro(vision_row())
+    standard, vision = readers.mmmu_pro(mmmu_pro_row()), readers.mmmu_pro(vision_row())
     assert standard.question.id == "standard:test_History_1"
     assert vision.question.id == "vision:test_History_1"
     assert standard.cluster == vision.cluster
@@ -393,7 +393,7 @@ def test_mmmu_pro_has_from_one_to_twelve_options():
 @pytest.mark.parametrize("kind", ["Multiple Choice", "Multiple choice", "multiple choice "])
 def test_emma_types_are_read_in_any_case(kind):
     row = emma_row(type=kind, options=["<image_2>", "x", "y"], answer="B", image_2=stored())
-    item = benchmarks.emma(row)
+    item = readers.emma(row)
     assert "(A) [Image 2]" in item.question.text
     assert item.groups[:2] == ["multiple choice", "Chemistry"]
     for response in ("\\boxed{b}", "\\boxed{\\text{B}}", "\\boxed{x}"):
@@ -408,7 +408,7 @@ def test_emma_open_answers_are_numbers_also_in_words():
 
 def test_emma_context_comes_first_and_fifth_pictures_are_shown():
     row = emma_row(context="See <image_5>.", image_5=stored("blue"), category="a;b", task="t")
-    item = benchmarks.emma(row)
+    item = readers.emma(row)
     assert item.question.text.startswith("<image><image>See [Image 2].\nHow many")
     assert item.groups[2:] == ["Chemistry: t", "Chemistry: a", "Chemistry: b"]
 
@@ -419,8 +419,8 @@ def test_emma_context_comes_first_and_fifth_pictures_are_shown():
 def mega_score(metric, answer, response, parser="answer_string") -> float:
     info = {"field_score_function": {"x": metric}, "response_parse_function": parser,
             "aggregation": {"function": "mean", "field_weights": {"x": 1}}}  # fmt: skip
-    found = megabench.extract(response, info)
-    return megabench.score(found, {"x": answer}, info)
+    found = mega.extract(response, info)
+    return mega.score(found, {"x": answer}, info)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_megabench_metrics_score_as_published(metric, answer, response, score):
     assert mega_score(metric, answer, response) == pytest.approx(score)
 
 
-@pytest.mark.parametrize("metric", sorted(megametrics.METRICS))
+@pytest.mark.parametrize("metric", sorted(mega_metrics.METRICS))
 def test_megabench_metrics_survive_any_answer(metric):
     for response in ("Answer: nonsense", "Answer: [[[", 'Answer: {"x": [1, {}]}', "Answer: 1/0"):
         assert 0 <= mega_score(metric, "5", response) <= 1
@@ -470,26 +470,26 @@ def test_megabench_json_answers_are_weighted_or_take_the_least():
     answer = {"a": "x", "b": "2"}
     formulas = "x_{1}" * 300
     text = formulas + 'Thinking {of} it.\nAnswer: ```json\n{"a": "x", "b": 3}\n```'
-    assert megabench.score(megabench.extract(text, info), answer, info) == 0.25
+    assert mega.score(mega.extract(text, info), answer, info) == 0.25
     info["aggregation"]["function"] = "min"
-    assert megabench.score(megabench.extract(text, info), answer, info) == 0
+    assert mega.score(mega.extract(text, info), answer, info) == 0
     # A field where neither amount is positive is dropped from the mean.
     info["aggregation"]["function"] = "mean"
-    assert megabench.score('{"a": "x", "b": 0}', {"a": "x", "b": "0"}, info) == 1
+    assert mega.score('{"a": "x", "b": 0}', {"a": "x", "b": "0"}, info) == 1
 
 
 def test_megabench_metrics_that_run_code_or_ask_a_judge_are_not_supported():
     for metric in ("program_judge", "gpt_4o_as_judge", "geo_proximity_location_dict", "new_metric"):
-        assert benchmarks.megabench_item(mega_row(metric=metric)).unsupported == metric
-    assert benchmarks.megabench_item(mega_row()).unsupported == ""
+        assert readers.megabench_item(mega_row(metric=metric)).unsupported == metric
+    assert readers.megabench_item(mega_row()).unsupported == ""
 
 
 def test_megabench_pictures_fill_the_placeholders_in_order():
-    item = benchmarks.megabench_item(mega_row(global_media="['./data/toy/g.png']"))
+    item = readers.megabench_item(mega_row(global_media="['./data/toy/g.png']"))
     assert item.question.images == ["./data/toy/g.png", "./data/toy/0.png", "./data/toy/1.png"]
     assert item.question.text.startswith("<image>Read the gauge.\nExample 1:\n<image>")
     assert item.template == "bare"
-    assert benchmarks.megabench_item(mega_row(query_text="<video>")).unaskable == "video"
+    assert readers.megabench_item(mega_row(query_text="<video>")).unaskable == "video"
 
 
 # ---------------------------------------------------------------------------- files

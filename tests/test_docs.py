@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-MODULES = sorted(path.stem for path in Path(__file__).parents[1].glob("*.py"))
+ROOT = Path(__file__).parents[1]
+FOLDERS = (".", "grading", "benchmarks", "pages", "recipes", "bench")
+PATHS = [path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
+MODULES = sorted(".".join(path.with_suffix("").parts) for path in PATHS if path.stem != "__init__")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -25,11 +25,11 @@ from test_benchmarks import (
     write_parquet,
 )
 
-import asking
-import benchmarks
+from benchmarks import asking
+from benchmarks import readers
 import eval as evaluation
 import rollout
-import scores
+from benchmarks import scores
 import toy
 from model import save_policy
 from toy import LEVELS, toy_questions
@@ -143,7 +143,7 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_every_benchmark_is_marked_from_its_published_schema(tmp_path, name):
     data = write_parquet(tmp_path / "data.parquet", [ROWS[name]])
-    item = benchmarks.BENCHMARKS[name].read(ROWS[name])
+    item = readers.BENCHMARKS[name].read(ROWS[name])
     right = item.question.answer
     responses = responses_file(tmp_path / "r.jsonl", **{item.question.id: f"\\boxed{{{right}}}"})
     flags = ["--benchmark", name, "--data", data, "--responses", responses]
@@ -199,8 +199,8 @@ def test_megabench_is_a_mean_over_tasks_and_says_what_it_leaves_out(tmp_path):
 
 def items(n, cluster=lambda i: "", stratum=lambda i: ""):
     def item(i):
-        question = benchmarks.Question(str(i), "", [], "")
-        return benchmarks.Item(question, bool, [], cluster=cluster(i), stratum=stratum(i))
+        question = readers.Question(str(i), "", [], "")
+        return readers.Item(question, bool, [], cluster=cluster(i), stratum=stratum(i))
 
     return [item(i) for i in range(n)]
 
@@ -224,7 +224,7 @@ def test_the_interval_of_a_mean_over_tasks_is_that_of_the_task_means():
 
 def test_pass_at_k_is_unbiased_and_the_majority_needs_an_answer():
     assert scores.pass_at(2, 4, 2) == pytest.approx(1 - 1 / 6)
-    item = benchmarks.mmmu(mmmu_row())
+    item = readers.mmmu(mmmu_row())
     texts = ["\\boxed{A}", "\\boxed{C}", "\\boxed{both together}", "no idea", "nor here", "hm"]
     lines = scores.mark_all(item, [{"response": text} for text in texts], 6)
     assert scores.majority(item, lines) == 1

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-import explain
+from pages import walk
 import toy
 import train
 from config import Config, parse
 from data import UserError
 from model import Sample, encode, response_logprobs
 from rethink import TRIGGERS
-from run import grade, score
+from prepare import grade, score
 from tree import build_trees
 
 WRONG, RIGHT = "Looks like \\boxed{plum}.", "So \\boxed{%s}."
@@ -50,7 +50,7 @@ def groups(own_policy):
 
 
 def test_a_question_is_followed_to_the_loss(own_policy, groups):
-    told, trees = explain.follow(own_policy, Config(), *groups)
+    told, trees = walk.follow(own_policy, Config(), *groups)
     assert [line[3] for line in told.splitlines() if line.startswith("## ")] == list("1234567")
     assert max(map(len, told.splitlines())) <= 100
     assert "wrong -> right 1; 1 kept" in told and "|A_j|^1" in told
@@ -61,10 +61,10 @@ def test_a_question_is_followed_to_the_loss(own_policy, groups):
 @pytest.mark.parametrize("flags", [[], ["--average", "sequence", "--rethink_sft_on", "second"]])
 def test_the_losses_are_those_of_training(own_policy, groups, flags):
     c = parse(flags)
-    merged, _ = explain.merge(c, groups[0])
+    merged, _ = walk.merge(c, groups[0])
     trees = build_trees([(merged[0].prompt, [sample.tokens for sample in merged])])
     draws = [1, 2, 3, 1]
-    mine = explain.losses(own_policy, c, merged, draws, trees)
+    mine = walk.losses(own_policy, c, merged, draws, trees)
     branches = [
         train.Branch(sample, n, True, bool(sample.rethought)) for sample, n in zip(merged, draws)
     ]
@@ -80,7 +80,7 @@ def test_the_losses_are_those_of_training(own_policy, groups, flags):
 
 def test_the_pictures_are_drawn_where_out_says(own_policy, groups, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy, "load_toy", lambda recipe: own_policy)
-    monkeypatch.setattr(explain, "find_questions", lambda policy, c: groups)
+    monkeypatch.setattr(walk, "find_questions", lambda policy, c: groups)
     assert train.main(["--explain", "--out", str(tmp_path / "docs")]) == 0
     assert capsys.readouterr().out.startswith("# One question")
     assert Image.open(tmp_path / "docs/toy.png").size == (3 * 4 * 28, 2 * 4 * 28)
@@ -91,7 +91,7 @@ def test_the_pictures_are_drawn_where_out_says(own_policy, groups, tmp_path, mon
 
 
 def test_a_policy_that_never_finds_an_answer_ends_in_one_line(policy, monkeypatch):
-    monkeypatch.setattr(explain, "EPISODES", 1)
+    monkeypatch.setattr(walk, "EPISODES", 1)
     c = parse(
         [
             "--episode_queries",
@@ -105,9 +105,9 @@ def test_a_policy_that_never_finds_an_answer_ends_in_one_line(policy, monkeypatc
         ]
     )
     with pytest.raises(UserError, match="none of 2 questions shows it all"):
-        explain.find_questions(policy, c)
+        walk.find_questions(policy, c)
 
 
 def test_another_model_is_refused():
     with pytest.raises(UserError, match="toy world"):
-        explain.explain(parse(["--model", "some/model", "--data", "x.parquet"]))
+        walk.explain(parse(["--model", "some/model", "--data", "x.parquet"]))

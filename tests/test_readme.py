@@ -7,7 +7,7 @@ from types import SimpleNamespace as S
 import pytest
 import torch
 
-import benchmarks
+from benchmarks import readers
 import rethink
 import train
 
@@ -20,7 +20,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 def leave_no_trace(monkeypatch):
     monkeypatch.setattr(train, "grade", train.grade)
     monkeypatch.setattr(rethink, "TRIGGERS", dict(rethink.TRIGGERS))
-    monkeypatch.setattr(benchmarks, "BENCHMARKS", dict(benchmarks.BENCHMARKS))
+    monkeypatch.setattr(readers, "BENCHMARKS", dict(readers.BENCHMARKS))
 
 
 def snippet(word: str) -> dict:
@@ -51,7 +51,7 @@ def test_the_new_trigger_is_drawn_like_the_others():
 def test_the_new_benchmark_marks_its_rows():
     snippet("counting")
     row = {"id": "1", "question": "How many?", "image": "1.png", "answer": "5", "kind": "dots"}
-    item = benchmarks.BENCHMARKS["counting"].read(row)
+    item = readers.BENCHMARKS["counting"].read(row)
     assert item.rule("5.0") and not item.rule("6") and item.groups == ["dots"]
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import answers
-import mathvalue
+from grading import structure
+from grading import value
 import reward as reward_module
-import tidy
+from grading import spelling
 from reward import extract_answer, is_correct, reward
 
 CASES_FILE = Path(__file__).with_name("reward_cases.txt")
@@ -337,7 +337,7 @@ def test_ten_threads_at_once_give_the_same_verdicts_as_one():
     def work(seed: int) -> None:
         mistakes.extend(wrongly_judged(random.Random(seed).sample(cases, 300)))
 
-    for cached in (mathvalue.evaluate, answers.readings, tidy.tidy, mathvalue._context):
+    for cached in (value.evaluate, structure.readings, spelling.tidy, value._context):
         cached.cache_clear()
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(10)]
     for thread in threads:

@@ -27,7 +27,7 @@ from tiny import (
     weights_of,
 )
 
-import run
+
 import toy
 import train
 from config import Config
@@ -382,13 +382,13 @@ def test_five_steps_in_a_row_that_are_not_finite_stop_the_run(base, tmp_path, mo
 def test_a_broken_weight_stops_the_run(base, tmp_path, monkeypatch, capsys):
     real = train.prepare
 
-    def prepare(config):
+    def ruined(config):
         prepared = real(config)
         with torch.no_grad():
             prepared.policy.text_model.norm.weight[0] = math.nan
         return prepared
 
-    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(train, "prepare", ruined)
     assert train.main(flags(base, tmp_path, steps=20, heldout=0, ssr="off")) == 2
     assert "not finite" in capsys.readouterr().err.splitlines()[-1]
 
@@ -616,7 +616,7 @@ def test_an_out_that_cannot_be_written_is_named(base, tmp_path, monkeypatch, cap
     def refuse(path, text):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr(run, "write_atomically", refuse)
+    monkeypatch.setattr(prepare, "write_atomically", refuse)
     line = user_error(capsys, flags(base, tmp_path / "out"))
     assert str(tmp_path / "out") in line and "read-only" in line
 

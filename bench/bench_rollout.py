@@ -1,8 +1,8 @@
 """One prefill a question and our decoding against HF generate(num_return_sequences=G).
 
-    python tests/bench_rollout.py                a small model on a CPU, the 3B shape on a GPU
-    python tests/bench_rollout.py --shape 3b     the published 3B shape, random bf16; GPU only
-    python tests/bench_rollout.py --quick        shapes that take seconds, to see that it runs
+    python bench/bench_rollout.py                a small model on a CPU, the 3B shape on a GPU
+    python bench/bench_rollout.py --shape 3b     the published 3B shape, random bf16; GPU only
+    python bench/bench_rollout.py --quick        shapes that take seconds, to see that it runs
 
 A ladder, one idea a rung; each rung samples G responses to each of N questions:
 

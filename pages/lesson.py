@@ -1,4 +1,4 @@
-"""What explain.py has found out, told as a lesson: Markdown that reads well in a terminal.
+"""What walk.py has found out, told as a lesson: Markdown that reads well in a terminal.
 
 A section a step of the method, in the order in which training takes them. Its heading names the
 functions that were called; what they were given and what they gave stands below. Nothing of the

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-import lesson
+from pages import lesson
 import toy
 from config import Config
 from data import UserError
@@ -24,7 +24,7 @@ from grpo import is_clipped, policy_loss, token_weights
 from model import Policy, Sample, encode
 from rethink import extender, imitated, merge_rethought
 from rollout import generate
-from run import grade, rethinking, score
+from prepare import grade, rethinking, score
 from ssr import ReplayBuffer, is_effective, replay_batch
 from tree import Trees, build_trees, pad_rows
 

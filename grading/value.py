@@ -6,7 +6,7 @@ precisions: one that is rounding shrinks with the precision, a real one stays; n
 decides whether 0.333 is 1/3. Caps on the size of numbers bound the time of every step.
 
 What we do differently from graders built on a computer algebra system: no simplification, no
-sympy, no string ever parsed by anything but mathexpr.py. Equality is meant where both sides
+sympy, no string ever parsed by anything but expression.py. Equality is meant where both sides
 are defined on the real line: x^2/x = x, but sqrt(x^2) is |x| and not x.
 """
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import mpmath
 
-from mathexpr import CONSTANTS, FUNCTIONS, Tree, mentions
+from grading.expression import CONSTANTS, FUNCTIONS, Tree, mentions
 
 MAX_BITS = 8000  # of an exact number
 LOW, HIGH = 40, 80  # digits
@@ -225,7 +225,7 @@ def _leaves(tree: Tree) -> set:
 def same_value(a: Tree, b: Tree) -> bool:
     r"""Do two trees have one value wherever both have one?
 
-    >>> from mathexpr import parse
+    >>> from grading.expression import parse
     >>> same_value(parse(r"\frac{1}{\sqrt{2}}"), parse(r"\sqrt{2}/2"))
     True
     >>> same_value(parse("2(x+1)"), parse("2x+1"))
@@ -275,7 +275,7 @@ def _gap(left, right, at: Point) -> tuple:
 def proportional(a: Tree, b: Tree, positive: bool) -> bool:
     """Is a a constant non-zero multiple of b (a positive one, for inequalities)?
 
-    >>> from mathexpr import parse
+    >>> from grading.expression import parse
     >>> proportional(parse("2x - 10"), parse("5 - x"), positive=False)
     True
     """

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import scores
-from benchmarks import Item
+from benchmarks import scores
+from benchmarks.readers import Item
 from data import UserError, write_atomically
-from sources import check_pictures
+from benchmarks.sources import check_pictures
 
 # Prompt tokens run at once: of a 7B they hold 10 GB of activations and 7 GB of cache.
 PREFILL_TOKENS = 1 << 17

@@ -1,7 +1,7 @@
 """Curves as SVG: one small chart a number, all runs in it.
 
 A chart is markup and nothing else: its axis begins at 0 and ends at a round number, and every line
-carries its values, so that whoever opens the page can read them off (report_page.html).
+carries its values, so that whoever opens the page can read them off (report.html).
 """
 
 import math

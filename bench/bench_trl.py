@@ -1,7 +1,7 @@
 """Whole optimiser steps of TRL's GRPOTrainer and of ours, on the same work, in one run.
 
     python -m venv --system-site-packages /tmp/trl && /tmp/trl/bin/pip install trl
-    /tmp/trl/bin/python tests/bench_trl.py           (--quick: a tiny model, to see that it runs)
+    /tmp/trl/bin/python bench/bench_trl.py           (--quick: a tiny model, to see that it runs)
 
 TRL is needed for this bench and nothing else. It trains in its own loop; after each of its
 optimiser steps a callback takes one of ours, so that both meet the same machine at the same time.
@@ -43,13 +43,13 @@ import train
 from config import Config
 from data import MARKER, Question
 from model import encode
-from run import Run
+from prepare import Run
 from ssr import ReplayBuffer
 
 MISSING = (
     "This bench needs TRL, which nothing else here does. Install it apart and run it there:\n"
     "    python -m venv --system-site-packages /tmp/trl && /tmp/trl/bin/pip install trl\n"
-    "    /tmp/trl/bin/python tests/bench_trl.py"
+    "    /tmp/trl/bin/python bench/bench_trl.py"
 )
 # Weights in the proportions of the published 3B: the vocabulary about a tenth of the layers, the
 # vision tower about a quarter of them.

@@ -18,7 +18,7 @@ import unicodedata
 from fractions import Fraction
 
 from reward import is_correct
-from rules import bare, choose, extract, literal, value
+from benchmarks.rules import bare, choose, extract, literal, value
 
 # ---------------------------------------------------------------------------- casting
 

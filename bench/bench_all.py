@@ -1,8 +1,8 @@
 """Every bench in turn, as one command.
 
-    python tests/bench_all.py               the CPU's shapes; the published 3B shape on a GPU
-    python tests/bench_all.py --quick       shapes that take seconds, to see that all of it runs
-    python tests/bench_all.py --out FILE    also write the tables there, as markdown
+    python bench/bench_all.py               the CPU's shapes; the published 3B shape on a GPU
+    python bench/bench_all.py --quick       shapes that take seconds, to see that all of it runs
+    python bench/bench_all.py --out FILE    also write the tables there, as markdown
 
 Each bench is a process of its own, so that none meets what another left in memory. One that fails
 is named, and the others run all the same. On a GPU that is the ladder of sampling and its share of
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     sections, failed = [], []
     for name, *flags in benches(args.quick):
         start = time.perf_counter()
-        command = " ".join(["python", f"tests/{name}", *flags])
+        command = " ".join(["python", f"bench/{name}", *flags])
         done = subprocess.run(
             [sys.executable, HERE / name, *flags], stdout=subprocess.PIPE, text=True, check=False
         )

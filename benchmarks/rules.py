@@ -3,7 +3,7 @@
 A benchmark's accuracy is decided as much by finding the answer in a response as by the response:
 the same outputs of one 7B model score 37 or 60 on MathVista under two extractors. So extraction
 here is short and the same everywhere (`extract`), and what is found is compared by small rules
-that benchmarks.py puts together: a choice (`choose`), a number within a tolerance (`value`), or
+that readers.py puts together: a choice (`choose`), a number within a tolerance (`value`), or
 an expression (reward.is_correct).
 
 What we do differently from the official scorers: nothing is guessed. MMMU's draws a random letter
@@ -18,10 +18,10 @@ from fractions import Fraction
 
 import mpmath
 
-from answers import tidy
-from mathexpr import Unreadable
-from mathvalue import Point, evaluate, symbols
-from measures import measure
+from grading.structure import tidy
+from grading.expression import Unreadable
+from grading.value import Point, evaluate, symbols
+from grading.units import measure
 from reward import extract_answer, is_correct
 
 # ---------------------------------------------------------------------------- finding the answer

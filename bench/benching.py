@@ -5,7 +5,7 @@ published layout and random weights, the prompts random ids and pixels. Ways tha
 alternate in one process (`alternate`), so that a busy machine disturbs all of them alike; memory is
 that of one step in a process of its own (`step_memory`).
 
-Importing this file puts the repository on the path, so that `python tests/bench_train.py` works.
+Importing this file puts the repository on the path, so that `python bench/bench_train.py` works.
 """
 
 import ctypes

@@ -9,7 +9,7 @@ as soon as both are tidy. What the sign means is kept: \{ is not {, 12,34 is not
 import re
 from functools import lru_cache
 
-from mathexpr import Unreadable
+from grading.expression import Unreadable
 
 _CHARACTERS = {
     **dict.fromkeys("−–—‐‑‒﹣－", "-"), **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u3000", " "),

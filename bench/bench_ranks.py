@@ -1,7 +1,7 @@
 """The same training on one rank and on two, with whole weights and a layer at a time.
 
-    python tests/bench_ranks.py             a 32M-parameter model, gloo ranks of one thread each
-    python tests/bench_ranks.py --quick     a tiny model, to see that it runs
+    python bench/bench_ranks.py             a 32M-parameter model, gloo ranks of one thread each
+    python bench/bench_ranks.py --quick     a tiny model, to see that it runs
 
 `torchrun train.py` as a user runs it, on toy questions with a random model that hardly ever ends
 its responses: 8 questions x 8 responses x 64 tokens an episode, two optimiser steps, all groups

@@ -1,7 +1,7 @@
 r"""One mathematical expression: text -> tokens -> tree. Nothing is executed, nothing is guessed.
 
 The idea: a linear tokeniser and a bounded recursive-descent parser turn the text into a small
-tree of tuples, which mathvalue.py compares. A text outside the grammar, or beyond a cap on
+tree of tuples, which value.py compares. A text outside the grammar, or beyond a cap on
 length, depth or digits, is Unreadable; the caps replace timers and signals, so this works in
 threads and workers.
 

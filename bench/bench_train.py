@@ -1,8 +1,8 @@
 """One row a group against G separate rows; the vocabulary in chunks against all at once.
 
-    python tests/bench_train.py                  a small model on a CPU, the 3B shape on a GPU
-    python tests/bench_train.py --shape 3b       the published 3B shape, random bf16; GPU only
-    python tests/bench_train.py --quick          shapes that take seconds, to see that it runs
+    python bench/bench_train.py                  a small model on a CPU, the 3B shape on a GPU
+    python bench/bench_train.py --shape 3b       the published 3B shape, random bf16; GPU only
+    python bench/bench_train.py --quick          shapes that take seconds, to see that it runs
 
 A step is the forward and backward pass of one question's group of G responses, pictures included,
 with no optimiser. Four ways to take it, and their log-probabilities must agree:

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-import megabench
+from benchmarks import mega
 from data import MARKER, Question, parse_choices, place_markers
 from reward import is_correct
-from rules import LETTERS, choose, extract, letters, literal, normal, same_quantity, value
+from benchmarks.rules import LETTERS, choose, extract, letters, literal, normal, same_quantity, value
 
 
 @dataclass
@@ -360,7 +360,7 @@ def emma(row: dict) -> Item:
 
 
 def megabench_item(row: dict) -> Item:
-    """TIGER-Lab/MEGA-Bench core: 440 tasks, each with its own metrics (megabench.py).
+    """TIGER-Lab/MEGA-Bench core: 440 tasks, each with its own metrics (mega.py).
 
     Every column is text, dicts and lists printed. Media are relative paths, in the order in which
     the placeholders of description, example and query take them. The headline is the unweighted
@@ -381,14 +381,14 @@ def megabench_item(row: dict) -> Item:
     gold = str(next(iter(answer.values()))) if len(answer) == 1 else str(answer)
     return Item(
         Question(str(row["id"]), text, media, gold, None, task),
-        lambda found: megabench.score(found, answer, info),
+        lambda found: mega.score(found, answer, info),
         groups=[row.get("application") or "", row.get("output_format") or ""],
         cluster=task,
         stratum=task,
         template="bare",  # every task says how to answer
-        unsupported=", ".join(sorted(megabench.unsupported(info, answer))),
+        unsupported=", ".join(sorted(mega.unsupported(info, answer))),
         unaskable=unaskable,
-        extract=lambda response: megabench.extract(response, info),
+        extract=lambda response: mega.extract(response, info),
     )
 
 

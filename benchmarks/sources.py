@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks import BENCHMARKS, Benchmark, Item
+from benchmarks.readers import BENCHMARKS, Benchmark, Item
 from data import BROKEN_IMAGE, UserError, open_image, read_rows
 
 SPLITS = {"train", "dev", "validation", "val", "test", "testmini"}

@@ -3,7 +3,7 @@
 In MEGA-Bench (arXiv 2410.10563) every task brings its own form of answer: a letter, a number, a
 set, a JSON object of several fields. `metric_info` of a row names a metric for each field, how the
 fields' scores are aggregated (weighted mean, or minimum) and how the response is parsed. This file
-parses and aggregates; the metrics are in megametrics.py.
+parses and aggregates; the metrics are in mega_metrics.py.
 
 What we do differently: the answer is looked for as in the other benchmarks, and what has none is
 counted, where the official parser falls back to the whole response. A task with a metric that is
@@ -12,8 +12,8 @@ not run here is left out whole and said to be (`unsupported`), where a zero woul
 
 import re
 
-from megametrics import FENCE, METRICS, parsed, unquoted
-from rules import extract as extract_short
+from benchmarks.mega_metrics import FENCE, METRICS, parsed, unquoted
+from benchmarks.rules import extract as extract_short
 
 # ---------------------------------------------------------------------------- parsing a response
 

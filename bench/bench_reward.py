@@ -1,6 +1,6 @@
 """How fast is reward.is_correct, and where does it differ from math-verify?
 
-    python tests/bench_reward.py [--disagreements]
+    python bench/bench_reward.py [--disagreements]
 
 Microseconds a call by kind of answer (median, p99, worst), over the cases of
 reward_cases.txt: cold is with all caches empty, as for a text never seen before (the best of
@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import test_reward
 
-import answers
-import mathvalue
+from grading import structure
+from grading import value
 import reward
-import tidy
+from grading import spelling
 
-CACHES = [tidy.tidy, tidy.ungrouped, answers.readings, mathvalue.evaluate]
+CACHES = [spelling.tidy, spelling.ungrouped, structure.readings, value.evaluate]
 
 # Why math-verify's verdict differs, by kind: (kind, the table's verdict) -> reason.
 REASONS = {

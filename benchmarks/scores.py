@@ -1,6 +1,6 @@
 """From marked responses to numbers one can compare: intervals, pass@k, paired tests, tables.
 
-A benchmark's headline is the mean over its strata of the mean in each (benchmarks.py says what a
+A benchmark's headline is the mean over its strata of the mean in each (readers.py says what a
 stratum is), and it is given with a 95 % interval, because most differences that are reported on
 these benchmarks are smaller than one. Questions that stand or fall together (five versions of one
 problem in MathVerse, the samples of a task in MEGA-Bench) are a cluster: the interval is as wide as
@@ -16,10 +16,10 @@ import math
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from benchmarks import BENCHMARKS, Item
+from benchmarks.readers import BENCHMARKS, Item
 from data import UserError
 from rethink import before_rethinking, rethinks
-from rules import choose, normal
+from benchmarks.rules import choose, normal
 
 MODELS = ("Qwen2.5-VL-7B", "VL-Rethinker-7B", "Qwen2.5-VL-32B", "VL-Rethinker-32B",
           "Qwen2.5-VL-72B", "VL-Rethinker-72B")  # fmt: skip

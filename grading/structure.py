@@ -5,7 +5,7 @@ returns a tuple that begins with its kind; same() compares two of them kind by k
 no structure and is no mathematics is words, and words equal only words.
 
     kind       looks like                       compared as
-    value      5, \frac12, 2x+1, 5 cm, 50%      value and unit (mathvalue.py, measures.py)
+    value      5, \frac12, 2x+1, 5 cm, 50%      value and unit (value.py, units.py)
     list       1, 2   x=1 or x=2   \{1,2\}   (-1,0) \cup (1,2)   \pm 3       in any order
     tuple      (1,2)   [0,1)   \langle 1,2 \rangle                  in order, with its brackets
     matrix     \begin{pmatrix} ... \end{pmatrix}   [[1,2],[3,4]]        entry by entry
@@ -19,10 +19,10 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from mathexpr import Unreadable
-from mathvalue import proportional, same_value, symbols
-from measures import clock, date, measure, same_clock
-from tidy import enclosed, split, splitter, tidy, ungrouped, words
+from grading.expression import Unreadable
+from grading.value import proportional, same_value, symbols
+from grading.units import clock, date, measure, same_clock
+from grading.spelling import enclosed, split, splitter, tidy, ungrouped, words
 
 MAX_LIST, MAX_NESTING = 50, 8
 

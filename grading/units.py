@@ -9,8 +9,8 @@ After a plain number one ordinary word counts as a unit too (12 students).
 import re
 from fractions import Fraction
 
-from mathexpr import FUNCTIONS, Token, Tree, Unreadable, parse_tokens, scan
-from mathvalue import symbols
+from grading.expression import FUNCTIONS, Token, Tree, Unreadable, parse_tokens, scan
+from grading.value import symbols
 
 Unit = tuple  # ((name, exponent), ...) sorted; () is no unit
 
