@@ -6,13 +6,15 @@ wins over both. The help of each field says what the paper [P] or its released c
 
 import argparse
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 from data import TEMPLATES, UserError
 
 
-def flag(default, help: str, choices: tuple | None = None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help: str, choices: tuple | None = None, low=None, high=None):
+    """A field that is a flag; its value lies in [low, high] where these are given."""
+    about = {"help": help, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=about)
 
 
 @dataclass
@@ -21,92 +23,121 @@ class Config:
     model: str = flag("toy", "toy, a directory, or a hub id of a Qwen2-VL or Qwen2.5-VL")
     data: str = flag("toy", "toy, or a .parquet or .jsonl file in ViRL39K's layout")
     toy_level: str = flag("easy", "difficulty of the toy world", ("easy", "hard"))
-    pass_rate_column: str = flag("", "keep questions by this column, such as PassRate_7BBase")
+    pass_rate_column: str = flag("", "select questions by this column, such as PassRate_7BBase")
     pass_rate_min: float = flag(0.01, "lowest pass rate kept [P: non-zero pass@8]")
     pass_rate_max: float = flag(1.0, "highest pass rate kept")
-    heldout: int = flag(128, "questions kept out of training, to measure on; 0: none")
+    heldout: int = flag(128, "questions kept out of training, to measure on; 0: none", low=0)
     template: str = flag(
         "bare", "prompt [P: plain in stage 1, rethink in stage 2]", tuple(TEMPLATES)
     )
-    min_pixels: int = flag(0, "least area of a resized picture; 0: the checkpoint's [C: 256*28*28]")
-    max_pixels: int = flag(0, "largest area of a picture; 0: the checkpoint's [C: 1280*28*28]")
-    max_prompt_tokens: int = flag(4096, "questions with a longer prompt are dropped and counted")
+    min_pixels: int = flag(
+        0, "smallest area of a resized picture; 0: the checkpoint's [C: 256*28*28]", low=0
+    )
+    max_pixels: int = flag(
+        0, "largest area of a picture; 0: the checkpoint's [C: 1280*28*28]", low=0
+    )
+    max_prompt_tokens: int = flag(
+        4096, "questions with a longer prompt are dropped and counted", low=1
+    )
 
     out: str = flag("", "directory of the run; default: runs/PRESET, numbered if taken")
-    steps: int = flag(60, "optimiser steps; 0: `passes` over the data")
-    passes: int = flag(3, "passes over the data when steps is 0 [P: at most 3]")
+    steps: int = flag(60, "optimiser steps; 0: `passes` over the data", low=0)
+    passes: int = flag(3, "passes over the data when steps is 0 [P: at most 3]", low=1)
     seed: int = flag(0, "all randomness is a function of (seed, step, rank)")
-    save_every: int = flag(50, "steps between checkpoints; the last step always writes one")
-    keep_last: int = flag(2, "checkpoints kept")
+    save_every: int = flag(50, "steps between checkpoints; the last step always writes one", low=1)
+    keep_last: int = flag(2, "checkpoints kept", low=1)
     eval_every: int = flag(
-        20, "steps between measurements on held-out questions; 0: first and last"
+        20, "steps between measurements on held-out questions; 0: first and last", low=0
     )
-    resume: bool = flag(False, "go on from the newest checkpoint in --out")
+    resume: bool = flag(False, "continue from the newest checkpoint in --out")
     explain: bool = flag(
         False, "no training: follow one toy question through the method, in numbers"
     )
 
-    episode_queries: int = flag(32, "questions sampled with frozen weights [P: 1024]")
-    group_size: int = flag(8, "responses a question, G [P: 8]")
-    batch_size: int = flag(128, "responses an optimiser step [P: 512]")
-    max_new_tokens: int = flag(48, "longest response [C: 2048]")
-    temperature: float = flag(1.0, "of sampling and of the log-probabilities [P: 1.0]")
+    episode_queries: int = flag(32, "questions sampled with frozen weights [P: 1024]", low=1)
+    group_size: int = flag(8, "responses per question, G [P: 8]", low=2)
+    batch_size: int = flag(128, "responses per optimiser step [P: 512]", low=1)
+    max_new_tokens: int = flag(48, "longest response [C: 2048]", low=1)
+    temperature: float = flag(1.0, "when sampling, and in the log-probabilities [P: 1.0]")
     rollout_rows: int = flag(
-        256, "responses decoded at once on a rank, in whole groups: their KV cache must fit"
+        256, "responses decoded at once on a rank, in whole groups: their KV cache must fit", low=1
     )
 
-    lr: float = flag(1e-4, "peak learning rate of AdamW [C: 1e-6]")
-    warmup: float = flag(0.03, "share of the steps that the learning rate rises [C: 0.03]")
-    final_lr: float = flag(0.5, "what the cosine ends at, as a share of the peak [C: 0.5]")
-    weight_decay: float = flag(0.0, "of AdamW [C: 0]")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm [C: 1.0]")
-    micro_batch_tokens: int = flag(8192, "tokens of a forward pass's rows, padding included")
+    lr: float = flag(1e-4, "peak learning rate of AdamW [C: 1e-6]", low=0)
+    warmup: float = flag(
+        0.03, "share of the steps in which the learning rate rises [C: 0.03]", low=0, high=1
+    )
+    final_lr: float = flag(
+        0.5, "where the cosine ends, as a share of the peak [C: 0.5]", low=0, high=1
+    )
+    weight_decay: float = flag(0.0, "of AdamW [C: 0]", low=0)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm [C: 1.0]", low=0)
+    micro_batch_tokens: int = flag(8192, "tokens per forward pass, padding included", low=1)
     gradient_checkpointing: bool = flag(
-        False, "compute activations again in the backward pass [C: true]"
+        False, "recompute activations in the backward pass [C: true]"
     )
 
-    shard: str = flag("world", "split weights over all ranks, or within a node and copy across nodes",
-                      ("world", "node"))  # fmt: skip
-    rollout_weights: str = flag("whole", "while sampling, a rank holds the model, or a layer at a time",
-                                ("whole", "layer"))  # fmt: skip
+    shard: str = flag(
+        "world",
+        "shard weights over all ranks, or within a node with a copy on each node",
+        ("world", "node"),
+    )
+    rollout_weights: str = flag(
+        "whole",
+        "while sampling, a rank holds the whole model, or one layer at a time",
+        ("whole", "layer"),
+    )
     offload: bool = flag(False, "keep weights and optimiser state in host memory between uses")
-    cuda_graphs: bool = flag(True, "on a GPU, launch a decoding step as a whole (weights whole)")
+    cuda_graphs: bool = flag(
+        True, "on a GPU, launch each decoding step as one graph (rollout_weights whole)"
+    )
 
     advantage: str = flag(
-        "mean", "divide r - mean by the group's std? [P: std] [C: mean]", ("mean", "std")
+        "mean", "divide r - mean by the group's std [P: std] [C: mean]", ("mean", "std")
     )
-    average: str = flag("token", "mean over all tokens, or over responses of their means [P: sequence]",
-                        ("token", "sequence"))  # fmt: skip
-    clip_low: float = flag(0.2, "how far below 1 the ratio may fall [C: 0.2]")
-    clip_high: float = flag(0.35, "how far above 1 the ratio may rise [C: 0.35]")
+    average: str = flag(
+        "token",
+        "mean over all tokens, or over responses of their means [P: sequence]",
+        ("token", "sequence"),
+    )
+    clip_low: float = flag(0.2, "how far below 1 the ratio may fall [C: 0.2]", low=0, high=1)
+    clip_high: float = flag(0.35, "how far above 1 the ratio may rise [C: 0.35]", low=0)
     recompute_logprobs: bool = flag(False, "take logp_old from the training forward pass [C: true]")
 
-    ssr: str = flag("replay", "Selective Sample Replay, drop zero advantages, or neither",
-                    ("replay", "filter", "off"))  # fmt: skip
-    ssr_alpha: float = flag(1.0, "draw in proportion to |A|^alpha [P: not given] [C: 1]")
-    ssr_replacement: bool = flag(True, "put each draw back [P: not said] [C: true]")
+    ssr: str = flag(
+        "replay",
+        "Selective Sample Replay, drop zero advantages, or neither",
+        ("replay", "filter", "off"),
+    )
+    ssr_alpha: float = flag(1.0, "draw in proportion to |A|^alpha [P: not given] [C: 1]", low=0)
+    ssr_replacement: bool = flag(True, "draw with replacement [P: not said] [C: true]")
 
     rethink_fraction: float = flag(
-        0.25, "share of responses forced to look again, q [C: about 0.65]"
+        0.25, "share of responses forced to look again, q [C: about 0.65]", low=0, high=1
     )
-    rethink_quota: int = flag(2, "second looks kept a question [P: 2]")
-    rethink_sft_coef: float = flag(0.05, "weight of the loss on kept second looks [C: 0.05]")
-    rethink_sft_on: str = flag("all", "that loss on y1 + trigger + y2, or on trigger + y2",
-                               ("all", "second"))  # fmt: skip
-    rethink_trigger: str = flag("uniform", "drawn blindly, or by whether y1 was right [C: oracle]",
-                                ("uniform", "oracle"))  # fmt: skip
-    rethink_cutback: float = flag(0.0, "chance to cut y1 back before its answer [C: 0.5]")
-    rethink_min_tokens: int = flag(1, "least tokens of a kept y2 [C: 30]")
-    rethink_max_tokens: int = flag(1024, "most tokens of a kept y2 [C: 1024]")
-    rethink_baseline: str = flag("before", "group mean taken before or after replacement [C: after]",
-                                 ("before", "after"))  # fmt: skip
+    rethink_quota: int = flag(2, "second looks kept per question [P: 2]", low=0)
+    rethink_sft_coef: float = flag(0.05, "weight of the loss on kept second looks [C: 0.05]", low=0)
+    rethink_sft_on: str = flag(
+        "all", "take that loss on y1 + trigger + y2, or on trigger + y2", ("all", "second")
+    )
+    rethink_trigger: str = flag(
+        "uniform", "drawn at random, or by whether y1 was right [C: oracle]", ("uniform", "oracle")
+    )
+    rethink_cutback: float = flag(
+        0.0, "chance to cut y1 back before its answer [C: 0.5]", low=0, high=1
+    )
+    rethink_min_tokens: int = flag(1, "fewest tokens of a kept y2 [C: 30]", low=0)
+    rethink_max_tokens: int = flag(1024, "most tokens of a kept y2 [C: 1024]", low=1)
+    rethink_baseline: str = flag(
+        "before", "group mean taken before or after replacement [C: after]", ("before", "after")
+    )
 
 
 LARGE = {
     "template": "plain", "min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28, "steps": 0,
     "episode_queries": 1024, "batch_size": 512, "max_new_tokens": 2048, "lr": 1e-6, "save_every": 16,
     "eval_every": 16, "heldout": 256, "micro_batch_tokens": 24576, "gradient_checkpointing": True,
-    "rethink_fraction": 0.0, "rethink_min_tokens": 30, "rollout_rows": 256,
+    "rethink_fraction": 0.0, "rethink_min_tokens": 30,
 }  # fmt: skip
 
 PRESETS = {
@@ -154,7 +185,16 @@ def read_flags(kind: type, program: str, description: str, argv: list[str]) -> d
         else:
             options |= {"type": f.type}
         parser.add_argument(f"--{f.name}", **options)
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    for f in fields(kind):
+        value, low, high = given.get(f.name), f.metadata["low"], f.metadata["high"]
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"--{f.name} {value}: must be a finite number")
+        if value is not None and high is not None and not low <= value <= high:
+            fail(f"--{f.name} {value}: must lie between {low} and {high}")
+        if value is not None and low is not None and not value >= low:
+            fail(f"--{f.name} {value}: must be at least {low}")
+    return given
 
 
 def read_bool(text: str) -> bool:
@@ -164,25 +204,7 @@ def read_bool(text: str) -> bool:
 
 
 def check(config: Config) -> None:
-    """Raise UserError where a value is out of range or two do not fit together."""
-    at_least = {
-        "steps": 0, "passes": 1, "save_every": 1, "keep_last": 1, "eval_every": 0, "heldout": 0,
-        "episode_queries": 1, "group_size": 2, "batch_size": 1, "max_new_tokens": 1, "lr": 0,
-        "rollout_rows": 1, "micro_batch_tokens": 1, "max_prompt_tokens": 1, "ssr_alpha": 0,
-        "warmup": 0, "final_lr": 0, "max_grad_norm": 0, "clip_low": 0, "clip_high": 0, "weight_decay": 0,
-        "rethink_quota": 0, "rethink_sft_coef": 0, "rethink_min_tokens": 0, "rethink_max_tokens": 1,
-        "min_pixels": 0, "max_pixels": 0,
-    }  # fmt: skip
-    values = asdict(config)
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name} {value}: must be a finite number")
-    for name, low in at_least.items():
-        if not values[name] >= low:
-            raise UserError(f"--{name} {values[name]}: must be at least {low}")
-    for name in ("rethink_fraction", "rethink_cutback", "warmup", "final_lr", "clip_low"):
-        if not 0 <= values[name] <= 1:
-            raise UserError(f"--{name} {values[name]}: must lie between 0 and 1")
+    """Raise UserError where values do not fit together."""
     if not config.temperature > 0:
         raise UserError(f"--temperature {config.temperature}: must be above 0 to sample a group")
     if config.steps == 0 and config.data == "toy":

@@ -44,16 +44,22 @@ class Config:
     out: str = flag("", "directory of the results; default: runs/eval, numbered if taken")
     responses: str = flag("", 'mark this .jsonl of {"id", "response"} instead of running a model')
     compare: tuple = flag(None, "compare two OUT/NAME.jsonl question by question")
-    limit: int = flag(0, "only the first so many questions; 0: all")
-    samples: int = flag(1, "responses a question: adds pass@k and maj@k [P: 1]")
+    limit: int = flag(0, "only the first so many questions; 0: all", low=0)
+    samples: int = flag(1, "responses a question: adds pass@k and maj@k [P: 1]", low=1)
     template: str = flag("plain", "prompt [P: plain; the 72B card: rethink]", tuple(TEMPLATES))
-    temperature: float = flag(None, "default: 0, greedy; 0.6 with several samples [C: the same]")
-    max_new_tokens: int = flag(0, "longest response; 0: 8192 [P], 64 for the toy world")
-    min_pixels: int = flag(0, "least area of a resized picture; 0: 256*28*28 [P], the toy's own")
-    max_pixels: int = flag(0, "largest area of a picture; 0: 1280*28*28 [P], the toy's own")
-    max_prompt_tokens: int = flag(32768, "questions with a longer prompt get no answer, counted")
+    temperature: float = flag(
+        None, "default: 0, greedy; 0.6 with several samples [C: the same]", low=0
+    )
+    max_new_tokens: int = flag(0, "longest response; 0: 8192 [P], 64 for the toy world", low=0)
+    min_pixels: int = flag(
+        0, "least area of a resized picture; 0: 256*28*28 [P], the toy's own", low=0
+    )
+    max_pixels: int = flag(0, "largest area of a picture; 0: 1280*28*28 [P], the toy's own", low=0)
+    max_prompt_tokens: int = flag(
+        32768, "questions with a longer prompt get no answer, counted", low=1
+    )
     force_rethink: bool = flag(False, "force every response to look again, too (paper, Fig. 7)")
-    rows: int = flag(64, "responses decoded at once: their KV cache must fit")
+    rows: int = flag(64, "responses decoded at once: their KV cache must fit", low=1)
     cuda_graphs: bool = flag(True, "on a GPU, launch a decoding step as a whole")
     seed: int = flag(0, "of sampling; each batch has its own: go on with the same --rows")
 
@@ -64,23 +70,15 @@ def parse(argv: list[str]) -> Config:
     >>> parse(["--benchmark", "mmmu", "--samples", "8"]).temperature
     0.6
     """
-
-    def fail(message):
-        raise UserError(f"{message}; see python eval.py --help")
-
     config = Config(**read_flags(Config, "eval.py", __doc__, argv))
     for name in names(config):
         if name not in NAMES:
-            fail(f"--benchmark {name!r}: no such benchmark; there are {', '.join(NAMES)}")
-    for name, low in (("limit", 0), ("samples", 1), ("max_new_tokens", 0), ("rows", 1)):
-        if getattr(config, name) < low:
-            fail(f"--{name} {getattr(config, name)}: must be at least {low}")
+            known = ", ".join(NAMES)
+            raise UserError(f"--benchmark {name!r}: no such benchmark; there are {known}")
     if config.temperature is None:
         config.temperature = 0.6 if config.samples > 1 else 0.0
-    if not config.temperature >= 0:
-        fail(f"--temperature {config.temperature}: must be at least 0")
     if config.responses and len(names(config)) > 1:
-        fail("--responses holds the responses to one benchmark: give one --benchmark")
+        raise UserError("--responses holds the responses to one benchmark: give one --benchmark")
     return config
 
 
