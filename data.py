@@ -44,6 +44,18 @@ TEMPLATES = {
 class UserError(Exception):
     """Something the user can put right. Its message is one line: what, where, what to do."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    r"""One line that is safe to show on a terminal: ids and texts of data may hold escape sequences.
+
+    >>> print(printable("clears \x1b[2J and \n breaks, é stays"))
+    clears \x1b[2J and \n breaks, é stays
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 @dataclass
 class Question:
@@ -109,6 +121,8 @@ def open_image(source) -> Image.Image:
     if isinstance(source, Image.Image):
         image = source
     else:
+        if not isinstance(source, bytes) and Path(source).exists() and not Path(source).is_file():
+            raise ValueError("not a file")  # a pipe would be waited for
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(
@@ -169,41 +183,122 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
+def parse_json(text: bytes, place: str, shape=None) -> dict:
+    """The JSON object in `text`. Every JSON file of the project is read here.
+
+    shape  what the object must hold; see `check_shape`
+
+    Raises UserError, which begins with `place`, for whatever is wrong with it.
+    """
+
+    def integer(digits: str) -> int:
+        if len(digits) > 300:  # beyond any float: arithmetic with it would overflow
+            raise ValueError("a number of more than 300 digits")
+        return int(digits)
+
+    try:
+        found = json.loads(text.decode("utf-8-sig"), parse_int=integer)
+        if re.search(rb"\\u[dD][89a-fA-F]", text):  # raises where half of a pair stands alone
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeDecodeError:
+        raise UserError(f"{place}: not UTF-8; save the file as UTF-8") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: half of a surrogate pair, which no tokenizer reads") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: invalid JSON ({getattr(error, 'msg', error)})") from None
+    if not isinstance(found, dict):
+        raise UserError(f'{place}: expected an object, as {{"key": ...}}')
+    check_shape(found, shape or {}, place)
+    return found
+
+
+NUMBER = (int, float)
+
+
+def check_shape(value, shape, place: str, name: str = "the object") -> None:
+    """Raise UserError where a value read from JSON is not of the shape that the code counts on.
+
+    A shape is a type or a tuple of types; {"key": shape, "may be missing?": shape};
+    [shape] for any number of them, or [shape, shape] for just these.
+
+    >>> check_shape({"a": 1, "b": [["x", True]]}, {"a": NUMBER, "b": [[str, bool]], "c?": str}, "f:1")
+    """
+    kinds = (dict,) if isinstance(shape, dict) else (list,) if isinstance(shape, list) else shape
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if type(value) not in kinds:  # not isinstance: True is no number
+        wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        raise UserError(f"{place}: {name} must be {wanted}, not {type(value).__name__}")
+    if isinstance(shape, dict):
+        for key, part in shape.items():
+            optional, key = key.endswith("?"), key.removesuffix("?")
+            if key not in value and not optional:
+                raise UserError(f"{place}: {name} has no {key!r}")
+            if key in value:
+                check_shape(value[key], part, place, repr(key))
+    elif isinstance(shape, list):
+        if len(shape) > 1 and len(value) != len(shape):
+            raise UserError(f"{place}: {name} must hold {len(shape)} values, not {len(value)}")
+        for i, item in enumerate(value):
+            check_shape(item, shape[i % len(shape)], place, f"a value of {name}")
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError where there is no file, or what would be waited for: a pipe, a device."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    check_file(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json(path: Path, shape=None) -> dict:
+    """The object that a .json file holds; see `parse_json`."""
+    return parse_json(read_bytes(path), str(path), shape)
+
+
+def read_jsonl(path: Path, shape=None, growing: bool = False) -> Iterator[tuple[str, dict]]:
+    """The objects of a .jsonl file, each with its place ("file:line"); see `parse_json`.
+
+    growing  a last line without its end is being written, or was cut by a kill: it is passed over
+    """
+    for number, line in enumerate(read_bytes(path).splitlines(keepends=True), 1):
+        if line.strip() and not (growing and not line.endswith(b"\n")):
+            place = f"{path}:{number}"
+            yield place, parse_json(line, place, shape)
+
+
 def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Rows of a .parquet or .jsonl file, each with its place ("file:line") for error messages."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    if path.suffix == ".jsonl":
+        yield from read_jsonl(path)
+        return
+    check_file(path)
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet
         except ImportError:
             raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+        number = 0
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
-                number = 0
                 for batch in file.iter_batches(batch_size=256):
                     for row in batch.to_pylist():
                         number += 1
                         yield f"{path}: row {number}", row
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: after row {number}: a text that is not UTF-8") from None
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: not a readable parquet file ({reason})") from None
-    elif path.suffix == ".jsonl":
-        with open(path, "rb") as file:  # bytes, so that a line which is not UTF-8 has its number
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except UnicodeDecodeError:
-                    raise UserError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
-                except (ValueError, RecursionError) as error:
-                    reason = getattr(error, "msg", str(error))
-                    raise UserError(f"{path}:{number}: invalid JSON ({reason})") from None
-                if not isinstance(row, dict):
-                    raise UserError(f'{path}:{number}: expected an object, as {{"question": ...}}')
-                yield f"{path}:{number}", row
     else:
         raise UserError(f"{path}: expected a .parquet or .jsonl file")
 
@@ -222,15 +317,6 @@ def _image_sources(value, folder: Path) -> list:
     return sources
 
 
-def is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> list[Question]:
     """Read a file in ViRL39K's layout.
 
@@ -246,11 +332,6 @@ def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> l
     for place, row in read_rows(path):
         n_rows += 1
         text, answer = row.get("question"), row.get("answer")
-        texts = (text, answer, row.get("qid"), row.get("category"))
-        if not all(is_text(x) for x in texts if isinstance(x, str)):
-            raise UserError(
-                f"{place}: half of a surrogate pair, which no tokenizer reads; mend the row"
-            )
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{place}: no question; a row needs a non-empty 'question' text")
         if isinstance(answer, (list, dict, bool)):

@@ -27,7 +27,7 @@ from benchmarks import scores
 from benchmarks.asking import RANK, answers_from_model, made_with
 from benchmarks.readers import BENCHMARKS, Item
 from config import flag, read_flags
-from data import TEMPLATES, UserError, load_questions, read_rows, write_atomically
+from data import TEMPLATES, UserError, load_questions, read_json, read_rows, write_atomically
 from reward import extract_answer, is_correct
 from benchmarks.sources import check_pictures, find_data, find_files, load
 
@@ -134,7 +134,7 @@ def items_of(name: str, config: Config) -> tuple[list[Item], list[Item], set[str
 def trainer_config(model: str) -> dict:
     """The training settings of a checkpoint of train.py; {} for any other model."""
     path = Path(model) / "trainer.json"
-    return json.loads(path.read_text())["config"] if model and path.is_file() else {}
+    return read_json(path, {"config": dict})["config"] if model and path.is_file() else {}
 
 
 def find_model(config: Config) -> str:
@@ -166,7 +166,7 @@ def choose_out(config: Config) -> Path:
             made = out / f"{name}.run.json"
             if config.responses and made.exists():
                 return False
-            if made.exists() and json.loads(made.read_text()) != made_with(config, name):
+            if made.exists() and read_json(made) != made_with(config, name):
                 return False
         return True
 
@@ -259,9 +259,13 @@ def save(out: Path, name: str, marked: dict[str, list[dict]], summary: dict) -> 
     write_atomically(out / f"{name}.jsonl", "".join(lines))
     for part in out.glob(f"{name}.rank*.jsonl"):
         part.unlink()
+    known = read_summary(out) | {name: summary}
+    write_atomically(out / "summary.json", json.dumps(known, indent=1))
+
+
+def read_summary(out: Path) -> dict:
     path = out / "summary.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    write_atomically(path, json.dumps(known | {name: summary}, indent=1))
+    return read_json(path) if path.exists() else {}
 
 
 def main(argv: list[str]) -> int:

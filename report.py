@@ -16,7 +16,6 @@ How it looks is in pages/report.html, how curves are drawn in pages/curves.py.
 import argparse
 import base64
 import hashlib
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pathlib import Path
 from string import Template
 
 from pages.curves import Chart, draw, ends, series, show_number, swatch
-from data import UserError, write_atomically
+from data import NUMBER, UserError, read_json, read_jsonl, write_atomically
 from pages.transcripts import rollouts
 
 PAGE = Path(__file__).parent / "pages/report.html"
@@ -48,6 +47,21 @@ CHARTS = (
 )  # fmt: skip
 
 
+# What the page counts on in a line of samples.jsonl and of metrics.jsonl.
+RESPONSE = {
+    "text": str, "pieces": [[str, bool]], "reward": NUMBER, "advantage": NUMBER, "tokens": int,
+    "finish": str, "not_kept?": dict,
+}  # fmt: skip
+RESPONSE["not_kept?"] = RESPONSE
+GROUP = {
+    "step": int,
+    "question": {"text": str, "answer": str, "images": [str], "category?": str},
+    "responses": [RESPONSE],
+}
+COUNTS = ("attempted", "wrong_right", "right_right", "right_wrong", "wrong_wrong")
+METRICS = {"step": int, "episode?": int} | {f"rethink_{name}?": NUMBER for name in COUNTS}
+
+
 @dataclass
 class Record:
     """What a run wrote down."""
@@ -61,48 +75,6 @@ class Record:
 # ---------------------------------------------------------------------------- read
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; is the disk sound?") from None
-
-
-def read_lines(path: Path, needed: set[str]) -> list[dict]:
-    """The objects of a .jsonl file; each has the keys `needed`, "step" with a whole number among them.
-
-    What stands after the last line end is passed over: a line that is still being written.
-    """
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: invalid JSON ({error.msg}); mend the line") from None
-        if not isinstance(row, dict) or not needed <= row.keys():
-            raise UserError(f"{path}:{number}: expected an object with {', '.join(sorted(needed))}")
-        if not isinstance(row["step"], int):
-            raise UserError(
-                f"{path}:{number}: step {row['step']!r} is no whole number; mend the line"
-            )
-        rows.append(row)
-    return rows
-
-
-def read_config(path: Path) -> dict:
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: invalid JSON ({error.msg})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected an object")
-    return config
-
-
 def read_run(folder: Path, name: str) -> Record:
     """What is in a run's folder. Only metrics.jsonl has to be there."""
     if not folder.is_dir():
@@ -111,9 +83,13 @@ def read_run(folder: Path, name: str) -> Record:
         raise UserError(f"{folder}: no metrics.jsonl; is it a run of train.py, and has it begun?")
     samples = []
     if (folder / "samples.jsonl").exists():
-        samples = read_lines(folder / "samples.jsonl", {"step", "question", "responses"})
-    config = read_config(folder / "config.json")
-    return Record(name, config, read_lines(folder / "metrics.jsonl", {"step"}), samples)
+        rows = read_jsonl(folder / "samples.jsonl", GROUP, growing=True)
+        samples = [row for _, row in rows]
+    rows = read_jsonl(folder / "metrics.jsonl", METRICS, growing=True)
+    metrics = [row for _, row in rows]
+    path = folder / "config.json"
+    config = read_json(path, {"steps?": int}) if path.exists() else {}
+    return Record(name, config, metrics, samples)
 
 
 def run_names(folders: list[Path]) -> list[str]:
@@ -177,7 +153,7 @@ def second_looks(metrics: list[dict]) -> str:
     episodes = {row["episode"]: row for row in metrics if "episode" in row}
     total = {
         name: sum(row.get(f"rethink_{name}") or 0 for row in episodes.values())
-        for name in ("attempted", "wrong_right", "right_right", "right_wrong", "wrong_wrong")
+        for name in COUNTS
     }
     if not total["attempted"]:
         return "none forced"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks import scores
 from benchmarks.readers import Item
-from data import UserError, write_atomically
+from data import UserError, read_json, read_jsonl, write_atomically
 from benchmarks.sources import check_pictures
 
 # Prompt tokens run at once: of a 7B they hold 10 GB of activations and 7 GB of cache.
@@ -29,18 +29,16 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 # ---------------------------------------------------------------------------- files
 
 
+AGAIN = {"response": str, "finish": str, "tokens": int, "trigger": str}
+ANSWER = {"id": str, "response": str, "finish": str, "tokens": int, "sample?": int, "again?": AGAIN}
+
+
 def read_answers(path: Path) -> dict[str, dict[int, dict]]:
     """{id: {sample number: answer}} of a NAME.jsonl; a last line that a kill cut is passed over."""
     found: dict[str, dict[int, dict]] = {}
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            row = json.loads(line)
+    if path.exists():
+        for _, row in read_jsonl(path, ANSWER, growing=True):
             found.setdefault(row["id"], {})[row.get("sample", 0)] = row
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: not a line of a result; remove it") from None
     return found
 
 
@@ -79,7 +77,7 @@ def made_with(config, name: str) -> dict:
 def claim(out: Path, name: str, settings: dict) -> None:
     """Note in OUT/NAME.run.json what its responses are made with; refuse to mix in others."""
     made, main = out / f"{name}.run.json", out / f"{name}.jsonl"
-    old = json.loads(made.read_text()) if made.exists() else settings
+    old = read_json(made) if made.exists() else settings
     if old != settings:
         other = next(key for key in settings | old if old.get(key) != settings.get(key))
         raise UserError(

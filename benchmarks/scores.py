@@ -11,13 +11,12 @@ and are counted beside the score; two models are compared question by question; 
 numbers (paper, Tables 1 and 2) stand beside ours, because only the same rules make them comparable.
 """
 
-import json
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from benchmarks.readers import BENCHMARKS, Item
-from data import UserError
+from data import NUMBER, UserError, printable, read_jsonl
 from rethink import before_rethinking, rethinks
 from benchmarks.rules import choose, normal
 
@@ -280,6 +279,7 @@ def table(summaries: dict[str, dict]) -> str:
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
+    rows = [tuple(map(printable, row)) for row in rows]  # groups are named by the data
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     # Words to the left, numbers to the right, under each other.
     lines = [
@@ -298,17 +298,10 @@ def _aligned(rows: list[tuple[str, ...]]) -> str:
 def read_result(path: str) -> dict[str, tuple[float, str]]:
     """OUT/NAME.jsonl -> {id: (mean credit over samples, cluster)}."""
     credits, clusters = defaultdict(list), {}
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give two OUT/NAME.jsonl") from None
-    for number, row in enumerate(text.splitlines(), 1):
-        try:
-            line = json.loads(row)
-            credits[line["id"]].append(credit(line))
-            clusters[line["id"]] = line.get("cluster", line["id"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: not a line of an OUT/NAME.jsonl") from None
+    shape = {"id": str, "correct": bool, "score?": NUMBER, "cluster?": str}
+    for _, line in read_jsonl(Path(path), shape):
+        credits[line["id"]].append(credit(line))
+        clusters[line["id"]] = line.get("cluster", line["id"])
     return {id_: (sum(c) / len(c), clusters[id_]) for id_, c in credits.items()}
 
 

@@ -367,7 +367,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
             (tmp_path / name).write_text("question,answer\n")
         with pytest.raises(UserError, match=f"{name}: .*{message}"):
             load_questions(tmp_path / name)
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="not a file"):
         load_questions(tmp_path)  # a directory
 
 

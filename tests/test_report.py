@@ -294,8 +294,8 @@ def a_folder_in_the_way(folder):
     "damage, told",
     [
         (no_run, "no such run"), (no_metrics, "no metrics.jsonl"),
-        (broken_line, "jsonl:2: invalid"), (wrong_rows, "question, responses, step"),
-        (not_text, "not a text file"), (step_of_text, "jsonl:1: step 'one'"),
+        (broken_line, "jsonl:2: invalid"), (wrong_rows, "no .question"),
+        (not_text, "not UTF-8"), (step_of_text, "jsonl:1: .step. must be int"),
         (broken_config, "config.json: invalid"),
         (a_folder_in_the_way, "cannot be written"),
     ],
