@@ -21,7 +21,6 @@ Letters in shape comments: N questions or trees, G responses a question, P promp
 R response tokens, T tokens of a packed row, K response tokens of a batch, V vocabulary, D features.
 """
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,13 +29,22 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import BROKEN_IMAGE, MARKER, Question, UserError, open_image, prompt_text
+from data import (
+    BROKEN_IMAGE,
+    MARKER,
+    MIN_SIDE,
+    Question,
+    UserError,
+    open_image,
+    prompt_text,
+    read_json,
+)
 from tree import Trees, build_trees, pad_rows
 
 # Its bars for reading and writing files would break ours in two.
@@ -353,40 +361,69 @@ def load_policy(
     limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     limits = {name: value for name, value in limits.items() if value is not None}
     try:
-        config = AutoConfig.from_pretrained(directory)
-        if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
-            raise UserError(
-                f"--model {path}: a {config.model_type!r} model; this code trains qwen2_vl and qwen2_5_vl"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory, **limits)
-        if empty:
-            with torch.device("meta"):
-                model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-            if (directory / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(directory)
-        else:
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                directory, dtype=dtype, config=config, output_loading_info=True
-            )
-            if report["missing_keys"]:  # transformers would fill them with random numbers
-                name = min(report["missing_keys"])
-                raise UserError(f"--model {path}: no weights for {name} in its safetensors")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        return read_policy(directory, dtype, limits, empty)
+    except Exception as error:  # noqa: BLE001, damaged files make transformers raise whatever comes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if list(directory.glob("checkpoint-*")):
             reason = "a run's folder: give one of its checkpoint-STEP"
-        raise UserError(f"--model {path}: the checkpoint cannot be read ({reason})") from None
+        elif not isinstance(error, UserError):
+            reason = f"the checkpoint cannot be read ({reason})"
+        raise UserError(f"--model {path}: {reason}") from None
+
+
+def read_policy(directory: Path, dtype: torch.dtype, limits: dict, empty: bool) -> Policy:
+    """As `load_policy`; raises UserError, or whatever the files make others' code raise."""
+    if odd := [x.name for x in directory.iterdir() if not (x.is_file() or x.is_dir())]:
+        raise UserError(f"{odd[0]} is not a file")  # a pipe would be waited for
+    # Without this, a config.json can have code run that lies beside it.
+    code = {"trust_remote_code": False}
+    config = AutoConfig.from_pretrained(directory, **code)
+    if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+        raise UserError(f"a {config.model_type!r} model; this code trains qwen2_vl and qwen2_5_vl")
+    tokenizer = AutoTokenizer.from_pretrained(directory, **code)
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory, **limits, **code)
+    if empty:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **code)
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+    else:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            directory, dtype=dtype, config=config, output_loading_info=True, use_safetensors=True,
+            **code,
+        )  # fmt: skip
+        if report["missing_keys"]:  # transformers would fill them with random numbers
+            raise UserError(f"no weights for {min(report['missing_keys'])} in its safetensors")
+        for name, parameter in model.named_parameters():
+            check_finite(name, parameter)
     # The processor's template (chat_template.json) knows pictures; a tokenizer's may not.
-    processor_template = directory / "chat_template.json"
-    if processor_template.is_file():
-        tokenizer.chat_template = json.loads(processor_template.read_text())["chat_template"]
+    template = directory / "chat_template.json"
+    if template.is_file():
+        tokenizer.chat_template = read_json(template, {"chat_template": str})["chat_template"]
     if tokenizer.chat_template is None:
-        raise UserError(f"--model {path}: no chat template; take an Instruct checkpoint")
+        raise UserError("no chat template; take an Instruct checkpoint")
     size = image_processor.size
     if size["shortest_edge"] > size["longest_edge"]:
         raise UserError(f"min_pixels {size['shortest_edge']} > max_pixels {size['longest_edge']}")
-    return Policy(model, tokenizer, image_processor)
+    policy = Policy(model, tokenizer, image_processor)
+    check_encoding(policy)
+    return policy
+
+
+def check_finite(name: str, weight: torch.Tensor) -> None:
+    """Raise UserError where a weight holds nan or infinity: it would train, and score 0, in silence."""
+    if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+        raise UserError(f"{name} holds values that are not finite")
+
+
+def check_encoding(policy: Policy) -> None:
+    """Encode a small question, so that what is wrong with a checkpoint's files shows when it is loaded."""
+    picture = Image.new("RGB", (2 * MIN_SIDE, 2 * MIN_SIDE))
+    prompt = encode(policy, Question("for a trial", f"{MARKER}Is it red?", [picture], ""), "plain")
+    if prompt.input_ids.max() >= policy.head_weight().shape[0]:
+        raise UserError("its tokenizer has more tokens than the model")
+    if not policy.eos_ids or not all(type(i) is int for i in policy.eos_ids):
+        raise UserError(f"no token ends a turn: eos_token_id is {policy.eos_ids}")
 
 
 def save_policy(policy: Policy, directory: Path, state_dict: dict | None = None) -> None:
