@@ -106,17 +106,6 @@ def prefill(policy: Policy, prompts: list[Prompt], group_size: int) -> tuple[tor
     return hidden[torch.arange(N, device=device), last.to(device)], cache
 
 
-def rms_norm(norm, x: torch.Tensor) -> torch.Tensor:
-    """A norm of the model in one kernel where there is one, instead of eight."""
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [B, H, d] at one position a row; cos, sin [B, 1, d]."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
-
-
 def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) -> torch.Tensor:
     """Feed one token a row and return its hidden state [B, D].
 
@@ -125,36 +114,32 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) 
     span       at least 1 + the largest `at`, known to the host: attention reads no further
     """
     model = policy.text_model
-    angles = positions[:, None].float() * model.rotary_emb.inv_freq  # [B, d / 2]
-    angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, d]
-    x = model.embed_tokens(tokens)  # [B, D]
-    scale = model.rotary_emb.attention_scaling
-    cos, sin = (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+    x = model.embed_tokens(tokens)[:, None]  # [B, 1, D]
+    angles = model.rotary_emb(x, positions.expand(3, 1, -1).mT)
     row = torch.arange(len(tokens), device=x.device)
     unseen = torch.arange(span, device=x.device) > at[:, None]  # [B, S]
     bias = torch.cat((cache.prefix_bias[cache.slot // cache.group_size], unseen * NEVER), dim=-1)
     bias = bias[:, None, None].to(x.dtype)  # [B, 1, 1, P + S]
-    for i, layer in enumerate(layers_in_turn(policy)):
-        attention = layer.self_attn
-        h = rms_norm(layer.input_layernorm, x)
-        q, k, v = (
-            project(h).unflatten(-1, (-1, attention.head_dim))
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        q, k = rotate(torch.cat((q, k), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
-        cache.suffix_k[i][row, :, at] = k
-        cache.suffix_v[i][row, :, at] = v
+
+    def attend(attention, q, k, v, scaling, **_):
+        """q [B, h, 1, d]; k, v [B, H, 1, d] -> [B, 1, h, d], as `tree.carried_attention` has it."""
+        i = attention.layer_idx
+        cache.suffix_k[i][row, :, at] = k[:, :, 0]
+        cache.suffix_v[i][row, :, at] = v[:, :, 0]
         mixed = shared_prefix_attention(
-            q.unflatten(1, (k.shape[1], -1)) * attention.scaling,
+            q.view(len(k), k.shape[1], -1, q.shape[-1]) * scaling,
             (cache.prefix_k[i], cache.prefix_v[i]),
             (cache.suffix_k[i][:, :, :span], cache.suffix_v[i][:, :, :span]),
             bias,
             cache.slot,
             cache.group_size,
         )
-        x = x + attention.o_proj(mixed.flatten(1))
-        x = x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))
-    return rms_norm(model.norm, x)
+        return mixed.flatten(1, 2)[:, None]
+
+    for layer in layers_in_turn(policy):
+        # `forward` and not a call: FSDP would gather the layer.
+        x = layer.forward(x, position_embeddings=angles, attention_mask=None, attend=attend)
+    return model.norm(x)[:, 0]
 
 
 def layers_in_turn(policy: Policy):

@@ -22,7 +22,7 @@ R response tokens, T tokens of a packed row, K response tokens of a batch, V voc
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -45,12 +45,14 @@ from data import (
     prompt_text,
     read_json,
 )
-from tree import Trees, build_trees, pad_rows
+from tree import Trees, build_trees, pad_rows, tree_attention
 
 # Its bars for reading and writing files would break ours in two.
 transformers.utils.logging.disable_progress_bar()
 
 IMAGE_PAD = "<|image_pad|>"
+# The architectures that tests hold against transformers; the code itself asks the model what it is.
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 # Finite, so that 0 * NEVER is 0 and not nan in the entropy.
 NEVER = -1e30
 # Rows of the vocabulary projection computed at once: 512 x 151,936 floats are 311 MB.
@@ -102,7 +104,10 @@ class Policy(nn.Module):
         self.compute_device: torch.device | None = None
         self.lockstep = False  # layers are gathered as they decode, on all ranks together
         self.cuda_graphs = True  # on a GPU a decoding step is launched as a whole
-        self.text_model.config._attn_implementation = "tree"  # tree.tree_attention
+        self.text_model.config._attn_implementation = "carried"  # tree.carried_attention
+        for module in model.modules():  # one kernel instead of the eight that transformers launches
+            if hasattr(module, "variance_epsilon"):
+                module.forward = partial(rms_norm, module)
         config = model.config
         text_config = config.get_text_config()
         names = (
@@ -136,24 +141,27 @@ class Policy(nn.Module):
         tied = self.model.config.tie_word_embeddings
         return (self.text_model.embed_tokens if tied else self.model.lm_head).weight
 
-    def embed(self, input_ids, pixel_values, image_grid_thw):
-        """Token embeddings [N, T, D] with the vision tower's features at the image tokens."""
+    def embed(self, input_ids, pixel_values, image_grid_thw) -> dict:
+        """What the text model takes: token embeddings [N, T, D] with the vision tower's features at the
+        image tokens, and the features that DeepStack (Qwen3-VL) adds there after the first layers."""
         embeds = self.text_model.embed_tokens(input_ids)
         blank = pixel_values is None
         if blank:
             if not torch.distributed.is_initialized():
-                return embeds
+                return {"inputs_embeds": embeds}
             # Another rank may hold pictures, and the tower's parameters are gathered and reduced
             # by all ranks or by none: look at one blank picture and use nothing of it.
             pixel_values, image_grid_thw = self.blank_picture(embeds)
-        features = self.model.model.get_image_features(
-            pixel_values, image_grid_thw, return_dict=True
-        )
-        features = torch.cat(list(features.pooler_output)).to(embeds.dtype)  # [image tokens, D]
+        seen = self.model.model.visual(pixel_values, grid_thw=image_grid_thw, return_dict=True)
+        features = seen.pooler_output.to(embeds.dtype)  # [image tokens, D]
+        deeper = seen.get("deepstack_features") or []  # [image tokens, D] each
         if blank:
-            return embeds + 0.0 * features.sum()
-        at_image = (input_ids == self.model.config.image_token_id)[..., None]
-        return embeds.masked_scatter(at_image, features)
+            return {"inputs_embeds": embeds + 0.0 * sum(x.sum() for x in (features, *deeper))}
+        at_image = input_ids == self.model.config.image_token_id
+        inputs = {"inputs_embeds": embeds.masked_scatter(at_image[..., None], features)}
+        if deeper:
+            inputs |= {"visual_pos_masks": at_image, "deepstack_visual_embeds": deeper}
+        return inputs
 
     def blank_picture(self, like: torch.Tensor):
         merge = self.image_processor.merge_size
@@ -167,7 +175,7 @@ class Policy(nn.Module):
         No mask: attention is causal, and padding on the right is seen by padding alone.
         """
         out = self.text_model(
-            inputs_embeds=self.embed(input_ids, pixel_values, image_grid_thw),
+            **self.embed(input_ids, pixel_values, image_grid_thw),
             position_ids=position_ids,
             use_cache=True,
         )
@@ -180,13 +188,12 @@ class Policy(nn.Module):
         Both are of the distribution that was sampled from: softmax(logits / temperature) without
         the banned ids.
         """
-        embeds = self.embed(trees.input_ids, trees.pixel_values, trees.image_grid_thw)
         hidden = self.text_model(
-            inputs_embeds=embeds,
+            **self.embed(trees.input_ids, trees.pixel_values, trees.image_grid_thw),
             position_ids=trees.position_ids,
-            # Four dimensions, so that transformers makes none of its own: `tree_attention` has `trees`.
+            # Four dimensions, so that transformers makes none of its own: `attend` uses another.
             attention_mask=trees.responses[0].mask,
-            trees=trees,
+            attend=partial(tree_attention, trees),
             use_cache=False,
         ).last_hidden_state  # [N, T, D]
         hidden = hidden.flatten(0, 1)[trees.predictor]  # [K, D]
@@ -199,6 +206,10 @@ class Policy(nn.Module):
             logprobs.append(logprob)
             entropies.append(entropy)
         return torch.cat(logprobs), torch.cat(entropies)
+
+
+def rms_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def token_logprobs(hidden, weight, targets, banned_ids, temperature):
@@ -350,7 +361,7 @@ def load_policy(
     max_pixels: int | None = None,
     empty: bool = False,
 ) -> Policy:
-    """Load a Qwen2-VL or Qwen2.5-VL from a directory or a hub id, in the published layout.
+    """Load a Qwen-VL (one of FAMILIES) from a directory or a hub id, in the published layout.
 
     min_pixels, max_pixels  bounds on a picture's area after resizing; None: the checkpoint's own
     empty                   build it without weights, on the meta device, for `parallel.shard`
@@ -378,8 +389,14 @@ def read_policy(directory: Path, dtype: torch.dtype, limits: dict, empty: bool) 
     # Without this, a config.json can have code run that lies beside it.
     code = {"trust_remote_code": False}
     config = AutoConfig.from_pretrained(directory, **code)
-    if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
-        raise UserError(f"a {config.model_type!r} model; this code trains qwen2_vl and qwen2_5_vl")
+    known = f"this code trains {', '.join(FAMILIES)}"
+    if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        raise UserError(
+            f"a {config.model_type!r} model; its linear attention carries one state along a row, which "
+            f"the responses of a tree cannot share; {known}"
+        )
+    if config.model_type not in FAMILIES:
+        raise UserError(f"a {config.model_type!r} model; {known}")
     tokenizer = AutoTokenizer.from_pretrained(directory, **code)
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory, **limits, **code)
     if empty:

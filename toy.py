@@ -34,10 +34,10 @@ from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -46,6 +46,7 @@ from model import Policy, encode, load_policy, response_logprobs, save_policy
 from rethink import TRIGGERS, rethinks
 
 CELL = 28  # pixels a side: one visual token
+INITIALIZER_RANGE = 0.08  # the default of 0.02 learns two to three times slower at this size
 COLOURS = {
     "red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 220, 50),
     "pink": (250, 150, 190), "black": (20, 20, 20), "white": (250, 250, 250), "cyan": (70, 210, 220),
@@ -243,41 +244,61 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def new_policy(seed: int = 0, hidden: int = 128, layers: int = 4, heads: int = 4) -> Policy:
-    """A Qwen2.5-VL with random weights: about a million parameters at the default size."""
-    tokenizer = toy_tokenizer()
+def toy_config(family: str, tokenizer, hidden: int, layers: int, heads: int) -> dict:
+    """The shape of a toy policy, in the words of each family's configuration."""
     ids = {
         name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
         for name in ("im_end", "endoftext", "image_pad", "video_pad", "vision_start", "vision_end")
     }
-    half = hidden // heads // 2
-    rotary = [half // 4, (half - half // 4) // 2]
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": 3 * hidden,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads // 2,
-            "max_position_embeddings": 4096, "initializer_range": 0.08, "rms_norm_eps": 1e-6,
-            "bos_token_id": ids["endoftext"], "eos_token_id": ids["im_end"],
-            "pad_token_id": ids["endoftext"],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
-                                "mrope_section": [*rotary, half - sum(rotary)]},
-        },
-        vision_config={
-            "depth": 2, "hidden_size": hidden // 2, "intermediate_size": hidden, "num_heads": heads,
-            "out_hidden_size": hidden, "fullatt_block_indexes": [1], "initializer_range": 0.08,
-        },
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
-        tie_word_embeddings=True,
-    )  # fmt: skip
+    third = family.startswith("qwen3")  # heads wider than hidden / heads, and axes that interleave
+    half = hidden // heads if third else hidden // heads // 2
+    rows = half // 3 if third else (half - half // 4) // 2
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads // 2,
+        "max_position_embeddings": 4096, "initializer_range": INITIALIZER_RANGE, "rms_norm_eps": 1e-6,
+        "bos_token_id": ids["endoftext"], "eos_token_id": ids["im_end"],
+        "pad_token_id": ids["endoftext"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                            "mrope_section": [half - 2 * rows, rows, rows]},
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": hidden // 2, "intermediate_size": hidden, "num_heads": heads,
+        "out_hidden_size": hidden, "initializer_range": INITIALIZER_RANGE,
+    }  # fmt: skip
+    if family == "qwen2_vl":
+        vision |= {"embed_dim": hidden // 2, "hidden_size": hidden, "mlp_ratio": 2}
+        del vision["intermediate_size"], vision["out_hidden_size"]
+    elif family == "qwen2_5_vl":
+        vision["fullatt_block_indexes"] = [1]
+    else:
+        text["head_dim"] = 2 * half
+        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    if family == "qwen3_vl_moe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 2 * hidden}
+    return {
+        "text_config": text, "vision_config": vision, "tie_word_embeddings": True,
+        "image_token_id": ids["image_pad"], "video_token_id": ids["video_pad"],
+        "vision_start_token_id": ids["vision_start"], "vision_end_token_id": ids["vision_end"],
+    }  # fmt: skip
+
+
+def new_policy(
+    seed: int = 0, hidden: int = 128, layers: int = 4, heads: int = 4, family: str = "qwen2_5_vl"
+) -> Policy:
+    """A Qwen-VL with random weights: about a million parameters at the default size."""
+    tokenizer = toy_tokenizer()
+    config = AutoConfig.for_model(family, **toy_config(family, tokenizer, hidden, layers, heads))
     with torch.random.fork_rng():
-        # The default of 0.02 learns two to three times slower at this size.
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=[ids["im_end"], ids["endoftext"]], pad_token_id=ids["endoftext"]
-    )
-    processor = Qwen2VLImageProcessorPil(min_pixels=CELL * CELL, max_pixels=64 * CELL * CELL)
+        model = AutoModelForImageTextToText.from_config(config)
+    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
+    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    processor = Qwen2VLImageProcessorPil(
+        min_pixels=side * side, max_pixels=64 * side * side,
+        patch_size=config.vision_config.patch_size,
+    )  # fmt: skip
     return Policy(model, tokenizer, processor)
 
 

@@ -185,20 +185,29 @@ def response_mask(prompts: torch.Tensor, longest_prompt: int, longest: int) -> t
     return torch.cat((prompt.expand(B, R, -1), own.expand(B, -1, -1)), dim=-1)[:, None]
 
 
-def tree_attention(
-    module, query, key, value, attention_mask, trees: Trees | None = None, **options
-):
-    """Attention on trees without a [T, T] mask, as transformers' attention interface calls it.
+def carried_attention(module, query, key, value, attention_mask, attend=None, **options):
+    """transformers' attention interface: whoever calls the layers brings along how they attend.
+
+    query [N, h, T, d]; key, value [N, H, T, d], rotated -> [N, T, h, d]. `attend` is `tree_attention`
+    on a batch of trees or `decoding.Cache`'s; without one, attention is plain.
+    """
+    if attend is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return attend(module, query, key, value, **options), None
+
+
+AttentionInterface.register("carried", carried_attention)
+AttentionMaskInterface.register("carried", sdpa_mask)
+
+
+def tree_attention(trees: Trees, module, query, key, value, **options) -> torch.Tensor:
+    """Attention on trees without a [T, T] mask: [N, h, T, d] -> [N, T, h, d].
 
     Two calls: the prompts among themselves, causally (no mask, so the fastest kernel serves); then every
     response, a row of its own, over its prompt and itself (a call for each range of lengths, so that
     one long response does not pad all others). A mask over whole rows would have each response look at
     its siblings, to throw that away: at G = 8 it takes two to four times as long.
-
-    query [N, h, T, d]; key, value [N, H, T, d] -> [N, T, h, d]. Without `trees`, plain attention.
     """
-    if trees is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     N, _, T, _ = query.shape
     P = trees.longest_prompt
     # Where a prompt is shorter than P, responses follow it: what is computed for them here is
@@ -216,11 +225,7 @@ def tree_attention(
             some.mask, is_causal=False, **options,
         )  # fmt: skip
         out = out.index_put_((some.own,), said)  # [B, R, h, d]
-    return out[:-1].unflatten(0, (N, T)), None
-
-
-AttentionInterface.register("tree", tree_attention)
-AttentionMaskInterface.register("tree", sdpa_mask)
+    return out[:-1].unflatten(0, (N, T))
 
 
 def pad_rows(flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:

@@ -120,7 +120,7 @@ def test_attention_on_trees_does_what_the_mask_says(seed, short, monkeypatch):
         return (scores.softmax(-1) @ v).transpose(1, 2)
 
     def in_two_calls(q, k, v):
-        out, _ = tree_attention(module, q, k, v, None, trees)
+        out = tree_attention(trees, module, q, k, v)
         assert torch.isfinite(out).all()
         return out
 
