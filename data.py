@@ -1,33 +1,41 @@
 """Questions, and the files they come from.
 
-A `Question` is what the environment asks: text, pictures, and the answer that only the reward
-sees. Training reads the layout of ViRL39K, the paper's data (Section 4.1, hub id
-TIGER-Lab/ViRL39K), from .parquet or from .jsonl with the same columns:
+A `Question` is what the environment asks: text, pictures, and the answer that only the reward sees.
+It is read from a row of a .parquet, .jsonl or .csv file, or from the only such file in a folder:
 
     question  text, with an `<image>` marker where each picture belongs
-    answer    "\\boxed{...}", or the bare answer
-    image     list of paths relative to the file (or {"bytes": ...} structs in a parquet)
-    qid, category, PassRate_7BBase, PassRate_32BTrained   (optional)
+    answer    text or number, bare or "\\boxed{...}"; of a multiple-choice question a letter or the text
+    image     a path relative to the file, or a list of paths (in a parquet also {"bytes": ...})
+    choices   optional: list of option texts; they are printed below the question unless it lists them
+    qid       optional, as are category and columns of pass rates
 
-Section 4.1 also selects questions by how often a model already solves them: that is
-`load_questions(..., pass_rate=(column, low, high))`.
+In a CSV the paths and options of a list are separated by "|". The columns `images` and `file_name`
+(of Hugging Face's image folders) are read as `image`, `options` as `choices`, `id` as `qid`. This is
+the layout of ViRL39K, the paper's data (Section 4.1, hub id TIGER-Lab/ViRL39K). The paper also
+selects questions by how often a model already solves them: `load_questions(..., pass_rate=(column,
+low, high))`.
 
 What we do differently: about 850 rows of ViRL39K have a picture and no marker; their pictures come
-first. A row that cannot be used is an error that names it, before any training, never a skip.
+first. A row that cannot be used is an error that names file, line and fix, before any training, and
+is never skipped.
 """
 
+import csv
 import io
 import json
 import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from reward import is_correct
+
 MARKER = "<image>"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MIN_SIDE = 28  # pixels: one visual token of Qwen2-VL and Qwen2.5-VL covers 28 x 28
 
 # What surrounds a question in the user turn, exact to the character (paper, appendix).
@@ -39,6 +47,12 @@ TEMPLATES = {
     "final answer within \\boxed{}.",
     "bare": "{question}",
 }
+
+
+FORMATS = (".parquet", ".jsonl", ".csv")
+IMAGE_COLUMNS = ("image", "images", "file_name")
+CHOICE_COLUMNS = ("choices", "options")
+_PICTURE = re.compile(r"\.(?:png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -59,7 +73,7 @@ def printable(text: str) -> str:
 
 @dataclass
 class Question:
-    """One thing to ask. `text` holds exactly one `<image>` marker a picture, in order."""
+    """One thing to ask. `text` holds exactly one `<image>` marker per picture, in order."""
 
     id: str
     text: str
@@ -67,6 +81,7 @@ class Question:
     answer: str
     choices: list[str] | None = None  # option texts from A on, where the question has them
     category: str = ""
+    place: str = field(default="", compare=False)  # file and row, for error messages
 
 
 def prompt_text(question: Question, template: str) -> str:
@@ -86,24 +101,56 @@ def place_markers(text: str, n_images: int) -> str:
     """
     missing = n_images - text.count(MARKER)
     if missing < 0:
-        raise ValueError(f"{n_images - missing} {MARKER} markers but {n_images} images")
+        raise ValueError(
+            f"{n_images - missing} {MARKER} markers but {n_images} images; fix the row"
+        )
     return MARKER * missing + text
 
 
+_OPTION = re.compile(r"^[ \t]*\(?([A-Za-z])[).:][ \t]*(.*?)[ \t]*$", re.MULTILINE)
+_HEADER = re.compile(r"\b(?:choices|options)[ \t]*:", re.IGNORECASE)
+
+
 def parse_choices(text: str) -> list[str] | None:
-    """The options of a multiple-choice question in ViRL39K's form, or None.
+    """The options that a question lists from A on, or None.
+
+    They follow "Choices:" or "Options:", a line each or all on one, or are the last lines.
 
     >>> parse_choices("Which?\\nChoices:\\n(A) 3 cm\\n(B) 4 cm")
     ['3 cm', '4 cm']
+    >>> parse_choices("Which? Options: A. red B. green")
+    ['red', 'green']
     """
-    _, found, tail = text.rpartition("Choices:")
-    if not found:
-        return None
-    options = re.findall(r"^[ \t]*\(?([A-Z])[).:][ \t]*(.*?)[ \t]*$", tail, flags=re.MULTILINE)
-    letters = "".join(letter for letter, _ in options)
-    if len(options) < 2 or letters != "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]:
-        return None
-    return [option for _, option in options]
+    headers = list(_HEADER.finditer(text))
+    tail = text[headers[-1].end() :].strip() if headers else ""
+    if "\n" not in tail:
+        tail = re.sub(r"[ \t,;]+(?=\([A-Z]\)|[A-Z][).:][ \t])", "\n", tail)
+    lines = text.rstrip().split("\n")
+    start = len(lines)
+    while start and _OPTION.match(lines[start - 1]) and lines[start - 1].strip("( \t")[0].isupper():
+        start -= 1
+    for listing in (tail, "\n".join(lines[start:])):
+        options = _OPTION.findall(listing)
+        letters = "".join(letter for letter, _ in options)
+        if len(options) > 1 and letters in (
+            LETTERS[: len(options)],
+            LETTERS.lower()[: len(options)],
+        ):
+            return [option for _, option in options]
+    return None
+
+
+def with_choices(text: str, choices: list[str]) -> str:
+    """Options under a question, as ViRL39K lays them out.
+
+    >>> print(with_choices("Which?", ["3 cm", "4 cm"]))
+    Which?
+    Choices:
+    (A) 3 cm
+    (B) 4 cm
+    """
+    lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, choices)]
+    return "\n".join([text, "Choices:", *lines]) if choices else text
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -145,32 +192,43 @@ def open_image(source) -> Image.Image:
     return image
 
 
-def check_images(questions: list[Question], progress=lambda items: items) -> list[list[tuple]]:
-    """Decode every picture once; return each question's list of (width, height).
+def check_images(questions: list[Question], seen: bool = True, progress=iter) -> list[list[tuple]]:
+    """Each question's picture sizes, (width, height). Raises UserError for the first broken picture.
 
-    Raises UserError naming the first question whose picture is missing or broken.
+    Pictures that a model will see must be there and are decoded. Where responses are only marked,
+    none is needed; those that are there are checked as far as that is quick.
     """
 
-    def sizes(question: Question) -> list[tuple] | str:
-        found = []
+    def sizes(question: Question) -> list[tuple]:
+        found, where = [], question.place or f"question {question.id}"
         for source in question.images:
-            name = source if isinstance(source, (str, Path)) else "(embedded picture)"
+            name = f"picture {source}" if isinstance(source, (str, Path)) else "embedded picture"
             try:
-                found.append(open_image(source).size)
+                if seen or isinstance(source, Image.Image):
+                    found.append(open_image(source).size)
+                    continue
+                with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as it:
+                    found.append(it.size)
+                    it.verify()
             except FileNotFoundError:
-                return f"qid {question.id}: image {name} does not exist; is images.zip unpacked?"
+                if seen:
+                    raise UserError(
+                        f"{where}: {name} does not exist; put the pictures where the row says, "
+                        "relative to the data file (an archive of them must be unpacked)"
+                    ) from None
             except BROKEN_IMAGE as error:
-                return f"qid {question.id}: image {name} cannot be read ({error}); replace it"
+                reason = re.sub(r"<.*>", "unknown format", str(error))
+                raise UserError(
+                    f"{where}: {name} cannot be read ({reason}); replace the picture"
+                ) from None
         return found
 
-    results = []
     with ThreadPoolExecutor() as pool:
-        for result in progress(pool.map(sizes, questions)):
-            if isinstance(result, str):
-                pool.shutdown(cancel_futures=True)
-                raise UserError(result)
-            results.append(result)
-    return results
+        try:
+            return list(progress(pool.map(sizes, questions)))
+        except UserError:
+            pool.shutdown(cancel_futures=True)  # the others need not be decoded
+            raise
 
 
 # ---------------------------------------------------------------------------- files
@@ -203,7 +261,9 @@ def parse_json(text: bytes, place: str, shape=None) -> dict:
     except UnicodeDecodeError:
         raise UserError(f"{place}: not UTF-8; save the file as UTF-8") from None
     except UnicodeEncodeError:
-        raise UserError(f"{place}: half of a surrogate pair, which no tokenizer reads") from None
+        raise UserError(
+            f"{place}: half of a surrogate pair, which no tokenizer reads; fix it"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: invalid JSON ({getattr(error, 'msg', error)})") from None
     if not isinstance(found, dict):
@@ -275,14 +335,26 @@ def read_jsonl(path: Path, shape=None, growing: bool = False) -> Iterator[tuple[
             yield place, parse_json(line, place, shape)
 
 
+def find_file(path: Path) -> Path:
+    """The file itself, or the only file of questions in a folder."""
+    if not os.path.isdir(path):
+        check_file(path)
+    found = [path]
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in FORMATS)
+    if len(found) == 1 and found[0].suffix.lower() in FORMATS:
+        return found[0]
+    names = ", ".join(file.name for file in found) or "no such file"
+    formats = ", ".join(FORMATS)
+    raise UserError(f"{path}: expected one file of {formats}, here is {names}; name the file")
+
+
 def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Rows of a .parquet or .jsonl file, each with its place ("file:line") for error messages."""
-    path = Path(path)
-    if path.suffix == ".jsonl":
+    """Rows of a file, each with its place ("file:line") for error messages."""
+    path = find_file(Path(path))
+    if path.suffix.lower() == ".jsonl":
         yield from read_jsonl(path)
-        return
-    check_file(path)
-    if path.suffix == ".parquet":
+    elif path.suffix.lower() == ".parquet":
         try:
             import pyarrow.parquet
         except ImportError:
@@ -300,21 +372,102 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: not a readable parquet file ({reason})") from None
     else:
-        raise UserError(f"{path}: expected a .parquet or .jsonl file")
+        yield from _read_csv(path)
 
 
-def _image_sources(value, folder: Path) -> list:
-    """ViRL39K's image column: nothing, one path, or a list; paths are relative to the file."""
-    if value is None or value == "":
+def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
+    """Rows under a header line; an empty cell is None, "a.png|b.png" a list."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            for row in rows:
+                place = f"{path}:{rows.line_num}"
+                if None in row:
+                    raise UserError(
+                        f"{place}: more cells than columns; put a cell that holds a comma in quotes"
+                    )
+                row = {name: cell or None for name, cell in row.items()}
+                for name in (*IMAGE_COLUMNS, *CHOICE_COLUMNS):
+                    if "|" in (row.get(name) or ""):
+                        row[name] = [part.strip() for part in row[name].split("|")]
+                yield place, row
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
+        except csv.Error as error:
+            raise UserError(f"{path}:{rows.reader.line_num}: invalid CSV ({error})") from None
+
+
+def _column(row: dict, names: tuple):
+    """What stands in the one column of these that is filled, or None."""
+    filled = [name for name in names if row.get(name) not in (None, "", [])]
+    if len(filled) > 1:
+        raise ValueError(f"both {filled[0]!r} and {filled[1]!r}; keep one column")
+    return row[filled[0]] if filled else None
+
+
+def _read_images(row: dict, folder: Path) -> list:
+    """The pictures of a row; paths are relative to the file."""
+    value = _column(row, IMAGE_COLUMNS)
+    if value is None:
+        for name, cell in row.items():
+            if (
+                isinstance(cell, str)
+                and _PICTURE.search(cell)
+                and name not in ("question", "answer")
+            ):
+                raise ValueError(f"column {name!r} names a picture; call that column 'image'")
         return []
     sources = []
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, dict):
             item = item.get("bytes") or item.get("path")
         if not isinstance(item, (str, bytes)):
-            raise TypeError(f"an image must be a path or bytes, not {type(item).__name__}")
+            kind = type(item).__name__
+            raise TypeError(f"a picture must be a path, or bytes in a parquet, not {kind}")
         sources.append(folder / item if isinstance(item, str) else item)
     return sources
+
+
+def _read_choices(row: dict, text: str, answer: str) -> tuple[str, list[str] | None]:
+    """(the question's text with its options listed, the options or None)."""
+    listed, choices = parse_choices(text), _column(row, CHOICE_COLUMNS)
+    if choices is None:
+        return text, listed
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(f"'choices' must be a list of 2 to {len(LETTERS)} option texts")
+    choices = [str(choice).strip() for choice in choices]
+    labelled = parse_choices("Choices:\n" + "\n".join(choices))  # ["A. red", "B. green"]
+    choices = labelled if labelled and len(labelled) == len(choices) else choices
+    if listed and listed != choices:
+        raise ValueError("the question lists other options than 'choices'; keep one of the two")
+    letters = re.sub(r"\\boxed|\band\b|[\W_]", "", answer)  # of one option, or of several
+    known = LETTERS[: len(choices)]
+    if not (letters and set(letters) <= set(known)) and not any(
+        is_correct(answer, letter, choices) for letter in known
+    ):
+        raise ValueError(f"the answer {answer!r} is none of the choices; give a letter or the text")
+    return (text if listed else with_choices(text, choices)), choices
+
+
+def read_question(row: dict, place: str, folder: Path, number: int) -> Question:
+    """One row as a Question. Raises ValueError or TypeError with what is wrong and how to fix it.
+
+    number  of the row, its id where it has none;  folder  what paths are relative to
+    """
+    text, answer = row.get("question"), row.get("answer")
+    if not isinstance(text, str) or not text.strip():
+        columns = ", ".join(map(str, row))
+        raise ValueError(f"no question; a row needs a text in 'question', this one has {columns}")
+    if isinstance(answer, (list, dict, bool)):
+        raise TypeError(f"the answer is a {type(answer).__name__}; give one text or number")
+    answer = "" if answer is None else str(answer).strip()
+    if answer in ("", "\\boxed{}"):
+        raise ValueError("no answer; a row needs a text or number in 'answer'")
+    images = _read_images(row, folder)
+    text, choices = _read_choices(row, place_markers(text, len(images)), answer)
+    qid, category = _column(row, ("qid", "id")), str(row.get("category") or "")
+    qid = str(number if qid is None else qid)
+    return Question(qid, text, images, answer, choices, category, place)
 
 
 def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> list[Question]:
@@ -323,43 +476,35 @@ def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> l
     pass_rate  (column, low, high) keeps the rows whose column lies in [low, high]; ViRL39K writes
                -1 where a model was not measured, which no range from 0 on contains.
 
-    Raises UserError naming file and row for: no file, no rows, invalid JSON, no question, no
-    answer, a qid that comes twice, more markers than images, a pass-rate column that is not there.
+    Raises UserError naming file and row for what cannot be used.
     """
-    path = Path(path)
+    path = find_file(Path(path))
     questions, places = [], {}
-    n_rows = 0
     for place, row in read_rows(path):
-        n_rows += 1
-        text, answer = row.get("question"), row.get("answer")
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{place}: no question; a row needs a non-empty 'question' text")
-        if isinstance(answer, (list, dict, bool)):
-            raise UserError(
-                f"{place}: the answer is a {type(answer).__name__}; give one text or number"
-            )
-        if answer is None or not str(answer).strip() or str(answer).strip() == "\\boxed{}":
-            raise UserError(f"{place}: no answer; a row needs a non-empty 'answer'")
-        qid = str(row["qid"] if row.get("qid") is not None else n_rows - 1)
-        if qid in places:
-            raise UserError(f"{place}: duplicate qid {qid!r}, first at {places[qid]}")
-        places[qid] = place
-        if pass_rate is not None:
-            column, low, high = pass_rate
-            if not isinstance(row.get(column), (int, float)):
-                known = ", ".join(sorted(row))
-                raise UserError(f"{place}: no number in column {column!r}; columns: {known}")
-            if not low <= row[column] <= high:
-                continue
         try:
-            images = _image_sources(row.get("image"), path.parent)
-            text = place_markers(text, len(images))
+            question = read_question(row, place, path.parent, len(places))
+            if question.id in places:
+                raise ValueError(f"duplicate qid {question.id!r}, first at {places[question.id]}")
+            if pass_rate is None or _is_selected(row, *pass_rate):
+                questions.append(question)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{place} (qid {qid}): {error}; mend the row") from None
-        category = str(row.get("category") or "")
-        questions.append(Question(qid, text, images, str(answer), parse_choices(text), category))
-    if n_rows == 0:
+            raise UserError(f"{place}: {error}") from None
+        places[question.id] = place
+    if not places:
         raise UserError(f"{path}: the file is empty")
     if not questions:
-        raise UserError(f"{path}: none of {n_rows} rows has {pass_rate[0]} in the range asked for")
+        raise UserError(
+            f"{path}: none of {len(places)} rows has {pass_rate[0]} in the range asked for; widen "
+            "--pass_rate_min and --pass_rate_max"
+        )
     return questions
+
+
+def _is_selected(row: dict, column: str, low: float, high: float) -> bool:
+    try:
+        return low <= float(row[column]) <= high
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"no number in column {column!r}, by which --pass_rate_column selects questions; name "
+            f'another, or give --pass_rate_column "" to keep all (columns: {", ".join(map(str, row))})'
+        ) from None

@@ -27,9 +27,10 @@ from benchmarks import scores
 from benchmarks.asking import RANK, answers_from_model, made_with
 from benchmarks.readers import BENCHMARKS, Item
 from config import flag, read_flags
-from data import TEMPLATES, UserError, load_questions, read_json, read_rows, write_atomically
+from data import TEMPLATES, UserError, check_images, load_questions, read_json, read_rows
+from data import write_atomically
 from reward import extract_answer, is_correct
-from benchmarks.sources import check_pictures, find_data, find_files, load
+from benchmarks.sources import find_data, find_files, load
 
 NAMES = ("toy", *BENCHMARKS)
 
@@ -228,7 +229,7 @@ def evaluate(config: Config) -> dict[str, dict]:
             print(f"{name}: {len(items)} questions, results in {out}; {told}")
         if config.responses:
             check_owner(config, name, out)
-            check_pictures(items, will_be_seen=False)
+            check_images([item.question for item in items], seen=False)
             answers = answers_from_file(config, name, ids)
         else:
             answers = answers_from_model(name, items, out, made, config)

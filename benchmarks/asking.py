@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from benchmarks import scores
 from benchmarks.readers import Item
-from data import UserError, read_json, read_jsonl, write_atomically
-from benchmarks.sources import check_pictures
+from data import UserError, check_images, read_json, read_jsonl, write_atomically
 
 # Prompt tokens run at once: of a 7B they hold 10 GB of activations and 7 GB of cache.
 PREFILL_TOKENS = 1 << 17
@@ -149,7 +148,7 @@ def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
     def bar_over(results):
         return tqdm(results, total=len(items), desc="checking pictures", disable=RANK > 0)
 
-    sizes = check_pictures(items, will_be_seen=True, progress=bar_over)
+    sizes = check_images([item.question for item in items], progress=bar_over)
     lengths = [
         prompt_length(policy, item.question, item.template or settings["template"], size)
         for item, size in zip(items, sizes, strict=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from benchmarks import mega
-from data import MARKER, Question, parse_choices, place_markers
+from data import MARKER, Question, parse_choices, place_markers, with_choices
 from reward import is_correct
 from benchmarks.rules import LETTERS, choose, extract, letters, literal, normal, same_quantity, value
 
@@ -36,7 +36,6 @@ class Item:
     unsupported: str = ""  # why its whole stratum cannot be marked
     unaskable: str = ""  # why its whole stratum cannot be shown to a model of ours
     extract: Callable[[str], str | None] = extract
-    place: str = ""  # file and row, for error messages
 
 
 @dataclass
@@ -89,19 +88,6 @@ def name_pictures(text: str, numbers: list[int]) -> str:
 def ask(text: str, pictures: list) -> str:
     """The text of a Question: one marker a picture, all before the words."""
     return place_markers(text.replace(MARKER, "").strip(), len(pictures))
-
-
-def with_choices(text: str, choices: list[str]) -> str:
-    """Options under a question, as ViRL39K lays them out.
-
-    >>> print(with_choices("Which?", ["3 cm", "4 cm"]))
-    Which?
-    Choices:
-    (A) 3 cm
-    (B) 4 cm
-    """
-    lines = [f"({LETTERS[i]}) {option}" for i, option in enumerate(choices)]
-    return "\n".join([text, "Choices:", *lines]) if choices else text
 
 
 def gold_text(row: dict) -> str:

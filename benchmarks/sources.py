@@ -10,15 +10,11 @@ that comes twice, a row of another schema and a picture that cannot be read are 
 file and row, where a skipped row would quietly change the denominator.
 """
 
-import io
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
-
 from benchmarks.readers import BENCHMARKS, Benchmark, Item
-from data import BROKEN_IMAGE, UserError, open_image, read_rows
+from data import UserError, read_rows
 
 SPLITS = {"train", "dev", "validation", "val", "test", "testmini"}
 
@@ -119,7 +115,7 @@ def load(name: str, data: str, several: bool = False) -> list[Item]:
                 ) from None
             except (ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{place}: not a row of {name} ({error})") from None
-            item.place, question = place, item.question
+            question, item.question.place = item.question, place
             question.id = str(question.id)
             if question.id in places:
                 raise UserError(
@@ -134,38 +130,3 @@ def load(name: str, data: str, several: bool = False) -> list[Item]:
     if not items:
         raise UserError(f"{data or BENCHMARKS[name].hub}: no rows")
     return items
-
-
-def check_pictures(items: list[Item], will_be_seen: bool, progress=iter) -> list[list[tuple]]:
-    """Each item's picture sizes. Raises UserError naming file and row of the first broken picture.
-
-    Pictures that a model will see must be there and are decoded. To mark responses, none is needed;
-    those that are there are checked as far as that is quick.
-    """
-
-    def sizes(item: Item) -> list[tuple]:
-        found, where = [], f"{item.place} (id {item.question.id})"
-        for source in item.question.images:
-            name = "embedded picture" if isinstance(source, bytes) else f"picture {source}"
-            opened = isinstance(source, Image.Image)  # as the toy world's are
-            in_a_file = not opened and not isinstance(source, bytes)
-            if not will_be_seen and in_a_file and not source.is_file():
-                continue
-            try:
-                if will_be_seen or opened:
-                    found.append(open_image(source).size)
-                    continue
-                with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as it:
-                    found.append(it.size)
-                    it.verify()
-            except FileNotFoundError:
-                raise UserError(
-                    f"{where}: {name} does not exist; unpack the pictures beside the data file"
-                ) from None
-            except BROKEN_IMAGE as error:
-                reason = re.sub(r"<.*>", "unknown format", str(error))
-                raise UserError(f"{where}: {name} cannot be read ({reason})") from None
-        return found
-
-    with ThreadPoolExecutor() as pool:
-        return list(progress(pool.map(sizes, items)))

@@ -17,7 +17,7 @@ from benchmarks import rules
 from benchmarks import scores
 from benchmarks import sources
 from benchmarks.readers import BENCHMARKS
-from data import UserError
+from data import UserError, check_images
 from benchmarks.sources import load
 
 
@@ -587,12 +587,12 @@ def test_corrupt_files_and_pictures_are_named(tmp_path):
     rows = [mathvista_row("1", decoded_image=good), mathvista_row("2", decoded_image=cut)]
     items = load("mathvista", str(write_parquet(tmp_path / "testmini.parquet", rows)))
     for will_be_seen in (True, False):
-        with pytest.raises(UserError, match=r"testmini.parquet: row 2 \(id 2\): embedded picture"):
-            sources.check_pictures(items, will_be_seen)
+        with pytest.raises(UserError, match="testmini.parquet: row 2: embedded picture"):
+            check_images([item.question for item in items], will_be_seen)
 
 
 def test_pictures_that_no_model_will_see_may_be_missing(tmp_path):
     items = load("megabench", str(write_jsonl(tmp_path / "test.jsonl", [mega_row()])))
-    sources.check_pictures(items, will_be_seen=False)
-    with pytest.raises(UserError, match=r"jsonl:1 \(id 77\): picture .*0.png does not exist"):
-        sources.check_pictures(items, will_be_seen=True)
+    check_images([items[0].question], seen=False)
+    with pytest.raises(UserError, match=r"jsonl:1: picture .*0.png does not exist"):
+        check_images([items[0].question])

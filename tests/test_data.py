@@ -1,5 +1,6 @@
 """Questions from files, and pictures of every kind."""
 
+import csv
 import io
 import json
 import sys
@@ -22,6 +23,7 @@ from data import (
     read_rows,
     write_atomically,
 )
+from reward import reward
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -67,13 +69,33 @@ def test_pictures_without_a_marker_come_first():
         place_markers("<image><image>", 1)
 
 
-def test_choices_are_read_in_virl39k_s_form():
+def test_choices_are_read_in_virl39k_s_form_and_in_others():
     assert parse_choices("Which?\nChoices:\n(A) 3 cm\n(B) 4 cm\n(C) \n(D) 5") == [
         "3 cm", "4 cm", "", "5",
     ]  # fmt: skip
     assert parse_choices("Choices: none.\nWhich?\nChoices:\nA. x\n B: y ") == ["x", "y"]
-    for text in ("Which?", "Choices:\n(A) one", "Choices:\n(B) x\n(C) y", "Choices:\n(A) x\n(C) y"):
-        assert parse_choices(text) is None
+    for text in (
+        "Which?\nOptions:\nA. red\nB. green", "Which? OPTIONS: (A)red (B)green", "Which?\nA) red\nB) green\n",
+        "Answer choices:\na) red\nb) green", "Which of these options: Choices: A. red, B. green",
+    ):  # fmt: skip
+        assert parse_choices(text) == ["red", "green"], text
+    for text in (
+        "Which?", "Choices:\n(A) one", "Choices:\n(B) x\n(C) y", "Choices:\n(A) x\n(C) y",
+        "(A) x\n(B) y\nWhich is longer?", "Find\n(a) its area\n(b) its height", "What are the options: or none?",
+    ):  # fmt: skip
+        assert parse_choices(text) is None, text
+
+
+@pytest.mark.parametrize("choices", [["3 cm", "4 cm"], ["A. 3 cm", "B. 4 cm"], [" 3 cm", "4 cm "]])
+def test_choices_of_a_column_are_shown_to_the_policy_once(choices, tmp_path):
+    shown = "Which?\nChoices:\n(A) 3 cm\n(B) 4 cm"
+    for text in ("Which?", shown):
+        for answer in ("B", "\\boxed{B}", "4 cm", "(B) 4 cm"):
+            rows = [{"question": text, "choices": choices, "answer": answer}]
+            [question] = load_questions(write_jsonl(tmp_path / "data.jsonl", rows))
+            assert question.text == shown and question.choices == ["3 cm", "4 cm"]
+            assert reward("\\boxed{4 cm}", question.answer, question.choices) == 1
+            assert reward("\\boxed{A}", question.answer, question.choices) == 0
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -183,7 +205,7 @@ def test_a_broken_or_missing_picture_is_named_with_its_question(name, tmp_path):
         path.write_bytes(BROKEN[name])
     good = Question("fine", "<image>", [Image.new("RGB", (30, 30))], "")
     questions = [good, Question("q17", "<image>", [path], ""), good]
-    with pytest.raises(UserError, match="q17.*broken.png") as error:
+    with pytest.raises(UserError, match="q17: picture .*broken.png") as error:
         check_images(questions)
     assert "\n" not in str(error.value)
 
@@ -246,6 +268,31 @@ def test_rows_become_questions(form, tmp_path):
     assert [q.choices for q in questions] == [None, None, None, None, ["x", "y"]]
 
 
+def write_csv(path: Path, rows) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        for line in rows:
+            lists = {k: "|".join(v) for k, v in line.items() if isinstance(v, list)}
+            writer.writerow(line | lists)
+    return path
+
+
+def test_a_csv_and_a_folder_say_the_same_as_jsonl(tmp_path):
+    """Commas, quotes and line breaks within a cell, lists, an empty cell, a byte order mark."""
+    rows = [*ROWS, row(qid="a-6", question='<image>"So, what?"', category=None)]
+    want = load_questions(write_jsonl(tmp_path / "data.jsonl", rows), ("PassRate_7BBase", 0, 1))
+    path = write_csv(tmp_path / "data.csv", rows)
+    assert load_questions(path, ("PassRate_7BBase", 0, 1)) == want
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (tmp_path / "data.jsonl").unlink()
+    (tmp_path / "a.png").write_bytes(b"")
+    assert load_questions(tmp_path, ("PassRate_7BBase", 0, 1)) == want
+    (tmp_path / "other.CSV").write_text("")
+    with pytest.raises(UserError, match="data.csv, other.CSV; name the file"):
+        load_questions(tmp_path)
+
+
 def test_parquet_and_jsonl_say_the_same(tmp_path):
     assert load_questions(write_parquet(tmp_path / "data.parquet", ROWS)) == load_questions(
         write_jsonl(tmp_path / "data.jsonl", ROWS)
@@ -266,11 +313,16 @@ def test_optional_columns_may_be_left_out(tmp_path):
         {"question": "a?", "answer": 5},
         {"question": "b?", "answer": "5", "image": None, "qid": None, "category": None},
         {"question": "c?", "answer": "5", "image": "c.png", "qid": 7},
+        {"question": "d?", "answer": 0.5, "images": ["d.png", "e.png"], "id": "d"},
+        {"question": "f?", "answer": "A", "file_name": "f.png", "options": ["x", "y"]},
     ]
-    a, b, c = load_questions(write_jsonl(tmp_path / "data.jsonl", rows))
+    a, b, c, d, f = load_questions(write_jsonl(tmp_path / "data.jsonl", rows))
     assert (a.id, a.answer, a.images, a.category) == ("0", "5", [], "")
     assert (b.id, b.images, b.category) == ("1", [], "")
     assert (c.id, c.text, c.images) == ("7", "<image>c?", [tmp_path / "c.png"])
+    assert (d.id, d.text, d.answer) == ("d", "<image><image>d?", "0.5")
+    assert d.images == [tmp_path / "d.png", tmp_path / "e.png"]
+    assert (f.id, f.choices, f.images) == ("4", ["x", "y"], [tmp_path / "f.png"])
 
 
 def test_blank_lines_count_but_say_nothing(tmp_path):
@@ -307,20 +359,30 @@ def test_rows_that_are_not_selected_must_be_sound_too(tmp_path):
 # ---------------------------------------------------------------------------- errors
 
 BAD_ROWS = {
-    "no answer": (row(answer=None), "no answer"),
+    "no answer": (row(answer=None), "no answer; .*'answer'"),
     "blank answer": (row(answer="  "), "no answer"),
     "empty box": (row(answer="\\boxed{}"), "no answer"),
-    "no question": (row(question=None), "no question"),
+    "several answers": (row(answer=["1"]), "a list; give one text or number"),
+    "no question": (row(question=None), "no question; .*'question'"),
+    "a column of another name": ({"prompt": "?", "answer": "1"}, "no question.*has prompt, answer"),
     "blank question": (row(question=" \n"), "no question"),
     "a qid twice": (row(qid="a-1"), "duplicate qid 'a-1', first at .*data.jsonl:1"),
-    "more markers than images": (row(qid="b", question="<image> <image>"), "qid b.*2 <image>"),
-    "markers and no image": (row(qid="b", image=None), "qid b.*1 <image> markers but 0 images"),
-    "half of a surrogate pair": (row(question="\ud83d?"), "surrogate"),
-    "an image that is a number": (row(qid="b", image=[3]), "qid b.*int"),
+    "more markers than images": (row(qid="b", question="<image> <image>"), "2 <image>.* fix"),
+    "markers and no image": (row(qid="b", image=None), "1 <image> markers but 0 images"),
+    "half of a surrogate pair": (row(question="\ud83d?"), "surrogate.* fix it"),
+    "an image that is a number": (row(qid="b", image=[3]), "a picture must be a path.*int"),
+    "pictures in two columns": (row(qid="b", images=["b.png"]), "both 'image' and 'images'; keep one"),
+    "pictures in an unknown column": (row(image=[], photo="b.JPG"), "'photo'.* call .*'image'"),
+    "choices that are no list": (row(choices="red, green"), "'choices' must be a list"),
+    "one choice": (row(choices=["red"]), "'choices' must be a list of 2"),
+    "an answer that is no choice": (row(answer="Blue", choices=["red", "green"]), "'Blue' is none"),
+    "a choice counted from 0": (row(answer=1, choices=["red", "green"]), "'1' is none.*letter"),
+    "other choices in the text": (
+        row(question="?\nA. x\nB. y", choices=["y", "x"]), "other options.*keep one"),
     "invalid JSON": ('{"question": ', "invalid JSON"),
     "not an object": ("[1, 2]", "object"),
-    "no pass rate": (row(qid="b", PassRate_7BBase=None), "PassRate_7BBase.*columns: PassRate_32B"),
-}
+    "no pass rate": (row(qid="b", PassRate_7BBase=None), "PassRate_7BBase.*--pass_rate_column"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
@@ -362,13 +424,29 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    for name, message in [("none.jsonl", "no such file"), ("data.csv", "parquet or .jsonl")]:
-        if name == "data.csv":
-            (tmp_path / name).write_text("question,answer\n")
+    (tmp_path / "data.tsv").write_text("question\tanswer\n")
+    for name, message in [("none.jsonl", "no such file"), ("data.tsv", ".parquet, .jsonl, .csv")]:
         with pytest.raises(UserError, match=f"{name}: .*{message}"):
             load_questions(tmp_path / name)
-    with pytest.raises(UserError, match="not a file"):
-        load_questions(tmp_path)  # a directory
+    with pytest.raises(UserError, match="here is no such file"):
+        load_questions(tmp_path)  # a folder
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"question,answer\na?,1\nWhich, then?,1\n", "data.csv:3: more cells.*quotes"),
+        (b"question,answer\na?,1\nb?,\n", "data.csv:3: no answer"),
+        (b'question,answer\na?,1\n"b?,2\n', "data.csv:3: invalid CSV"),
+        (b"question;answer\na?;1\n", "data.csv:2: no question.*has question;answer"),
+        (b"question,answer\ncaf\xe9?,1\n", "data.csv: not UTF-8"),
+        (b"question,answer\n", "data.csv: the file is empty"),
+    ],
+)
+def test_a_bad_csv_is_named_with_its_line(content, message, tmp_path):
+    (tmp_path / "data.csv").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_questions(tmp_path / "data.csv")
 
 
 def test_a_broken_parquet_is_named(tmp_path):
