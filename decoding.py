@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from data import UserError
-from model import NEVER, Policy, Prompt, masked_logits
+from model import NEVER, Policy, Prompt, id_tensor
 from tree import join_pictures
 
 
@@ -119,7 +119,7 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) 
     row = torch.arange(len(tokens), device=x.device)
     unseen = torch.arange(span, device=x.device) > at[:, None]  # [B, S]
     bias = torch.cat((cache.prefix_bias[cache.slot // cache.group_size], unseen * NEVER), dim=-1)
-    bias = bias[:, None, None].to(x.dtype)  # [B, 1, 1, P + S]
+    bias = bias[:, None, None]  # [B, 1, 1, P + S]
 
     def attend(attention, q, k, v, scaling, **_):
         """q [B, h, 1, d]; k, v [B, H, 1, d] -> [B, 1, h, d], as `tree.carried_attention` has it."""
@@ -166,6 +166,22 @@ def most(count: int, policy: Policy) -> int:
     return int(counts)
 
 
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [..., m, k] @ b [..., k, n], summed and kept in fp32 (float64 stays) where a and b are bf16.
+
+    Qwen's keys carry biases of hundreds: scores rounded to bf16 lose what tells two keys apart. So do
+    logits of 16 to 32, which bf16 knows to an eighth.
+    """
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if not a.is_cuda:  # no such kernel there
+        return a.float() @ b.float()
+    if b.dim() == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    flat = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+    return flat.unflatten(0, a.shape[:-2])
+
+
 def shared_prefix_attention(q, prefix, suffix, bias, slot, group_size: int) -> torch.Tensor:
     """Attention of B rows over their prompt and over themselves, as one softmax. [B, H, g, d]
 
@@ -176,9 +192,9 @@ def shared_prefix_attention(q, prefix, suffix, bias, slot, group_size: int) -> t
     """
     N, P = len(prefix[0]), prefix[0].shape[2]
     shared = by_prompt(q, slot, N, group_size)  # [N, H, G g, d]
-    over_prompt = by_row(shared @ prefix[0].transpose(-1, -2), slot, group_size)  # [B, H, g, P]
-    scores = torch.cat((over_prompt, q @ suffix[0].transpose(-1, -2)), dim=-1) + bias
-    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    over_prompt = by_row(product(shared, prefix[0].mT), slot, group_size)  # [B, H, g, P]
+    scores = torch.cat((over_prompt, product(q, suffix[0].mT)), dim=-1) + bias
+    weights = scores.softmax(-1).to(q.dtype)
     shared = by_prompt(weights[..., :P], slot, N, group_size)  # [N, H, G g, P]
     return by_row(shared @ prefix[1], slot, group_size) + weights[..., P:] @ suffix[1]
 
@@ -242,7 +258,8 @@ def sample_token(policy: Policy, hidden, temperature: float, generator):
     A uniform number u in [0, 1) is looked up in the cumulative distribution: one random number a row
     instead of one a row and vocabulary entry, which on a CPU would take most of a small model's step.
     """
-    logits = masked_logits(hidden, policy.head_weight(), policy.banned_ids)  # [B, V]
+    logits = product(hidden, policy.head_weight().t())  # [B, V]
+    logits = logits.index_fill_(-1, id_tensor(tuple(policy.banned_ids), logits.device), NEVER)
     if temperature == 0:
         logprobs = logits.log_softmax(-1)
         token = logits.argmax(-1, keepdim=True)
