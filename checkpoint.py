@@ -17,21 +17,23 @@ import errno
 import json
 import shutil
 import zlib
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import parallel
+import record
+import toy
 from data import UserError
-from model import Policy, Prompt, Sample, save_policy
+from model import Policy, Prompt, Sample, encode, save_policy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def to_json(value) -> str:
-    return json.dumps(value, indent=1)
+# What a Run counts, beside its settings, weights and samples.
+COUNTERS = ("step", "episode", "counts", "not_finite", "logp_mismatch")
 
 
 def pack_sample(sample: Sample) -> dict:
@@ -110,7 +112,7 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
         save_policy(policy, unfinished, whole)
         packed = {name: [pack_sample(s) for s in part] for name, part in samples.items()}
         (unfinished / "samples.json").write_text(json.dumps(packed))
-        (unfinished / "trainer.json").write_text(to_json(trainer | {"shards": count}))
+        (unfinished / "trainer.json").write_text(json.dumps(trainer | {"shards": count}, indent=1))
     parallel.barrier()
     if first:
         shutil.rmtree(final, ignore_errors=True)
@@ -118,6 +120,15 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
         for old in list_checkpoints(directory)[:-keep_last]:
             shutil.rmtree(old)
     parallel.barrier()
+
+
+def save_run(run) -> None:
+    """Write OUT/checkpoint-STEP, on all ranks together."""
+    trainer = {name: getattr(run, name) for name in COUNTERS}
+    trainer |= {"draws": run.buffer.draws, "config": asdict(run.config)}
+    # At an episode's end nothing will be drawn from the buffer any more.
+    samples = {"fresh": run.fresh, "buffer": run.buffer.samples if run.fresh else []}
+    save(run.out, run.policy, run.optimizer, trainer, samples, run.config.keep_last)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -243,6 +254,77 @@ def load_weights(directory: Path, policy: Policy) -> None:
             start, stop = rows_of(parameter)
             with torch.no_grad():
                 parallel.local(parameter).copy_(piece[start:stop])
+
+
+def undamaged(directory: Path, action):
+    """Do what reads a checkpoint; what it trips over is said in one line."""
+    try:
+        return action()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{directory}: damaged, or of another version ({type(error).__name__}: {error}); delete it to "
+            "resume from the one before"
+        ) from None
+
+
+def resume_run(run) -> bool:
+    """Go back to the newest checkpoint of OUT; False where there is none yet."""
+    found = parallel.from_first([str(p) for p in list_checkpoints(run.out)])
+    if not found:
+        return False
+    directory = Path(found[-1])
+
+    def load() -> dict:
+        trainer = load_state(directory, run.policy, run.optimizer)
+        if missing := sorted({*COUNTERS, "draws", "config"} - trainer.keys()):
+            raise KeyError(f"trainer.json has no {missing[0]}")
+        return trainer
+
+    trainer = parallel.agree(lambda: undamaged(directory, load))
+    before = trainer["config"]
+    for name in ("data", "toy_level"):
+        now, then = getattr(run.config, name), before.get(name)
+        # A file may have moved; what its questions are is checked where they are needed.
+        if then != now and (name == "toy_level" or "toy" in (then, now)):
+            raise UserError(f"{directory}: was made with --{name} {before[name]}; resume with that, or start "
+                            f"a new run from it: --model {directory}")  # fmt: skip
+    changed = [
+        name for name, value in before.items()
+        if name not in ("out", "resume", "steps", "save_every", "keep_last", "eval_every")
+        and value != getattr(run.config, name, value)
+    ]  # fmt: skip
+    if parallel.rank() == 0:
+        tqdm.write(f"resuming {directory}")
+        if changed:
+            tqdm.write(f"note: flags changed since: {', '.join(changed)}")
+    for name in COUNTERS:
+        setattr(run, name, trainer[name])
+    run.buffer.draws = trainer["draws"]
+    packed = parallel.agree(lambda: read_samples(directory))
+    known = {q.id: q for q in run.questions or []}
+
+    def unpack() -> tuple[list[Sample], list[Sample]]:
+        prompts = {}
+        for qid in {row["qid"] for rows in packed.values() for row in rows}:
+            if run.questions is None:
+                known[qid] = toy.question_by_id(toy.LEVELS[run.config.toy_level], qid)
+            elif qid not in known:
+                raise UserError(f"{run.config.data}: no question {qid}, which the episode under way needs; "
+                                "resume with the file and the flags of before")  # fmt: skip
+            prompt = encode(run.policy, known[qid], run.config.template)
+            # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.
+            prompts[qid] = replace(prompt, pixel_values=None) if parallel.world() > 1 else prompt
+        return tuple(
+            [unpack_sample(row, prompts) for row in packed[part]]
+            for part in ("fresh", "buffer")
+        )
+
+    run.fresh, run.buffer.samples = parallel.agree(lambda: undamaged(directory, unpack))
+    if run.step > run.total_steps:
+        raise UserError(f"--steps {run.total_steps}: {directory} is further already; raise it")
+    if parallel.rank() == 0:
+        record.write_config(run.out, run.config)
+    return True
 
 
 def explain_os_error(error: OSError | SafetensorError, directory: Path) -> UserError:

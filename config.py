@@ -92,6 +92,7 @@ class Config:
         True, "on a GPU, launch each decoding step as one graph (rollout_weights whole)"
     )
 
+    reward: str = flag("", "FILE.py:NAME, a function (response text, Question) -> a number of your own")
     advantage: str = flag(
         "mean", "divide r - mean by the group's std [P: std] [C: mean]", ("mean", "std")
     )

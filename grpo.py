@@ -30,16 +30,25 @@ def group_advantages(rewards: torch.Tensor, scale: str = "mean") -> torch.Tensor
     """
     if scale not in ("mean", "std"):
         raise ValueError(f"scale must be 'mean' or 'std', not {scale!r}")
-    rewards = rewards.float()
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    mean, spread = group_baseline(rewards, scale)
     # Equal rewards must give exactly 0, whatever the rounding of their mean.
     equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)
-    centred = centred.masked_fill(equal, 0.0)
-    if scale == "mean":
-        return centred
+    return ((rewards.float() - mean) / spread).masked_fill(equal, 0.0)
+
+
+def group_baseline(rewards: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """rewards [N, G] -> (mean, spread), each [N, 1]: A = (r - mean) / spread. A spread of 0 counts as 1.
+
+    >>> group_baseline(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), "std")
+    (tensor([[0.5000],
+            [1.0000]]), tensor([[0.5000],
+            [1.0000]]))
+    """
+    rewards = rewards.float()
     # The population's deviation, so that one success in G does not depend on a correction for G.
-    std = centred.square().mean(-1, keepdim=True).sqrt()
-    return centred / std.masked_fill(equal, 1.0)
+    spread = rewards.std(-1, correction=0, keepdim=True)
+    equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)
+    return rewards.mean(-1, keepdim=True), spread.masked_fill(equal | (scale == "mean"), 1.0)
 
 
 def policy_loss(

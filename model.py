@@ -45,6 +45,7 @@ from data import (
     prompt_text,
     read_json,
 )
+from rethink import second_start
 from tree import Trees, build_trees, pad_rows, tree_attention
 
 # Its bars for reading and writing files would break ours in two.
@@ -86,7 +87,9 @@ class Sample:
     mask: torch.Tensor  # [R], True = sampled by the policy, False = forced
     text: str
     finish: str  # "stop" (said EOS) or "length" (ran into the limit)
-    reward: float = 0.0
+    answered: bool = False  # does it hold a box of its own? A second look must: y1's does not count
+    right: bool = False  # by the rule: the last box holds the answer
+    reward: float = 0.0  # 1 where it is right, else 0; or what the run's own reward says
     advantage: float = 0.0
     step: int = 0  # optimiser step at which it was sampled
     rethought: str | None = None  # the kind of trigger that was forced, if one was
@@ -334,6 +337,13 @@ def decode(policy: Policy, tokens: torch.Tensor) -> str:
     """The text of response tokens [R], without the ids that end a turn."""
     ids = [i for i in tokens.tolist() if i not in policy.eos_ids]
     return policy.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def answering_text(policy: Policy, sample: Sample) -> str:
+    """Where a sample's answer must stand: all of a response; of a forced second look, y2 alone."""
+    if sample.rethought is None:
+        return sample.text
+    return decode(policy, sample.tokens[second_start(sample) :])
 
 
 # ---------------------------------------------------------------------------- load and save

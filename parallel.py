@@ -10,7 +10,9 @@ one rank alone knows: samples are exchanged (`gather`), and every rank then comp
 """
 
 import contextlib
+import hashlib
 import os
+from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from data import UserError
 from model import Policy
 
 
@@ -63,6 +66,32 @@ def gather(items: list) -> list:
     lists = [None] * world()
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
+
+
+def total(counts: Counter) -> Counter:
+    """All ranks' counts added up, on every rank."""
+    added = Counter()
+    for part in gather([counts]):
+        added.update(part)  # Counter's own + forgets what is not positive
+    return added
+
+
+def agree(action):
+    """Do it on every rank; where it fails on one, fail on all, with the first one's message."""
+    try:
+        result, problem = action(), None
+    except UserError as error:
+        result, problem = None, str(error)
+    problems = [p for p in gather([problem]) if p]
+    if problems:
+        raise UserError(problems[0])
+    return result
+
+
+def generator(key: tuple, device: torch.device) -> torch.Generator:
+    """Randomness as a function of a key and the rank: resuming needs no generator state."""
+    seed = hashlib.sha256(repr((*key, rank())).encode()).digest()[:7]
+    return torch.Generator(device).manual_seed(int.from_bytes(seed, "big"))
 
 
 def from_first(value):

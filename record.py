@@ -4,9 +4,13 @@ import base64
 import io
 import json
 import math
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from data import open_image, write_atomically
+from rethink import OUTCOMES
+from ssr import effective_sample_size
 
 
 class Recorder:
@@ -17,7 +21,7 @@ class Recorder:
         self.measured = -1  # the last step with a held-out accuracy
         if not active:
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "heldout.jsonl"):
             for row in forget_after(out / name, -1 if resume_step is None else resume_step):
                 if "heldout_accuracy" in row:
                     self.measured = max(self.measured, row["step"])
@@ -40,6 +44,12 @@ class Recorder:
             for name, value in row.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(name, value, row["step"])
+
+    def heldout(self, row: dict, answers: list[dict]) -> None:
+        """A measurement: its line of metrics.jsonl, and what was answered, a line of heldout.jsonl each."""
+        self.metrics(row)
+        for answer in answers if self.active else []:
+            self.append("heldout.jsonl", answer)
 
     def samples(self, step: int, groups: list, tokenizer) -> None:
         """Rollouts to look at: question, picture and every response of these groups."""
@@ -70,6 +80,45 @@ class Recorder:
     def append(self, name: str, row: dict) -> None:
         with open(self.out / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def write_config(out: Path, config) -> None:
+    write_atomically(out / "config.json", json.dumps(asdict(config), indent=1))
+
+
+def step_metrics(run, branches: list, numbers: Counter) -> dict:
+    """A step's line of metrics.jsonl: `branches` were trained on, `numbers` came of it (train.update)."""
+    c, counts = run.config, Counter(run.counts)
+    responses = c.episode_queries * c.group_size
+    draws, tokens = sum(b.draws for b in branches), max(1, numbers["tokens"])
+    replayed = sum(b.replays for b in branches)
+    age = sum((run.step - b.sample.step) * b.replays for b in branches)
+    replayed_tokens = numbers["replayed_tokens"]
+    clipped, clipped_replayed = numbers["clipped"], numbers["clipped_replayed"]
+    finite = math.isfinite(numbers["grad_norm"])
+    return {
+        "step": run.step + 1, "episode": run.episode,
+        "reward": counts["rewards"] / responses,
+        "effective_queries": counts["effective"] / c.episode_queries,
+        "replayed": replayed / max(1, draws), "replay_age": age / max(1, replayed),
+        "replay_ess": effective_sample_size(run.buffer.weights()) if len(run.buffer) else 0.0,
+        "batch_responses": draws,
+        "loss": numbers["loss"], "sft_loss": numbers["sft_loss"],
+        "grad_norm": numbers["grad_norm"] if finite else None,
+        "clip_fraction": clipped / tokens,
+        "clip_fraction_fresh": (clipped - clipped_replayed) / max(1, tokens - replayed_tokens),
+        "clip_fraction_replayed": clipped_replayed / max(1, replayed_tokens),
+        "entropy": numbers["entropy"] / tokens,
+        "logp_mismatch": run.logp_mismatch,
+        "response_length": counts["response_tokens"] / responses,
+        "response_tokens": counts["response_tokens"] * c.batch_size / responses,
+        "truncated": counts["truncated"] / responses,
+        "rethinks": counts["rethinks"] / responses, "rethinks_helped": counts["rethinks_helped"] / responses,
+        "rethought": counts["kept"] / responses,
+        **{f"rethink_{name}": counts[name] for name in ("attempted", "kept", "tokens", *OUTCOMES)},
+        "lr": numbers["lr"],
+        "skipped": not branches or not finite,
+    }  # fmt: skip
 
 
 def forget_after(path: Path, step: int) -> list[dict]:

@@ -3,9 +3,8 @@
     y = y1 + trigger + y2
 
 When a response y1 has ended, a trigger such as "Wait, does it seem right?" is appended to a share q
-of the responses and the policy goes on. Where the new answer is correct, at most two a question,
-the whole y takes y1's place in its group, and an additional loss teaches the policy to say it by
-itself:
+of the responses and the policy goes on. Where the new answer is correct, at most twice per question, y replaces y1 in its group, and an
+additional loss teaches the policy to look again by itself:
 
     L = L_GRPO + c * mean of -log pi(y_t)  over the tokens of the kept ones
 
@@ -15,15 +14,18 @@ loss (the policy did not choose them), always in the second one (there it learns
 What we do differently from the released code: the trigger is drawn without looking at the label
 (`oracle` has the code's rule, which knows whether y1 was right); a kept response is weighed against
 the group's mean *before* replacement (replacing first lifts the mean, and so pushes down siblings
-that only had no second chance); its reward is its own; every attempt is counted by what became of
-it.
+that only had no second chance); a second look must answer: its reward is that of the box in y2, and without
+one it is never kept; every attempt is counted by what became of it.
 """
 
-import math
 import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+
+from grpo import group_baseline
 
 # Exact to the character (paper, appendix).
 TRIGGERS = {
@@ -31,6 +33,10 @@ TRIGGERS = {
     "self_correction": "\n\nWait, there might be a mistake",
     "self_verification": "\n\nWait, let's double check",
 }
+
+
+# Of a second look: y1's answer, then y2's. "No answer": y2 has no box of its own.
+OUTCOMES = ("wrong_right", "right_right", "right_wrong", "wrong_wrong", "no_answer")
 
 
 @dataclass
@@ -54,10 +60,10 @@ class Extension:
     kind: str  # of the trigger, recorded as Sample.rethought
 
 
-def extender(settings: Rethinking, tokenizer, grade, max_new_tokens: int, key: tuple):
+def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, key: tuple):
     """What `rollout.generate` asks when a response ends: shall it look again, and how?
 
-    grade  sample -> reward, asked only where the trigger depends on it
+    is_right  sample -> bool, asked only where the trigger depends on it
     key    of the randomness, with the question's id and the member's number: one response's luck
            depends on nothing that happens to another
     """
@@ -69,7 +75,7 @@ def extender(settings: Rethinking, tokenizer, grade, max_new_tokens: int, key: t
         if not chosen or sample.finish != "stop":
             return None
         if settings.trigger == "oracle":
-            kind = "self_verification" if grade(sample) > 0 else "self_correction"
+            kind = "self_verification" if is_right(sample) else "self_correction"
         keep = len(sample.tokens) - 1  # without its EOS
         if cut_back:
             keep = tokens_before_answer(sample.tokens.tolist(), tokenizer.decode)
@@ -96,35 +102,50 @@ def tokens_before_answer(tokens: list[int], decode: Callable[[list[int]], str]) 
     return 0
 
 
-def second_length(extension) -> int:
-    """Tokens of y2: what was said after the last forced one."""
-    return len(extension.tokens) - int((~extension.mask).nonzero()[-1]) - 1
+def second_start(sample) -> int:
+    """Where y2 begins: after the last forced token."""
+    return int((~sample.mask).nonzero()[-1]) + 1
 
 
-def is_kept(settings: Rethinking, extension) -> bool:
-    """A second look counts when it ended by itself, is correct, and is neither too short nor too long."""
-    in_window = settings.min_tokens <= second_length(extension) <= settings.max_tokens
-    return extension.finish == "stop" and extension.reward > 0 and in_window
+def second_length(sample) -> int:
+    """Tokens of y2."""
+    return len(sample.tokens) - second_start(sample)
+
+
+def is_kept(settings: Rethinking, sample) -> bool:
+    """A second look is kept if it ended by itself, is right, and is neither too short nor too long."""
+    in_window = settings.min_tokens <= second_length(sample) <= settings.max_tokens
+    return sample.finish == "stop" and sample.right and in_window
+
+
+def outcome(first, second) -> str:
+    """What became of a second look: y1's answer, then y2's; or that y2 gave none."""
+    if not second.answered:
+        return "no_answer"
+    names = {True: "right", False: "wrong"}
+    return f"{names[first.right]}_{names[second.right]}"
 
 
 def merge_rethought(
     settings: Rethinking, groups: list[list], scale: str = "mean", baseline: str = "before"
 ) -> tuple[list[list], Counter]:
-    """Put kept second looks in the place of their y1. Rewards are set; advantages of y1 too.
+    """Replace y1 by its second look where that is kept. All have been graded; y1's are compared.
 
-    groups    lists of samples; those that were extended have `.extension`, itself with a reward
+    groups    lists of samples; those that were extended have `.extension`, graded as well
     baseline  "before": A = (r - mean) / s with mean and s of the group as sampled, siblings untouched;
               "after": all advantages of the group must be taken anew by the caller (the code's form)
 
-    Returns the groups and the counts: attempted, kept, tokens, and wrong_right, right_right,
-    right_wrong, wrong_wrong (y1's answer, then y's).
+    Returns the groups and the counts: attempted, kept, tokens, and each of OUTCOMES.
 
     A group of two wrong answers, the second right after a second look:
 
     >>> from types import SimpleNamespace as S; import torch
-    >>> again = S(tokens=[5, 9, 6], mask=torch.tensor([True, False, True]), finish="stop", reward=1.0)
-    >>> group = [S(reward=0.0, advantage=0.0, extension=None, tokens=[4]),
-    ...          S(reward=0.0, advantage=0.0, extension=again, tokens=[5])]
+
+from grpo import group_baseline
+    >>> again = S(tokens=[5, 9, 6], mask=torch.tensor([True, False, True]), finish="stop",
+    ...           answered=True, right=True, reward=1.0)
+    >>> group = [S(right=False, reward=0.0, advantage=0.0, extension=None, tokens=[4]),
+    ...          S(right=False, reward=0.0, advantage=0.0, extension=again, tokens=[5])]
     >>> merged, counts = merge_rethought(Rethinking(), [group])
     >>> merged[0][1] is again, again.advantage, counts["wrong_right"], counts["kept"]
     (True, 1.0, 1, 1)
@@ -132,25 +153,21 @@ def merge_rethought(
     counts: Counter = Counter()
     merged = []
     for group in groups:
-        rewards = [sample.reward for sample in group]
-        mean = sum(rewards) / len(rewards)
-        deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+        rewards = torch.tensor([[sample.reward for sample in group]])  # [1, G]
+        mean, spread = (float(x) for x in group_baseline(rewards, scale))
         room = settings.quota
         result = []
         for sample in group:
             again = sample.extension
             if again is not None:
-                names = {True: "right", False: "wrong"}
-                counts[f"{names[sample.reward > 0]}_{names[again.reward > 0]}"] += 1
+                counts[outcome(sample, again)] += 1
                 counts["attempted"] += 1
                 counts["tokens"] += second_length(again)
             if again is not None and room and is_kept(settings, again):
                 room -= 1
                 counts["kept"] += 1
                 if baseline == "before":
-                    again.advantage = again.reward - mean
-                    if scale == "std" and deviation > 0:
-                        again.advantage /= deviation
+                    again.advantage = (again.reward - mean) / spread
                 sample = again
             result.append(sample)
         merged.append(result)
@@ -158,8 +175,10 @@ def merge_rethought(
 
 
 def imitated(sample, part: str):
-    """Where the second loss is taken, bool [R]: everywhere, or from the first forced token on."""
-    return sample.mask | True if part == "all" else (~sample.mask).cumsum(0) > 0
+    """Where the SFT loss is taken, bool [R]: on all of y, or from the first forced token on."""
+    if part == "all":
+        return torch.ones_like(sample.mask)
+    return (~sample.mask).cumsum(0) > 0
 
 
 def rethinks(text: str) -> bool:
@@ -173,6 +192,5 @@ def before_rethinking(text: str) -> str:
     >>> before_rethinking("It is 5.\\n\\nWait, let's double check: 6.")
     'It is 5.\\n\\n'
     """
-    return text[
-        : min((text.find(t.strip()) for t in TRIGGERS.values() if t.strip() in text), default=None)
-    ]
+    starts = [text.find(trigger.strip()) for trigger in TRIGGERS.values()]
+    return text[: min((start for start in starts if start >= 0), default=len(text))]

@@ -6,15 +6,17 @@
 One *episode* (paper, Section 4): sample G responses to each of Q questions with frozen weights,
 then take Q G / B optimiser steps on them.
 
-    sample    rollout.py         G responses a question from one prefill; some are forced to look again
-    reward    reward.py          1 if the last \\boxed{} holds the answer, else 0
+    sample    rollout.py         G responses per question from one prefill; some must look again
+    grade     reward.py          1 if the last \\boxed{} holds the answer, else 0
     compare   grpo.py            advantage = reward - mean of the group
+    rethink   rethink.py         a forced second look that ends right replaces its first look
     replay    ssr.py             samples without advantage make room for some that have one
     update    tree.py, grpo.py   clipped loss on trees of responses, AdamW
+    measure                      accuracy on held-out questions
 
 Every rank holds all samples of an episode (token ids and numbers; pictures are read again where
 they are needed) and computes the same plan from them, so no rank has to ask another what to train on.
-What a run is made of is in prepare.py, its flags in config.py.
+prepare.py puts a run together; config.py has its flags.
 """
 
 import math
@@ -26,6 +28,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import checkpoint
@@ -33,28 +36,16 @@ import parallel
 import toy
 from config import Config, parse
 from data import Question, UserError
+from grpo import group_advantages, is_clipped, policy_loss, token_weights
+from model import Prompt, Sample, answering_text, encode, response_logprobs, with_pixels
 from pages.walk import explain
-from grpo import is_clipped, policy_loss, token_weights
-from measure import measure
-from model import Sample, encode, response_logprobs, with_pixels
-from record import Recorder
+from prepare import Grade, Run, gentle_stop, prepare, rethinking
+from record import Recorder, step_metrics
 from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks
+from reward import extract_answer, reward
 from rollout import generate, most
-from prepare import (
-    Run,
-    add_counts,
-    agree,
-    generator,
-    gentle_stop,
-    grade,
-    prepare,
-    resume,
-    rethinking,
-    save,
-    score,
-)
-from ssr import effective_sample_size, is_effective, replay_batch
-from tree import build_trees, pad_rows, plan_micro_batches
+from ssr import is_effective, replay_batch
+from tree import Trees, build_trees, pad_rows, plan_micro_batches
 
 STOP_AFTER = 5  # non-finite steps in a row
 
@@ -62,13 +53,14 @@ STOP_AFTER = 5  # non-finite steps in a row
 # ---------------------------------------------------------------------------- sample
 
 
-def episode_questions(run: Run, episode: int) -> list[Question]:
-    """The questions of an episode: a slice of one shuffle a pass, the same on every rank."""
+def episode_questions(run: Run) -> list[Question]:
+    """The questions of the next episode, the same on every rank: a slice of one shuffle per pass."""
     c = run.config
     if run.questions is None:
-        return toy.toy_questions(toy.LEVELS[c.toy_level], c.episode_queries, f"{c.seed}-{episode}")
+        level = toy.LEVELS[c.toy_level]
+        return toy.toy_questions(level, c.episode_queries, f"{c.seed}-{run.episode}")
     n, chosen, orders = len(run.questions), [], {}
-    for place in range(episode * c.episode_queries, (episode + 1) * c.episode_queries):
+    for place in range(run.episode * c.episode_queries, (run.episode + 1) * c.episode_queries):
         number = place // n
         if number not in orders:
             orders[number] = random.Random(f"order {c.seed} {number}").sample(range(n), n)
@@ -77,55 +69,91 @@ def episode_questions(run: Run, episode: int) -> list[Question]:
 
 
 def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
-    """Sample, grade and compare: the groups of an episode, in the order of its questions, on every rank.
-
-    Also counts what became of forced rethinking, and the sampled tokens.
-    """
+    """All groups of the next episode, in the order of its questions, on every rank; and its counts."""
     c = run.config
-    everything = episode_questions(run, run.episode)
+    everything = episode_questions(run)
     numbers = range(parallel.rank(), len(everything), parallel.world())
     mine = [everything[i] for i in numbers]
-    prompts = agree(lambda: [encode(run.policy, question, c.template) for question in mine])
-    extend = extender(
-        rethinking(c), run.policy.tokenizer, grade, c.max_new_tokens, (c.seed, run.step)
-    )
+    prompts = parallel.agree(lambda: [encode(run.policy, q, c.template) for q in mine])
     bar = tqdm(total=len(mine) * c.group_size, desc=f"sampling episode {run.episode + 1}",
                unit="response", leave=False, disable=parallel.rank() > 0)  # fmt: skip
     with parallel.whole_weights(run.policy, c.rollout_weights == "layer"), bar:
-        groups = generate(
-            run.policy, prompts, c.group_size, c.max_new_tokens, c.temperature,
-            generator(run, "rollout"), extend, c.rollout_rows, bar.update,
-        )  # fmt: skip
-        for sample in (s for group in groups for s in group):
-            sample.reward, sample.step = grade(sample), run.step
-            if sample.extension:
-                sample.extension.reward, sample.extension.step = grade(sample.extension), run.step
-        score(groups, c.advantage)
-        sampled = describe_groups(groups)
-        groups, counts = merge_rethought(rethinking(c), groups, c.advantage, c.rethink_baseline)
-        if c.rethink_baseline == "after":
-            score(groups, c.advantage)
+        groups = sample_groups(run, prompts, bar.update)
+        counts = count_responses(groups)
+        groups, outcomes = keep_second_looks(c, groups)
         if c.recompute_logprobs:
             recompute_logprobs(run, groups)
-    counts.update(sampled)
+    counts.update(outcomes)
     if parallel.world() > 1:  # pictures do not travel; `with_pixels` reads them again
         for sample in (s for group in groups for s in group):
             sample.prompt = replace(sample.prompt, pixel_values=None)
             if sample.extension:
                 sample.extension.prompt = sample.prompt
-    parts = parallel.gather([(list(zip(numbers, groups)), counts)])
-    ordered = sorted((pair for pairs, _ in parts for pair in pairs), key=lambda pair: pair[0])
-    return [group for _, group in ordered], add_counts(part for _, part in parts)
+    ordered = sorted(parallel.gather(list(zip(numbers, groups))), key=lambda pair: pair[0])
+    return [group for _, group in ordered], parallel.total(counts)
 
 
-def describe_groups(groups: list[list[Sample]]) -> Counter:
-    """Counts over an episode's responses as they were sampled, before any second look is put in."""
+def sample_groups(run: Run, prompts: list[Prompt], progress=lambda finished: None):
+    """G responses to each prompt, graded and compared. Some carry a second look, graded as well."""
+    c = run.config
+    extend = extender(rethinking(c), run.policy.tokenizer, is_right, c.max_new_tokens, (c.seed, run.step))
+    groups = generate(
+        run.policy, prompts, c.group_size, c.max_new_tokens, c.temperature,
+        parallel.generator(("rollout", c.seed, run.step), run.policy.device), extend, c.rollout_rows, progress,
+    )  # fmt: skip
+    looks = [look for group in groups for s in group for look in (s, s.extension) if look]
+    parallel.agree(lambda: [grade(run, look) for look in looks])
+    compare(groups, c.advantage)
+    return groups
+
+
+# ---------------------------------------------------------------------------- grade and compare
+
+
+def is_right(sample: Sample, text: str | None = None) -> bool:
+    """The rule: does the last box of a response, or of another text in its place, hold the answer?"""
+    question = sample.prompt.question
+    return reward(sample.text if text is None else text, question.answer, question.choices) == 1.0
+
+
+def grade(run: Run, sample: Sample) -> None:
+    """Set what a response has earned. The reward is the rule's verdict, unless the run has its own."""
+    said = answering_text(run.policy, sample)
+    sample.step = run.step
+    sample.answered, sample.right = extract_answer(said) is not None, is_right(sample, said)
+    sample.reward = float(sample.right)
+    if run.grade:
+        sample.reward = float(run.grade(said, sample.prompt.question))
+        if not math.isfinite(sample.reward):
+            raise UserError(f"qid {sample.prompt.question.id}: the reward is {sample.reward}; make it finite")
+
+
+def compare(groups: list[list[Sample]], scale: str) -> None:
+    """Set every sample's advantage from the rewards of its group."""
+    if not groups:
+        return
+    rewards = torch.tensor([[sample.reward for sample in group] for group in groups])  # [N, G]
+    for group, row in zip(groups, group_advantages(rewards, scale).tolist()):
+        for sample, advantage in zip(group, row):
+            sample.advantage = advantage
+
+
+def keep_second_looks(c: Config, groups: list[list[Sample]]) -> tuple[list[list[Sample]], Counter]:
+    """The groups with kept second looks in place of their first ones, and how the second looks ended."""
+    groups, outcomes = merge_rethought(rethinking(c), groups, c.advantage, c.rethink_baseline)
+    if c.rethink_baseline == "after":
+        compare(groups, c.advantage)
+    return groups, outcomes
+
+
+def count_responses(groups: list[list[Sample]]) -> Counter:
+    """Counts over an episode's first looks, as they were sampled."""
     counts = Counter(effective=sum(any(map(is_effective, group)) for group in groups))
     for sample in (s for group in groups for s in group):
         counts.update(rewards=sample.reward, truncated=sample.finish == "length",
                       response_tokens=len(sample.tokens))  # fmt: skip
         if rethinks(sample.text):
-            helped = sample.reward - grade(sample, before_rethinking(sample.text))
+            helped = sample.right - is_right(sample, before_rethinking(sample.text))
             counts.update(rethinks=1, rethinks_helped=helped)
     return counts
 
@@ -160,6 +188,25 @@ class Branch:
         return self.draws - (self.fresh and self.draws > 0)
 
 
+@dataclass
+class Terms:
+    """The loss of a micro-batch, token by token: [B, R], responses as rows, padded."""
+
+    mask: torch.Tensor  # True where the policy sampled the token
+    logprobs: torch.Tensor  # under the policy being trained
+    old_logprobs: torch.Tensor  # under the policy that sampled
+    entropy: torch.Tensor
+    losses: torch.Tensor  # the clipped surrogate
+    clipped: torch.Tensor  # True where the clip stopped the gradient
+    weights: torch.Tensor  # of a token in the mean over the optimiser batch, times its draws
+    policy_loss: torch.Tensor  # a number: their weighted sum
+    sft_loss: torch.Tensor  # a number: the share of the mean NLL of the kept second looks
+
+    @property
+    def ratio(self) -> torch.Tensor:
+        return (self.logprobs - self.old_logprobs).exp()
+
+
 def choose_batch(run: Run) -> tuple[list[Sample], list[Branch]]:
     """The next B responses of the episode, and what is trained on in their stead."""
     c = run.config
@@ -179,80 +226,18 @@ def choose_batch(run: Run) -> tuple[list[Sample], list[Branch]]:
     return fresh, list(branches.values())
 
 
-def stack(rows: list[torch.Tensor], device) -> torch.Tensor:
-    """Ragged [R] tensors -> [B, R], padded with 0."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-
-
-def micro_batch_loss(run: Run, branches: list[Branch], trees, totals: Counter):
-    """Forward one micro-batch: its share of the optimiser batch's loss, and sums for the metrics.
-
-    branches  in the order of the trees' branches;  totals  of the whole optimiser batch
-    """
-    c, device = run.config, run.policy.device
-    logprobs, entropy = (
-        pad_rows(x, trees.lengths) for x in run.policy(trees, c.temperature)
-    )  # [B, R]
-    mask = stack([b.sample.mask for b in branches], device)  # [B, R]
-    old = stack([b.sample.logprobs for b in branches], device)  # [B, R]
-    advantages = torch.tensor([b.sample.advantage for b in branches], device=device)  # [B]
-    draws = torch.tensor([float(b.draws) for b in branches], device=device)[:, None]  # [B, 1]
-    replays = torch.tensor([float(b.replays) for b in branches], device=device)[:, None]
-    on_policy = torch.tensor([b.sample.step == run.step for b in branches], device=device)[:, None]
-    sft_mask = stack([imitated(b.sample, c.rethink_sft_on) & b.imitate for b in branches], device)
-
-    weights = token_weights(mask, c.average, max(1, totals["tokens"]), max(1, totals["responses"]))
-    losses = policy_loss(logprobs, old, advantages, mask, c.clip_low, c.clip_high)  # [B, R]
-    loss = (losses * weights * draws).sum()
-    sft_loss = -(logprobs * sft_mask).sum() / max(1, totals["sft_tokens"])
-    with torch.no_grad():
-        clipped = is_clipped(logprobs, old, advantages, mask, c.clip_low, c.clip_high)
-        drift = (logprobs - old).abs().masked_fill(~(mask & on_policy), 0.0)
-        sums = {
-            "loss": loss.detach(), "sft_loss": sft_loss.detach(),
-            "entropy": (entropy * mask * draws).sum(),
-            "clipped": (clipped * draws).sum(),
-            "clipped_replayed": (clipped * replays).sum(),
-            "replayed_tokens": (mask * replays).sum(),
-            "mismatch": drift.max(),
-        }  # fmt: skip
-    return loss + c.rethink_sft_coef * sft_loss, sums
-
-
-def update(run: Run, branches: list[Branch]) -> dict:
-    """One optimiser step on the batch; its sums and totals. The step is skipped where the gradient is
-    not finite: its norm is that of all ranks' gradients, so all skip."""
-    c = run.config
-    totals = Counter(
+def batch_totals(c: Config, branches: list[Branch]) -> Counter:
+    """What the losses of an optimiser batch are divided by."""
+    imitate = [imitated(b.sample, c.rethink_sft_on) for b in branches if b.imitate]
+    return Counter(
         tokens=sum(int(b.sample.mask.sum()) * b.draws for b in branches),
         responses=sum(b.draws for b in branches),
-        sft_tokens=sum(
-            int(imitated(b.sample, c.rethink_sft_on).sum()) for b in branches if b.imitate
-        ),
+        sft_tokens=sum(int(mask.sum()) for mask in imitate),
     )
-    sums = Counter()
-    mismatch = 0.0
-    for rows, trees in micro_batches(run, branches):
-        loss, numbers = micro_batch_loss(run, rows, trees, totals)
-        # FSDP averages gradients over ranks; the loss is already divided by all ranks' tokens.
-        (loss * parallel.world()).backward()
-        mismatch = max(mismatch, float(numbers.pop("mismatch")))
-        sums.update({name: float(value) for name, value in numbers.items()})
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.max_grad_norm or math.inf)
-    norm = float(parallel.whole(norm))
-    learning_rate = c.lr * lr_factor(run.step, run.total_steps, c)
-    if math.isfinite(norm):
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate
-        run.optimizer.step()
-    run.optimizer.zero_grad()
-    sums = add_counts(parallel.gather([sums]))
-    mismatch = max(parallel.gather([mismatch]))
-    return {**sums, **totals, "mismatch": mismatch, "grad_norm": norm, "lr": learning_rate}
 
 
 def micro_batches(run: Run, branches: list[Branch]):
-    """This rank's share of the batch: (its branches, their trees), a micro-batch at a time.
+    """This rank's share of the batch, micro-batch by micro-batch: (its branches, their trees).
 
     A rank that runs out repeats a branch that counts for nothing: its gradients are 0, but all ranks
     must gather and reduce equally often.
@@ -263,13 +248,90 @@ def micro_batches(run: Run, branches: list[Branch]):
     ]
     plan = plan_micro_batches(lengths, parallel.world(), run.config.micro_batch_tokens)
     mine = [[[branches[i] for i in tree] for tree in micro] for micro in plan[parallel.rank()]]
-    spare = [[Branch(branches[0].sample)]]
+    spare = [[Branch(branches[0].sample)]] if branches else []
     for micro in mine + [spare] * (max(map(len, plan)) - len(mine)):
         groups = [
             (with_pixels(run.policy, tree[0].sample.prompt), [b.sample.tokens for b in tree])
             for tree in micro
         ]
         yield [b for tree in micro for b in tree], build_trees(groups).to(run.policy.device)
+
+
+def token_terms(run: Run, branches: list[Branch], trees: Trees, totals: Counter) -> Terms:
+    """Forward one micro-batch: everything that its loss and its metrics are made of.
+
+    branches  in the order of the trees' branches
+    totals    `batch_totals` of the whole optimiser batch, over all ranks
+    """
+    c, device = run.config, run.policy.device
+
+    def stack(rows: list[torch.Tensor]) -> torch.Tensor:
+        return pad_sequence(rows, batch_first=True).to(device)  # [B, R]
+
+    flat = run.policy(trees, c.temperature)
+    logprobs, entropy = (pad_rows(x, trees.lengths) for x in flat)
+    mask = stack([b.sample.mask for b in branches])
+    old = stack([b.sample.logprobs for b in branches])
+    advantages = torch.tensor([b.sample.advantage for b in branches], device=device)  # [B]
+    draws = torch.tensor([float(b.draws) for b in branches], device=device)[:, None]  # [B, 1]
+    sft_mask = stack([imitated(b.sample, c.rethink_sft_on) & b.imitate for b in branches])
+    surrogate = (logprobs, old, advantages, mask, c.clip_low, c.clip_high)
+    losses = policy_loss(*surrogate)
+    weights = token_weights(mask, c.average, max(1, totals["tokens"]), max(1, totals["responses"]))
+    weights = weights * draws
+    sft_loss = -(logprobs * sft_mask).sum() / max(1, totals["sft_tokens"])
+    return Terms(mask, logprobs, old, entropy, losses, is_clipped(*surrogate), weights,
+                 (losses * weights).sum(), sft_loss)  # fmt: skip
+
+
+@torch.no_grad()
+def token_sums(run: Run, branches: list[Branch], t: Terms) -> dict[str, float]:
+    """A micro-batch's sums for the metrics."""
+    device = t.mask.device
+    draws = torch.tensor([float(b.draws) for b in branches], device=device)[:, None]  # [B, 1]
+    replays = torch.tensor([float(b.replays) for b in branches], device=device)[:, None]
+    on_policy = torch.tensor([b.sample.step == run.step for b in branches], device=device)[:, None]
+    drift = (t.logprobs - t.old_logprobs).abs().masked_fill(~(t.mask & on_policy), 0.0)
+    sums = {
+        "loss": t.policy_loss, "sft_loss": t.sft_loss,
+        "entropy": (t.entropy * t.mask * draws).sum(),
+        "clipped": (t.clipped * draws).sum(), "clipped_replayed": (t.clipped * replays).sum(),
+        "replayed_tokens": (t.mask * replays).sum(), "mismatch": drift.max(),
+    }  # fmt: skip
+    return {name: float(value) for name, value in sums.items()}
+
+
+def update(run: Run, branches: list[Branch]) -> Counter:
+    """One optimiser step on the batch: its sums and totals, all 0 for an empty batch.
+
+    The step is skipped where the gradient is not finite: its norm is that of all ranks' gradients, so
+    all skip.
+    """
+    c = run.config
+    if not branches:
+        return Counter()
+    totals = batch_totals(c, branches)
+    sums, mismatch = Counter(), 0.0
+    for rows, trees in micro_batches(run, branches):
+        terms = token_terms(run, rows, trees, totals)
+        loss = terms.policy_loss + c.rethink_sft_coef * terms.sft_loss
+        # FSDP averages gradients over ranks; the loss is already divided by all ranks' tokens.
+        (loss * parallel.world()).backward()
+        numbers = token_sums(run, rows, terms)
+        mismatch = max(mismatch, numbers.pop("mismatch"))
+        sums.update(numbers)
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.max_grad_norm or math.inf)
+    norm = float(parallel.whole(norm))
+    learning_rate = c.lr * lr_factor(run.step, run.total_steps, c)
+    if math.isfinite(norm):
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    sums = parallel.total(sums)
+    sums.update(totals)
+    sums.update(mismatch=max(parallel.gather([mismatch])), grad_norm=norm, lr=learning_rate)
+    return sums
 
 
 def lr_factor(step: int, total: int, c: Config) -> float:
@@ -285,55 +347,51 @@ def lr_factor(step: int, total: int, c: Config) -> float:
     return c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------------- measure
 
 
-def train_step(run: Run, sampling_seconds: float) -> dict:
-    """Choose a batch, update, and say what happened: a line of metrics.jsonl."""
-    c, start = run.config, time.perf_counter()
-    fresh, branches = choose_batch(run)
-    numbers = update(run, branches) if branches else {}
-    # The first batch of an episode is trained by the weights that sampled it; the others have drifted.
-    if numbers and fresh[0].step == run.step:
-        run.logp_mismatch = numbers["mismatch"]
-    finite = math.isfinite(numbers.get("grad_norm", 0.0))
-    if branches:  # ruined weights make all rewards equal: an empty batch is no sign of health
-        run.not_finite = 0 if finite else run.not_finite + 1
-    draws, tokens = sum(b.draws for b in branches), max(1, numbers.get("tokens", 0))
-    replayed = sum(b.replays for b in branches)
-    age = sum((run.step - b.sample.step) * b.replays for b in branches)
-    replayed_tokens = numbers.get("replayed_tokens", 0)
-    own_tokens = max(1, tokens - replayed_tokens)
-    clipped, clipped_replayed = numbers.get("clipped", 0), numbers.get("clipped_replayed", 0)
-    counts = Counter(run.counts)
-    responses = c.episode_queries * c.group_size
-    run.step += 1
-    return {
-        "step": run.step, "episode": run.episode,
-        "reward": counts["rewards"] / responses,
-        "effective_queries": counts["effective"] / c.episode_queries,
-        "replayed": replayed / max(1, draws), "replay_age": age / max(1, replayed),
-        "replay_ess": effective_sample_size(run.buffer.weights()) if len(run.buffer) else 0.0,
-        "batch_responses": draws,
-        "loss": numbers.get("loss", 0.0), "sft_loss": numbers.get("sft_loss", 0.0),
-        "grad_norm": numbers.get("grad_norm", 0.0) if finite else None,
-        "clip_fraction": clipped / tokens,
-        "clip_fraction_fresh": (clipped - clipped_replayed) / own_tokens,
-        "clip_fraction_replayed": clipped_replayed / max(1, replayed_tokens),
-        "entropy": numbers.get("entropy", 0.0) / tokens,
-        "logp_mismatch": run.logp_mismatch,
-        "response_length": counts["response_tokens"] / responses,
-        "response_tokens": counts["response_tokens"] * c.batch_size / responses,
-        "truncated": counts["truncated"] / responses,
-        "rethinks": counts["rethinks"] / responses, "rethinks_helped": counts["rethinks_helped"] / responses,
-        "rethought": counts["kept"] / responses,
-        **{f"rethink_{name}": counts[name] for name in
-           ("attempted", "kept", "tokens", "wrong_right", "right_right", "right_wrong", "wrong_wrong")},
-        "lr": numbers.get("lr", 0.0),
-        "skipped": not branches or not finite,
-        "rollout_seconds": sampling_seconds,
-        "step_seconds": sampling_seconds + time.perf_counter() - start,
+def measure(run: Run) -> tuple[dict, list[dict]]:
+    """Held-out questions: a row of metrics, and what was answered greedily to each of them."""
+    c = run.config
+    mine = run.heldout[parallel.rank() :: parallel.world()]
+    # With fewer questions than ranks some have none, and decode one for nobody: see `layers_in_turn`.
+    prompts = parallel.agree(
+        lambda: [encode(run.policy, q, c.template) for q in mine or run.heldout[:1]]
+    )
+    counts, answers = Counter(), []
+    with parallel.whole_weights(run.policy, c.rollout_weights == "layer"):
+        for kind, temperature in (("greedy", 0.0), ("sampled", c.temperature)):
+            luck = parallel.generator(("heldout", c.seed, run.step), run.policy.device)
+            groups = generate(run.policy, prompts, 1, c.max_new_tokens, temperature, luck,
+                              max_rows=c.rollout_rows)  # fmt: skip
+            for sample in (group[0] for group in groups[: len(mine)]):
+                right, question = is_right(sample), sample.prompt.question
+                counts[f"{kind}_right"] += right
+                if kind == "greedy":
+                    counts.update({("n", question.category): 1, ("right", question.category): right})
+                    answers.append({
+                        "step": run.step, "id": question.id, "text": sample.text,
+                        "found": extract_answer(sample.text), "right": right, "tokens": len(sample.tokens),
+                    })  # fmt: skip
+                    continue
+                counts["tokens"] += len(sample.tokens)
+                if rethinks(sample.text):
+                    helped = right - is_right(sample, before_rethinking(sample.text))
+                    counts.update(rethinks=1, helped=helped)
+                if c.data == "toy":
+                    counts[toy.way(sample.text)] += 1
+    counts, n = parallel.total(counts), len(run.heldout)
+    run.measured = run.step
+    row = {
+        "step": run.step, "heldout_accuracy": counts["greedy_right"] / n,
+        "heldout_sampled": counts["sampled_right"] / n, "heldout_tokens": counts["tokens"] / n,
+        "heldout_rethinks": counts["rethinks"] / n, "heldout_rethinks_helped": counts["helped"] / n,
     }  # fmt: skip
+    names = sorted({q.category for q in run.heldout})
+    row["heldout_categories"] = {k: counts["right", k] / counts["n", k] for k in names}
+    if c.data == "toy":
+        row |= {f"heldout_{way}": counts[way] / n for way in ("fast", "slow", "twice")}
+    return row, parallel.gather(answers)
 
 
 def is_measured(run: Run) -> bool:
@@ -341,6 +399,25 @@ def is_measured(run: Run) -> bool:
     every = run.config.eval_every
     due = run.step in (0, run.total_steps) or (every and run.step % every == 0)
     return bool(run.heldout and due and run.measured < run.step)
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def train_step(run: Run, sampling_seconds: float) -> dict:
+    """Choose a batch, update, and report: a line of metrics.jsonl."""
+    start = time.perf_counter()
+    fresh, branches = choose_batch(run)
+    numbers = update(run, branches)
+    # The first batch of an episode is trained by the weights that sampled it; the others have drifted.
+    if branches and fresh[0].step == run.step:
+        run.logp_mismatch = numbers["mismatch"]
+    if branches:  # ruined weights make all rewards equal: an empty batch is no sign of health
+        run.not_finite = 0 if math.isfinite(numbers["grad_norm"]) else run.not_finite + 1
+    row = step_metrics(run, branches, numbers)
+    run.step += 1
+    step_seconds = sampling_seconds + time.perf_counter() - start
+    return row | {"rollout_seconds": sampling_seconds, "step_seconds": step_seconds}
 
 
 def train(run: Run, record: Recorder) -> None:
@@ -354,7 +431,7 @@ def train(run: Run, record: Recorder) -> None:
     )
     with bar:
         if is_measured(run):  # before the first step; or where an interruption came between
-            record.metrics(measure(run))
+            record.heldout(*measure(run))
         while run.step < run.total_steps:
             if not run.fresh:
                 start = time.perf_counter()
@@ -374,11 +451,12 @@ def train(run: Run, record: Recorder) -> None:
                             replayed=f"{row['replayed']:.0%}", length=f"{row['response_length']:.0f}")  # fmt: skip
             stop = any(parallel.gather([run.interrupted])) or run.not_finite >= STOP_AFTER
             last = run.step == run.total_steps or stop
-            if is_measured(run) and not stop:
-                record.metrics(measure(run))
             # Not while gradients are not finite: what is kept must not be pushed out by what may be ruined.
+            # Before measuring: should that fail, nothing computed is lost.
             if run.not_finite == 0 and (last or run.step % c.save_every == 0):
-                save(run)
+                checkpoint.save_run(run)
+            if is_measured(run) and not stop:
+                record.heldout(*measure(run))
             if run.not_finite >= STOP_AFTER:
                 raise UserError(
                     f"step {run.step}: {STOP_AFTER} gradients in a row were not finite; lower --lr, and "
@@ -388,16 +466,19 @@ def train(run: Run, record: Recorder) -> None:
                 break
 
 
-def main(argv: list[str]) -> int:
-    """The command line: 0 when all went well, 2 for something the user can put right."""
+def main(argv: list[str], grade: Grade | None = None) -> int:
+    """The command line: 0 when all went well, 2 for something the user can put right.
+
+    grade  your own reward, in place of --reward: (text of the response, Question) -> a number
+    """
     run = None
     try:
         config = parse(argv)
         if config.explain:
-            explain(config)
+            explain(config, sys.modules[__name__])
             return 0
-        run = prepare(config)
-        resumed = run.config.resume and resume(run)
+        run = prepare(config, grade)
+        resumed = run.config.resume and checkpoint.resume_run(run)
         record = Recorder(run.out, parallel.rank() == 0, run.step if resumed else None)
         run.measured = parallel.from_first(record.measured)
         with gentle_stop(run):
@@ -407,9 +488,7 @@ def main(argv: list[str]) -> int:
             saved = checkpoint.list_checkpoints(run.out)
             print(record.summary(run.step, run.total_steps, saved))
     except UserError as error:
-        if (
-            parallel.rank() == 0 or run is not None
-        ):  # later than set-up, one rank may be alone with it
+        if parallel.rank() == 0 or run is not None:  # after set-up, one rank may be alone with it
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:
@@ -419,11 +498,9 @@ def main(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:  # the second one, or one before training
         if parallel.rank() == 0:
-            how = (
-                f"go on with --resume --out {run.out} and the flags of before"
-                if run
-                else "nothing to resume: start it again"
-            )
+            how = "nothing to resume: start it again"
+            if run:
+                how = f"go on with --resume --out {run.out} and the flags of before"
             print(f"stopped at once; {how}", file=sys.stderr)
         return 130
     finally:

@@ -195,13 +195,13 @@ def tell_loss(policy: Policy, c: Config, y: Sample, i: int, before, after) -> st
     said = pieces(policy, y.tokens)
     for t in unsure:
         rho = [f"{x.ratio[i, t]:.3f}" if y.mask[t] else "" for x in (before, after)]
-        row = f"{before.logprobs[i, t]:10.3f}{rho[0]:>8}{before.by_token[i, t]:9.3f}"
-        row += f"{before.weights[i, t]:9.4f}{rho[1]:>13}{after.by_token[i, t]:9.3f}"
+        row = f"{before.logprobs[i, t]:10.3f}{rho[0]:>8}{before.losses[i, t]:9.3f}"
+        row += f"{before.weights[i, t]:9.4f}{rho[1]:>13}{after.losses[i, t]:9.3f}"
         rows.append(f"{said[t]:13}{'' if y.mask[t] else 'forced':8}{row}")
     rows.append(f"and {len(y.tokens) - len(unsure)} more of which it is sure: log pi above {SURE}")
-    total = before.policy + c.rethink_sft_coef * before.sft
+    total = before.policy_loss + c.rethink_sft_coef * before.sft_loss
     return section(
-        "6. The loss: grpo.py, policy_loss, token_weights; train.py, micro_batch_loss",
+        "6. The loss: grpo.py, policy_loss, token_weights; train.py, token_terms",
         "One forward pass over the tree gives the log-probability of every token. With A = "
         f"{y.advantage:+.3f}, and rho the ratio to the policy that sampled it, a token of "
         f"y{i + 1} costs -min(rho A, clip(rho, {1 - c.clip_low:g}, {1 + c.clip_high:g}) A), and "
@@ -210,7 +210,7 @@ def tell_loss(policy: Policy, c: Config, y: Sample, i: int, before, after) -> st
         "L_GRPO is the sum over all tokens of loss times weight. L_SFT is the mean of -log pi "
         "over the second look that was kept, forced tokens too: so it learns to look again by "
         "itself.",
-        [f"L_GRPO          {before.policy:+.5f}", f"L_SFT           {before.sft:+.5f}",
+        [f"L_GRPO          {before.policy_loss:+.5f}", f"L_SFT           {before.sft_loss:+.5f}",
          f"L               {total:+.5f}    = L_GRPO + {c.rethink_sft_coef:g} L_SFT"],
         "While every rho is 1 a token costs -A, so L_GRPO is minus the mean advantage of the "
         "tokens, whatever the policy can do: its value says nothing. What teaches is its "
@@ -232,7 +232,7 @@ def tell_step(c: Config, merged: list[Sample], draws: list[int], before, after) 
         "A right response that becomes less likely shares its words with wrong ones: a guess "
         "that was lucky. Credit goes to tokens, and only many questions tell which of them "
         "deserved it.",
-        f"L_GRPO is now {after.policy:+.5f}. {int(after.clipped.sum())} of "
+        f"L_GRPO is now {after.policy_loss:+.5f}. {int(after.clipped.sum())} of "
         f"{int(after.mask.sum())} tokens have left the clip's range: those would give no "
         "gradient in a second step on the same samples. A run takes its steps on batches of "
         "many questions, then samples again with the new weights.",

@@ -1,7 +1,5 @@
 """The walk through one question: it runs, it says what training does, and it fits the page."""
 
-from collections import Counter
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -15,8 +13,6 @@ from config import Config, parse
 from data import UserError
 from model import Sample, encode, response_logprobs
 from rethink import TRIGGERS
-from prepare import grade, score
-from tree import build_trees
 
 WRONG, RIGHT = "Looks like \\boxed{plum}.", "So \\boxed{%s}."
 FORCED = TRIGGERS["self_questioning"]
@@ -31,7 +27,8 @@ def say(policy, prompt, *texts: str) -> Sample:
     with torch.no_grad():
         logprobs = response_logprobs(policy, [(prompt, [tokens])])[0][0]
     sample = Sample(prompt, tokens, logprobs, mask, "".join(texts), "stop")
-    sample.reward = grade(sample)
+    sample.answered, sample.right = True, train.is_right(sample)
+    sample.reward = float(sample.right)
     return sample
 
 
@@ -45,12 +42,12 @@ def groups(own_policy):
     group[2].extension = say(own_policy, prompt, WRONG, FORCED, "\n" + right)
     group[2].extension.rethought = "self_questioning"
     idle = [say(own_policy, other, WRONG) for _ in range(4)]
-    score([group, idle], "mean")
+    train.compare([group, idle], "mean")
     return group, idle
 
 
 def test_a_question_is_followed_to_the_loss(own_policy, groups):
-    told, trees = walk.follow(own_policy, Config(), *groups)
+    told, trees = walk.follow(walk.new_run(Config(group_size=4), own_policy), train, *groups)
     assert [line[3] for line in told.splitlines() if line.startswith("## ")] == list("1234567")
     assert max(map(len, told.splitlines())) <= 100
     assert "wrong -> right 1; 1 kept" in told and "|A_j|^1" in told
@@ -58,29 +55,9 @@ def test_a_question_is_followed_to_the_loss(own_policy, groups):
     assert len(trees.lengths) == 4
 
 
-@pytest.mark.parametrize("flags", [[], ["--average", "sequence", "--rethink_sft_on", "second"]])
-def test_the_losses_are_those_of_training(own_policy, groups, flags):
-    c = parse(flags)
-    merged, _ = walk.merge(c, groups[0])
-    trees = build_trees([(merged[0].prompt, [sample.tokens for sample in merged])])
-    draws = [1, 2, 3, 1]
-    mine = walk.losses(own_policy, c, merged, draws, trees)
-    branches = [
-        train.Branch(sample, n, True, bool(sample.rethought)) for sample, n in zip(merged, draws)
-    ]
-    totals = Counter(
-        tokens=sum(int(b.sample.mask.sum()) * b.draws for b in branches), responses=sum(draws),
-        sft_tokens=int(train.imitated(merged[2], c.rethink_sft_on).sum()),
-    )  # fmt: skip
-    run = SimpleNamespace(config=c, policy=own_policy, step=0)
-    _, sums = train.micro_batch_loss(run, branches, trees, totals)
-    torch.testing.assert_close(mine.policy.detach(), sums["loss"])
-    torch.testing.assert_close(mine.sft.detach(), sums["sft_loss"])
-
-
 def test_the_pictures_are_drawn_where_out_says(own_policy, groups, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy, "load_toy", lambda recipe: own_policy)
-    monkeypatch.setattr(walk, "find_questions", lambda policy, c: groups)
+    monkeypatch.setattr(walk, "find_questions", lambda run, steps: groups)
     assert train.main(["--explain", "--out", str(tmp_path / "docs")]) == 0
     assert capsys.readouterr().out.startswith("# One question")
     assert Image.open(tmp_path / "docs/toy.png").size == (3 * 4 * 28, 2 * 4 * 28)
@@ -105,9 +82,9 @@ def test_a_policy_that_never_finds_an_answer_ends_in_one_line(policy, monkeypatc
         ]
     )
     with pytest.raises(UserError, match="none of 2 questions shows it all"):
-        walk.find_questions(policy, c)
+        walk.find_questions(walk.new_run(c, policy), train)
 
 
 def test_another_model_is_refused():
     with pytest.raises(UserError, match="toy world"):
-        walk.explain(parse(["--model", "some/model", "--data", "x.parquet"]))
+        walk.explain(parse(["--model", "some/model", "--data", "x.parquet"]), train)

@@ -29,6 +29,7 @@ from tiny import (
 )
 from two_ranks import BUDGETS, ONE_RANK, even_lucky, gradients_of_hand_made_batch, hand_made_batch
 
+import checkpoint
 import parallel
 import train
 from checkpoint import list_checkpoints
@@ -235,7 +236,7 @@ def test_one_rank_goes_on_from_two(ranks, base, tmp_path, monkeypatch):
     written = ranks("") / "one_rank" / "checkpoint-4"
     parts = [load_file(written / f"state-{r}-of-2.safetensors") for r in (0, 1)]
     run = train.prepare(parse(flags(base, ranks("") / "one_rank", **ONE_RANK, resume="true")))
-    assert train.resume(run) and run.step == 4
+    assert checkpoint.resume_run(run) and run.step == 4
     for name, parameter in run.policy.named_parameters():
         found = {"param": parameter.detach()} | run.optimizer.state[parameter]
         for kind in ("param", "exp_avg", "exp_avg_sq"):

@@ -18,7 +18,6 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 @pytest.fixture(autouse=True)
 def leave_no_trace(monkeypatch):
-    monkeypatch.setattr(train, "grade", train.grade)
     monkeypatch.setattr(rethink, "TRIGGERS", dict(rethink.TRIGGERS))
     monkeypatch.setattr(readers, "BENCHMARKS", dict(readers.BENCHMARKS))
 
@@ -32,11 +31,13 @@ def snippet(word: str) -> dict:
 
 
 def test_the_new_reward_is_what_training_calls():
-    snippet("short_and_right")
-    question = S(answer="5", choices=None)
-    short = S(text="\\boxed{5}", tokens=torch.zeros(3), prompt=S(question=question))
-    long = S(text="\\boxed{5}", tokens=torch.zeros(40), prompt=S(question=question))
-    assert (train.grade(short), train.grade(long)) == (1.0, 0.0)
+    short_and_right = snippet("short_and_right")["short_and_right"]
+    question = S(id="q", answer="5", choices=None)
+    run = S(grade=short_and_right, step=0, policy=None)
+    for filler, earned in (("", 1.0), ("so " * 100, 0.0)):
+        sample = S(text=filler + "\\boxed{5}", rethought=None, prompt=S(question=question))
+        train.grade(run, sample)
+        assert (sample.right, sample.reward) == (True, earned)
 
 
 def test_the_new_trigger_is_drawn_like_the_others():

@@ -3,9 +3,11 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import train
 from conftest import chi_squared
 
 from data import Question
@@ -23,6 +25,7 @@ from rethink import (
     second_length,
     tokens_before_answer,
 )
+from reward import extract_answer
 from rollout import generate
 
 EVERY = Rethinking(fraction=1.0)
@@ -39,7 +42,7 @@ def said(policy, text="Looks like \\boxed{red}.", qid="q", finish="stop", reward
     ids += [policy.tokenizer.eos_token_id] if finish == "stop" else []
     R = len(ids)
     everywhere = torch.ones(R, dtype=torch.bool)
-    return Sample(prompt(qid), torch.tensor(ids), torch.zeros(R), everywhere, text, finish, reward)
+    return Sample(prompt(qid), torch.tensor(ids), torch.zeros(R), everywhere, text, finish, True, reward > 0, reward)
 
 
 def again(first=4, forced=3, second=5, reward=1.0, finish="stop", cut=0) -> Sample:
@@ -48,7 +51,7 @@ def again(first=4, forced=3, second=5, reward=1.0, finish="stop", cut=0) -> Samp
     mask = torch.ones(R, dtype=torch.bool)
     mask[first - cut : first - cut + forced] = False
     return Sample(
-        prompt(), torch.arange(R), torch.zeros(R), mask, "", finish, reward,
+        prompt(), torch.arange(R), torch.zeros(R), mask, "", finish, True, reward > 0, reward,
         rethought="self_correction",
     )  # fmt: skip
 
@@ -141,7 +144,7 @@ def test_the_trigger_is_drawn_without_looking_at_the_label_by_default(policy):
 def test_the_oracle_verifies_what_is_right_and_corrects_what_is_wrong(policy):
     settings = replace(EVERY, trigger="oracle")
     samples = [said(policy, reward=r) for r in (1.0, 0.0, 0.0, 1.0)]
-    kinds = [e.kind for e in ask(policy, settings, samples, grade=lambda s: s.reward)]
+    kinds = [e.kind for e in ask(policy, settings, samples, grade=lambda s: s.right)]
     right, wrong = "self_verification", "self_correction"
     assert kinds == [right, wrong, wrong, right]
 
@@ -260,6 +263,27 @@ def test_every_attempt_is_counted_by_what_became_of_it():
     }  # fmt: skip
 
 
+def test_a_second_look_without_a_box_of_its_own_is_no_answer_and_not_kept(policy):
+    """y2 is a fragment: y1's box must not pass for its answer."""
+    tokenize = policy.tokenizer
+    first = said(policy, "So \\boxed{green}.", reward=1.0)
+    ids = [tokenize(text).input_ids for text in ("So \\boxed{green}.", TRIGGERS["self_correction"], "green}.")]
+    tokens = torch.tensor([i for piece in ids for i in piece] + policy.eos_ids[:1])
+    mask = torch.ones(len(tokens), dtype=torch.bool)
+    mask[len(ids[0]) : len(ids[0]) + len(ids[1])] = False
+    text = policy.tokenizer.decode(tokens[:-1])
+    second = Sample(first.prompt, tokens, torch.zeros(len(tokens)), mask, text, "stop",
+                    rethought="self_correction")  # fmt: skip
+    first.prompt.question.answer = "green"
+    run = SimpleNamespace(policy=policy, grade=None, step=0)
+    for sample in (first, second):
+        train.grade(run, sample)
+    assert first.right and extract_answer(second.text) == "green" and not second.right
+    first.extension = second
+    merged, counts = merge_rethought(EVERY, [[first]])
+    assert merged == [[first]] and counts["no_answer"] == 1 and counts["kept"] == 0
+
+
 def with_advantages(samples, scale) -> list[Sample]:
     rewards = torch.tensor([[s.reward for s in samples]])
     for s, a in zip(samples, group_advantages(rewards, scale)[0].tolist()):
@@ -323,7 +347,7 @@ def test_merged_ids_are_those_that_were_fed(policy, prompts):
     for samples in groups:
         for first in samples:
             if first.extension:
-                first.extension.reward = 1.0
+                first.extension.answered = first.extension.right = True
     merged, counts = merge_rethought(replace(EVERY, quota=4), groups)
     assert counts["attempted"] >= counts["kept"] >= 4
     for before, after in zip(groups, merged):

@@ -28,6 +28,7 @@ from tiny import (
 )
 
 
+import record
 import toy
 import train
 from config import Config
@@ -221,9 +222,9 @@ def test_the_gradient_is_that_of_the_formula(base, tmp_path, monkeypatch, change
 
     monkeypatch.setattr(train, "choose_batch", choose_batch)
     seen = spy_on_updates(monkeypatch)
-    settings = {"rethink_fraction": 0.5, "max_grad_norm": 0, "steps": 2, "heldout": 0, "lr": 1e-2}
+    settings = {"rethink_fraction": 0.5, "max_grad_norm": 0, "steps": 4, "heldout": 0, "lr": 1e-3}
     run_training(base, tmp_path, **settings | changes)
-    assert len(seen) == 2
+    assert len(seen) == 4
     for (_, branches, gradients), formula in zip(seen, expected):
         assert relative_distance(gradients, formula) < 1e-4
     if not changes:
@@ -233,13 +234,13 @@ def test_the_gradient_is_that_of_the_formula(base, tmp_path, monkeypatch, change
 
 def test_micro_batches_do_not_change_the_gradient(base, tmp_path, monkeypatch):
     let_be_right(monkeypatch, lucky)
-    seen, cuts, real = spy_on_updates(monkeypatch), [], train.micro_batch_loss
+    seen, cuts, real = spy_on_updates(monkeypatch), [], train.token_terms
 
     def count(*args):
         cuts[-1] += 1
         return real(*args)
 
-    monkeypatch.setattr(train, "micro_batch_loss", count)
+    monkeypatch.setattr(train, "token_terms", count)
     for tokens in (1, 150, 8192):
         cuts.append(0)
         run_training(base, tmp_path / str(tokens), steps=1, heldout=0, rethink_fraction=0.5,
@@ -276,6 +277,39 @@ def test_recomputed_log_probabilities_take_the_place_of_the_sampled(base, tmp_pa
     run_training(base, tmp_path / "recomputed", **settings, recompute_logprobs="true")
     assert abs(steps_of(tmp_path / "sampled")[0]["logp_mismatch"] - 1.0) < 1e-3
     assert steps_of(tmp_path / "recomputed")[0]["logp_mismatch"] < 1e-4
+
+
+# ---------------------------------------------------------------------------- the reward
+
+
+def test_an_own_reward_trains_and_the_rule_measures(base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, lucky)
+    own = tmp_path / "own.py"
+    own.write_text("def brief(text, question):\n    return 1 / (1 + len(text))\n")
+    out = run_training(base, tmp_path / "run", reward=f"{own}:brief", rethink_fraction=0.5, steps=2)
+    samples = read_jsonl(out / "samples.jsonl")
+    responses = [r for row in samples for r in row["responses"] if not r["rethought"]]
+    assert all(r["reward"] == pytest.approx(1 / (1 + len(r["text"]))) for r in responses)
+    row = steps_of(out)[0]
+    assert row["rethink_kept"] <= row["rethink_wrong_right"] + row["rethink_right_right"] + row[
+        "rethink_no_answer"
+    ]  # the stand-in for the rule asks for no box
+    measured = heldout_of(out)[0]
+    assert measured["heldout_accuracy"] in [n / 4 for n in range(5)]
+    # The same function as an argument: the same run.
+    flagged = steps_of(out)
+    argument = tmp_path / "argument"
+    assert train.main(flags(base, argument, rethink_fraction=0.5, steps=2),
+                      grade=lambda text, question: 1 / (1 + len(text))) == 0  # fmt: skip
+    assert [r["reward"] for r in steps_of(argument)] == [r["reward"] for r in flagged]
+
+
+@pytest.mark.parametrize("place", ["own", "own.py", "gone.py:f", "own.py:gone", "broken.py:f"])
+def test_an_own_reward_that_cannot_be_had_is_one_line(base, tmp_path, monkeypatch, capsys, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("f = 1\n")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    assert place in user_error(capsys, flags(base, tmp_path / "run", reward=place))
 
 
 # ---------------------------------------------------------------------------- off means off
@@ -382,8 +416,8 @@ def test_five_steps_in_a_row_that_are_not_finite_stop_the_run(base, tmp_path, mo
 def test_a_broken_weight_stops_the_run(base, tmp_path, monkeypatch, capsys):
     real = train.prepare
 
-    def ruined(config):
-        prepared = real(config)
+    def ruined(config, grade):
+        prepared = real(config, grade)
         with torch.no_grad():
             prepared.policy.text_model.norm.weight[0] = math.nan
         return prepared
@@ -600,7 +634,7 @@ def test_an_out_that_cannot_be_written_is_named(base, tmp_path, monkeypatch, cap
     def refuse(path, text):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr(prepare, "write_atomically", refuse)
+    monkeypatch.setattr(record, "write_atomically", refuse)
     line = user_error(capsys, flags(base, tmp_path / "out"))
     assert str(tmp_path / "out") in line and "read-only" in line
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from tiny import flags, lucky, odd_sum
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoint
 import parallel
 import toy
 import train
@@ -84,7 +85,7 @@ class Collectives(TorchDispatchMode):
 
 
 def reward_by(is_right):
-    return mock.patch.object(train, "grade", lambda sample, text=None: float(is_right(sample)))
+    return mock.patch.object(train, "is_right", lambda sample, text=None: is_right(sample))
 
 
 def even_lucky(sample) -> bool:
@@ -224,7 +225,7 @@ def resume_exactly(base: Path, whole: Path, out: Path) -> dict:
 
 def resume_from_one_rank(base: Path, out: Path) -> dict:
     """OUT was written by one rank: what is found there, and can two go on?"""
-    real = train.resume
+    real = checkpoint.resume_run
 
     def resume(run):
         found = real(run)
@@ -233,7 +234,7 @@ def resume_from_one_rank(base: Path, out: Path) -> dict:
             save_file(state, out / "resumed.safetensors")
         return found
 
-    with mock.patch.object(train, "resume", resume), reward_by(lucky):
+    with mock.patch.object(checkpoint, "resume_run", resume), reward_by(lucky):
         command = flags(base, out, steps=3, heldout=0, keep_last=9, resume="true")
         return {"code": train.main(command)}
 
