@@ -247,13 +247,14 @@ def load_weights(directory: Path, policy: Policy) -> None:
         path, key = where[name]
         with safe_open(path, framework="pt") as file:
             piece = file.get_slice(key)
-            if piece.get_shape() != list(parameter.shape):
-                raise UserError(
-                    f"{path}: {key} has shape {piece.get_shape()}, not {list(parameter.shape)}"
-                )
-            start, stop = rows_of(parameter)
+            shape, wanted = piece.get_shape(), list(parameter.shape)
+            # The hub's experts are [E, in, out], transformers' [E, out, in].
+            turned = shape != wanted and [*shape[:-2], *shape[:-3:-1]] == wanted and len(shape) == 3
+            if shape != wanted and not turned:
+                raise UserError(f"{path}: {key} has shape {shape}, not {wanted}")
+            rows = piece[slice(*rows_of(parameter))]
             with torch.no_grad():
-                parallel.local(parameter).copy_(piece[start:stop])
+                parallel.local(parameter).copy_(rows.mT if turned else rows)
 
 
 def undamaged(directory: Path, action):

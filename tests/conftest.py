@@ -10,10 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import toy
 from data import Question
@@ -53,37 +53,12 @@ def own_policy(policy) -> Policy:
     return copy.deepcopy(policy)
 
 
-@pytest.fixture(scope="session")
-def older_policy(policy) -> Policy:
-    """A tiny Qwen2-VL, the architecture before Qwen2.5-VL's, with the same tokenizer."""
-    text = policy.model.config.text_config.to_dict()
-    keys = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "bos_token_id",
-        "eos_token_id",
-        "rope_parameters",
-    )
-    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    config = Qwen2VLConfig(
-        text_config={key: text[key] for key in keys},
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": text["hidden_size"],
-                       "num_heads": 4, "mlp_ratio": 2},
-        tie_word_embeddings=True,
-        **{name: getattr(policy.model.config, name) for name in ids},
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = Qwen2VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
-    return unsettle(Policy(model, policy.tokenizer, policy.image_processor))
+@pytest.fixture
+def alone():
+    """One process that shards over itself."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -168,6 +143,10 @@ def hf_generate(policy: Policy, prompt, max_new_tokens: int) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------- statistics
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
 
 
 def chi_squared(counts, probabilities) -> tuple[float, float]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import (
-    QUESTIONS,
     StaysOn,
     chi_squared,
     hf_distribution,
@@ -21,7 +20,7 @@ import model
 import rollout
 import toy
 from data import UserError
-from model import decode, encode, response_logprobs
+from model import decode, response_logprobs
 from rollout import Extension, generate
 from tree import build_trees
 
@@ -49,12 +48,6 @@ def test_greedy_equals_generate_of_transformers_token_for_token(policy, prompts)
             assert sample.prompt is prompt
             assert torch.equal(sample.tokens, want)
     assert len(set(lengths)) == len(lengths), "the rows must end at different times"
-
-
-def test_greedy_equals_generate_for_qwen2_vl(older_policy):
-    prompts = [encode(older_policy, question, "bare") for question in QUESTIONS]
-    for prompt, [sample] in zip(prompts, generate(older_policy, prompts, 1, 40, temperature=0)):
-        assert torch.equal(sample.tokens, hf_generate(older_policy, prompt, 40))
 
 
 def test_a_long_response_outgrows_the_cache_unharmed(own_policy, prompts):

@@ -1,0 +1,62 @@
+"""What test_families.py runs on two processes: every family, sharded, one rank without pictures.
+
+    torchrun --nproc_per_node 2 tests/family_ranks.py DIR
+
+DIR holds a published policy a family; what the ranks found is written beside it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch
+from conftest import QUESTIONS, random_response
+from safetensors.torch import save_file
+
+import checkpoint
+import parallel
+from model import FAMILIES, Policy, encode, load_policy, response_logprobs
+
+
+def load_sharded(directory: Path) -> Policy:
+    """Each rank reads its own part of the weights, as in training."""
+    policy = load_policy(str(directory), torch.float64, empty=True)
+    policy.model.set_experts_implementation("eager")
+    policy = parallel.shard(policy, torch.device("cpu"))
+    checkpoint.load_weights(directory, policy)
+    return policy
+
+
+def one_batch(policy: Policy, rank: int) -> list:
+    """Two pictures on rank 0, text alone on rank 1."""
+    prompt = encode(policy, QUESTIONS[0 if rank else 3], "bare")
+    return [(prompt, [random_response(5 + i, i, policy) for i in range(3)])]
+
+
+def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient, whole; clears them."""
+    found = {
+        name: parallel.whole(p.grad).clone()
+        for name, p in policy.named_parameters()
+        if p.grad is not None
+    }
+    policy.zero_grad()
+    return found
+
+
+def main(out: Path) -> None:
+    parallel.start()
+    for name in FAMILIES:
+        policy = load_sharded(out / name)
+        logprobs, _ = response_logprobs(policy, one_batch(policy, parallel.rank()))
+        (logprobs.sum() * parallel.world()).backward()  # FSDP takes the mean over ranks
+        found = gradients(policy)
+        if parallel.rank() == 0:
+            save_file(found, out / f"{name}.safetensors")
+    parallel.barrier()
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
