@@ -5,7 +5,7 @@ For one question the policy samples a group of G responses with rewards r_1..r_G
     A_i   = r_i - mean(r)                                scale="mean", what the released weights used
     A_i   = (r_i - mean(r)) / std(r)                     scale="std", paper Eq. 2
     rho_t = exp(logp_t - logp_old_t)
-    l_t   = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)          a token, paper Eq. 1
+    l_t   = -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)       per token, paper Eq. 1
 
 No critic: the group's mean is the baseline. No KL term, no reference model, no entropy bonus. When
 all rewards of a group are equal, every A_i is exactly 0 and the group teaches nothing: the paper's
@@ -59,10 +59,10 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.35,
 ) -> torch.Tensor:
-    """The clipped surrogate, a token: [B, R], 0 where mask is False.
+    """The clipped surrogate, per token: [B, R], 0 where mask is False.
 
     logprobs, old_logprobs  [B, R] under the policy being trained, and under the one that sampled
-    advantages              [B] one a response, shared by its tokens
+    advantages              [B] one per response, shared by its tokens
     mask                    [B, R] True where the token was sampled by the policy (EOS included, or
                             it never learns to stop; padding and forced tokens are not)
 
@@ -89,7 +89,7 @@ def is_clipped(logprobs, old_logprobs, advantages, mask, clip_low=0.2, clip_high
 
 
 def token_weights(mask: torch.Tensor, average: str, tokens: int, responses: int) -> torch.Tensor:
-    """What each token's loss counts in the mean over the optimiser batch: [B, R].
+    """The weight of each token's loss in the mean over the optimiser batch: [B, R].
 
     mask                [B, R] of a micro-batch
     tokens, responses   counted over the whole optimiser batch, all micro-batches and ranks

@@ -1,7 +1,7 @@
 """One policy on many ranks: processes, sharding (FSDP2), and whole weights for sampling.
 
-torchrun starts one process a GPU (gloo on CPUs). `shard` splits every parameter over them; a layer
-is gathered just before it runs and let go after. Sampling would gather all layers once a token, so
+torchrun starts one process per GPU (gloo on CPUs). `shard` splits every parameter over them; a layer
+is gathered just before it runs and freed afterwards. Sampling would gather all layers for every token, so
 for a rollout `whole_weights` gathers everything once, and decoding then uses no collective at all:
 ranks may decode different lengths without waiting for each other.
 

@@ -3,7 +3,7 @@
     y = y1 + trigger + y2
 
 When a response y1 has ended, a trigger such as "Wait, does it seem right?" is appended to a share q
-of the responses and the policy goes on. Where the new answer is correct, at most twice per question, y replaces y1 in its group, and an
+of the responses and the policy continues. Where the new answer is correct, at most twice per question, y replaces y1 in its group, and an
 additional loss teaches the policy to look again by itself:
 
     L = L_GRPO + c * mean of -log pi(y_t)  over the tokens of the kept ones
@@ -44,7 +44,7 @@ class Rethinking:
     """Who looks again, and which second looks are kept."""
 
     fraction: float = 0.0  # q, of the responses that ended by themselves and leave room
-    quota: int = 2  # kept a question
+    quota: int = 2  # kept per question
     trigger: str = "uniform"  # or "oracle": verification if y1 is right, correction if not
     cutback: float = 0.0  # chance that y1 is first cut back to before its answer
     min_tokens: int = 1  # of y2
