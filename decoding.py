@@ -276,4 +276,4 @@ def sample_token(policy: Policy, hidden, temperature: float, generator):
         # A GPU sums in parallel, so rounding may open a gap where an id of chance 0 stands.
         possible = logprobs.gather(-1, token).exp() > 0
         token = torch.where(possible, token, logprobs.argmax(-1, keepdim=True))
-    return token[:, 0], logprobs.gather(-1, token)[:, 0]
+    return token[:, 0], logprobs.gather(-1, token)[:, 0].float()
