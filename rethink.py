@@ -23,10 +23,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-from grpo import group_baseline
-
 # Exact to the character (paper, appendix).
 TRIGGERS = {
     "self_questioning": "\n\nWait, does it seem right?",
@@ -118,57 +114,43 @@ def is_kept(settings: Rethinking, sample) -> bool:
     return sample.finish == "stop" and sample.right and in_window
 
 
-def outcome(first, second) -> str:
-    """What became of a second look: y1's answer, then y2's; or that y2 gave none."""
-    if not second.answered:
-        return "no_answer"
+def outcome(first_right: bool, answered: bool, second_right: bool) -> str:
+    """What became of a second look, one of OUTCOMES."""
     names = {True: "right", False: "wrong"}
-    return f"{names[first.right]}_{names[second.right]}"
+    return f"{names[first_right]}_{names[second_right]}" if answered else "no_answer"
 
 
-def merge_rethought(
-    settings: Rethinking, groups: list[list], scale: str = "mean", baseline: str = "before"
-) -> tuple[list[list], Counter]:
-    """Replace y1 by its second look where that is kept. All have been graded; y1's are compared.
+def merge_rethought(settings: Rethinking, groups: list[list]) -> tuple[list[list], Counter]:
+    """Replace y1 by its second look where that is kept. All have been graded and compared.
 
-    groups    lists of samples; those that were extended have `.extension`, graded as well
-    baseline  "before": A = (r - mean) / s with mean and s of the group as sampled, siblings untouched;
-              "after": all advantages of the group must be taken anew by the caller (the code's form)
+    groups  lists of samples; those that were continued have `.extension`, itself a sample, whose
+            advantage is against the group as it was sampled: siblings are neither lifted nor pushed down
 
     Returns the groups and the counts: attempted, kept, tokens, and each of OUTCOMES.
 
     A group of two wrong answers, the second right after a second look:
 
     >>> from types import SimpleNamespace as S; import torch
-
-from grpo import group_baseline
     >>> again = S(tokens=[5, 9, 6], mask=torch.tensor([True, False, True]), finish="stop",
-    ...           answered=True, right=True, reward=1.0)
-    >>> group = [S(right=False, reward=0.0, advantage=0.0, extension=None, tokens=[4]),
-    ...          S(right=False, reward=0.0, advantage=0.0, extension=again, tokens=[5])]
+    ...           answered=True, right=True)
+    >>> group = [S(right=False, extension=None), S(right=False, extension=again)]
     >>> merged, counts = merge_rethought(Rethinking(), [group])
-    >>> merged[0][1] is again, again.advantage, counts["wrong_right"], counts["kept"]
-    (True, 1.0, 1, 1)
+    >>> merged[0][1] is again, counts["wrong_right"], counts["kept"]
+    (True, 1, 1)
     """
     counts: Counter = Counter()
     merged = []
     for group in groups:
-        rewards = torch.tensor([[sample.reward for sample in group]])  # [1, G]
-        mean, spread = (float(x) for x in group_baseline(rewards, scale))
-        room = settings.quota
-        result = []
+        room, result = settings.quota, []
         for sample in group:
             again = sample.extension
             if again is not None:
-                counts[outcome(sample, again)] += 1
-                counts["attempted"] += 1
-                counts["tokens"] += second_length(again)
-            if again is not None and room and is_kept(settings, again):
-                room -= 1
-                counts["kept"] += 1
-                if baseline == "before":
-                    again.advantage = (again.reward - mean) / spread
-                sample = again
+                counts[outcome(sample.right, again.answered, again.right)] += 1
+                counts.update(attempted=1, tokens=second_length(again))
+                if room and is_kept(settings, again):
+                    room -= 1
+                    counts["kept"] += 1
+                    sample = again
             result.append(sample)
         merged.append(result)
     return merged, counts
@@ -177,7 +159,7 @@ from grpo import group_baseline
 def imitated(sample, part: str):
     """Where the SFT loss is taken, bool [R]: on all of y, or from the first forced token on."""
     if part == "all":
-        return torch.ones_like(sample.mask)
+        return sample.mask.new_ones(len(sample.mask))
     return (~sample.mask).cumsum(0) > 0
 
 

@@ -36,7 +36,7 @@ import parallel
 import toy
 from config import Config, parse
 from data import Question, UserError
-from grpo import group_advantages, is_clipped, policy_loss, token_weights
+from grpo import group_advantages, group_baseline, is_clipped, policy_loss, token_weights
 from model import Prompt, Sample, answering_text, encode, response_logprobs, with_pixels
 from pages.walk import explain
 from prepare import Grade, Run, gentle_stop, prepare, rethinking
@@ -129,18 +129,19 @@ def grade(run: Run, sample: Sample) -> None:
 
 
 def compare(groups: list[list[Sample]], scale: str) -> None:
-    """Set every sample's advantage from the rewards of its group."""
-    if not groups:
-        return
-    rewards = torch.tensor([[sample.reward for sample in group] for group in groups])  # [N, G]
-    for group, row in zip(groups, group_advantages(rewards, scale).tolist()):
-        for sample, advantage in zip(group, row):
+    """Set every sample's advantage from the rewards of its group; a second look's against the same."""
+    for group in groups:
+        rewards = torch.tensor([[sample.reward for sample in group]])  # [1, G]
+        mean, spread = (float(x) for x in group_baseline(rewards, scale))
+        for sample, advantage in zip(group, group_advantages(rewards, scale)[0].tolist()):
             sample.advantage = advantage
+            if sample.extension:
+                sample.extension.advantage = (sample.extension.reward - mean) / spread
 
 
 def keep_second_looks(c: Config, groups: list[list[Sample]]) -> tuple[list[list[Sample]], Counter]:
     """The groups with kept second looks in place of their first ones, and how the second looks ended."""
-    groups, outcomes = merge_rethought(rethinking(c), groups, c.advantage, c.rethink_baseline)
+    groups, outcomes = merge_rethought(rethinking(c), groups)
     if c.rethink_baseline == "after":
         compare(groups, c.advantage)
     return groups, outcomes

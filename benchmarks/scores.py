@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.readers import BENCHMARKS, Item
 from data import NUMBER, UserError, printable, read_jsonl
-from rethink import before_rethinking, rethinks
+from rethink import before_rethinking, outcome, rethinks
 from benchmarks.rules import choose, normal
 
 MODELS = ("Qwen2.5-VL-7B", "VL-Rethinker-7B", "Qwen2.5-VL-32B", "VL-Rethinker-32B",
@@ -52,9 +52,11 @@ def mark(item: Item, answer: dict | None) -> dict:
     if item.cluster:
         line["cluster"] = item.cluster
     if answer.get("again"):  # what it said when forced to look again
-        kept = ("response", "extracted", "correct", "finish", "tokens")
-        again = mark(item, answer["again"])
-        line["again"] = {key: again[key] for key in kept} | {"trigger": answer["again"]["trigger"]}
+        forced, kept = answer["again"], ("extracted", "correct", "finish", "tokens")
+        # A second look must answer: what y1 said is no answer of y2.
+        again = mark(item, forced | {"response": forced["response"].removeprefix(response)})
+        line["again"] = {key: again[key] for key in kept}
+        line["again"] |= {"response": forced["response"], "trigger": forced["trigger"]}
     return line
 
 
@@ -212,8 +214,9 @@ def rethinking(items: list[Item], by_item: list[list[dict]]) -> dict:
             return round(headline(items, [sum(map(value, x)) / len(x) for x in by_item]), 6)
 
         changes = Counter(
-            f"{'right' if line['correct'] else 'wrong'}_{'right' if line['again']['correct'] else 'wrong'}"
+            outcome(line["correct"], again["extracted"] is not None, again["correct"])
             for line in forced
+            for again in [line["again"]]
         )
         summary["force_rethink"] = {
             "before": mean(credit),

@@ -293,6 +293,17 @@ def test_forced_second_looks_stand_beside_the_first_and_resume_with_them(tmp_pat
     assert summary_of(out, "toy") == summary
 
 
+def test_a_second_look_without_an_answer_of_its_own_is_no_answer():
+    item = readers.Item(readers.Question("q", "", [], "green"), lambda said: said == "green", [])
+    first, trigger = "So \\boxed{green}.", "\n\nWait, does it seem right?"
+    for y2, correct, outcome in (("green}.", False, "no_answer"), ("\\boxed{red}", False, "right_wrong")):
+        again = {"response": first + trigger + y2, "finish": "stop", "tokens": 9, "trigger": "x"}
+        line = scores.mark(item, {"response": first, "again": again})
+        assert line["correct"] and line["again"]["correct"] == correct
+        assert line["again"]["response"] == first + trigger + y2
+        assert scores.rethinking([item], [[line]])["force_rethink"][outcome] == 1
+
+
 def kill_in_batch(number: int, monkeypatch):
     """Ctrl-C arrives while that batch is sampled."""
     done, generate = [], rollout.generate

@@ -10,8 +10,8 @@ import torch
 import train
 from conftest import chi_squared
 
+from config import Config
 from data import Question
-from grpo import group_advantages
 from model import Prompt, Sample
 from rethink import (
     TRIGGERS,
@@ -284,22 +284,16 @@ def test_a_second_look_without_a_box_of_its_own_is_no_answer_and_not_kept(policy
     assert merged == [[first]] and counts["no_answer"] == 1 and counts["kept"] == 0
 
 
-def with_advantages(samples, scale) -> list[Sample]:
-    rewards = torch.tensor([[s.reward for s in samples]])
-    for s, a in zip(samples, group_advantages(rewards, scale)[0].tolist()):
-        s.advantage = a
-    return samples
-
-
 @pytest.mark.parametrize("scale", ["mean", "std"])
 def test_the_baseline_is_the_group_s_before_replacement(scale):
     """Rewards 1 0 0 0, mean 1/4, deviation sqrt(3)/4; the kept one gets 1 - 1/4 over it."""
     kept = again(reward=1.0)
-    first = with_advantages(group(1.0, 0.0, 0.0, 0.0, extensions=[(2, kept)]), scale)
+    first = group(1.0, 0.0, 0.0, 0.0, extensions=[(2, kept)])
+    train.compare([first], scale)
     before = [s.advantage for s in first]
-    [merged], _ = merge_rethought(EVERY, [first], scale, "before")
+    [merged], _ = train.keep_second_looks(Config(rethink_fraction=1.0, advantage=scale), [first])
     size = {"mean": 1.0, "std": math.sqrt(3) / 4}[scale]
-    assert kept.advantage == pytest.approx(0.75 / size)
+    assert merged[2] is kept and kept.advantage == pytest.approx(0.75 / size)
     for i in (0, 1, 3):  # siblings are neither lifted nor pushed down
         assert merged[i].advantage == before[i] == pytest.approx((first[i].reward - 0.25) / size)
 
@@ -308,19 +302,18 @@ def test_the_baseline_is_the_group_s_before_replacement(scale):
 @pytest.mark.parametrize(("reward", "advantage"), [(0.0, 1.0), (1.0, 0.0)])
 def test_a_group_of_equal_rewards_has_no_deviation_to_divide_by(scale, reward, advantage):
     kept = again(reward=1.0)
-    first = with_advantages(group(*[reward] * 4, extensions=[(0, kept)]), scale)
-    merge_rethought(EVERY, [first], scale)
+    first = group(*[reward] * 4, extensions=[(0, kept)])
+    train.compare([first], scale)
     assert kept.advantage == advantage
     assert [s.advantage for s in first[1:]] == [0, 0, 0]
 
 
-def test_after_replacement_leaves_the_advantages_to_be_taken_anew():
+def test_after_replacement_all_advantages_are_taken_anew():
     """The code's form: rewards 1 0 1 0 have the mean 1/2."""
-    kept = again(reward=1.0)
-    first = group(1.0, 0.0, 0.0, 0.0, extensions=[(2, kept)])
-    [merged], _ = merge_rethought(EVERY, [first], "mean", "after")
-    assert kept.advantage == 0.0
-    with_advantages(merged, "mean")
+    first = group(1.0, 0.0, 0.0, 0.0, extensions=[(2, again(reward=1.0))])
+    train.compare([first], "mean")
+    after = Config(rethink_fraction=1.0, rethink_baseline="after")
+    [merged], _ = train.keep_second_looks(after, [first])
     assert [s.advantage for s in merged] == [0.5, -0.5, 0.5, -0.5]
 
 
