@@ -90,7 +90,7 @@ def prefill(policy: Policy, prompts: list[Prompt], group_size: int) -> tuple[tor
         input_ids.to(device),
         position_ids.to(device),
         None if pixels is None else pixels.to(device),
-        None if grids is None else grids.to(device),
+        grids,
     )
     B = N * group_size
     empty = [k.new_zeros(B, k.shape[1], 0, k.shape[3]) for k in keys]

@@ -46,7 +46,7 @@ from data import (
     read_json,
 )
 from rethink import second_start
-from tree import Trees, build_trees, pad_rows, tree_attention
+from tree import Trees, build_trees, pack_pictures, pad_rows, tree_attention, vision_layout
 
 # Its bars for reading and writing files would break ours in two.
 transformers.utils.logging.disable_progress_bar()
@@ -108,6 +108,7 @@ class Policy(nn.Module):
         self.lockstep = False  # layers are gathered as they decode, on all ranks together
         self.cuda_graphs = True  # on a GPU a decoding step is launched as a whole
         self.text_model.config._attn_implementation = "carried"  # tree.carried_attention
+        pack_pictures(model.model.visual)
         for module in model.modules():  # one kernel instead of the eight that transformers launches
             if hasattr(module, "variance_epsilon"):
                 module.forward = partial(rms_norm, module)
@@ -146,7 +147,10 @@ class Policy(nn.Module):
 
     def embed(self, input_ids, pixel_values, image_grid_thw) -> dict:
         """What the text model takes: token embeddings [N, T, D] with the vision tower's features at the
-        image tokens, and the features that DeepStack (Qwen3-VL) adds there after the first layers."""
+        image tokens, and the features that DeepStack (Qwen3-VL) adds there after the first layers.
+
+        image_grid_thw is on the host: it decides shapes, and reading it would wait for a GPU.
+        """
         embeds = self.text_model.embed_tokens(input_ids)
         blank = pixel_values is None
         if blank:
@@ -155,7 +159,9 @@ class Policy(nn.Module):
             # Another rank may hold pictures, and the tower's parameters are gathered and reduced
             # by all ranks or by none: look at one blank picture and use nothing of it.
             pixel_values, image_grid_thw = self.blank_picture(embeds)
-        seen = self.model.model.visual(pixel_values, grid_thw=image_grid_thw, return_dict=True)
+        visual = self.model.model.visual
+        layout = vision_layout(visual, image_grid_thw, embeds.device)
+        seen = visual(pixel_values, grid_thw=image_grid_thw, return_dict=True, **layout)
         features = seen.pooler_output.to(embeds.dtype)  # [image tokens, D]
         deeper = seen.get("deepstack_features") or []  # [image tokens, D] each
         if blank:
@@ -169,7 +175,7 @@ class Policy(nn.Module):
     def blank_picture(self, like: torch.Tensor):
         merge = self.image_processor.merge_size
         width = 3 * self.image_processor.temporal_patch_size * self.image_processor.patch_size**2
-        grid = torch.tensor([[1, merge, merge]], device=like.device)
+        grid = torch.tensor([[1, merge, merge]])
         return torch.zeros(merge * merge, width, device=like.device), grid
 
     def prefill(self, input_ids, position_ids, pixel_values, image_grid_thw):

@@ -17,13 +17,20 @@ Letters: N trees, G branches, P prompt tokens, R response tokens, T tokens of a 
 tokens of all rows, D features.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 # Responses up to this length, in tokens, are padded to one length; above, to the double at most.
 SHORT = 64
@@ -68,7 +75,9 @@ class Trees:
             return {k: v.to(device) for k, v in vars(x).items() if isinstance(v, torch.Tensor)}
 
         responses = [replace(some, **move(some)) for some in self.responses]
-        return replace(self, **move(self), responses=responses)
+        # The sizes of pictures stay with the host, which lays out the vision tower's work by them.
+        moved = move(self) | {"image_grid_thw": self.image_grid_thw}
+        return replace(self, **moved, responses=responses)
 
 
 def tree_mask(branch: torch.Tensor) -> torch.Tensor:
@@ -226,6 +235,107 @@ def tree_attention(trees: Trees, module, query, key, value, **options) -> torch.
         )  # fmt: skip
         out = out.index_put_((some.own,), said)  # [B, R, h, d]
     return out[:-1].unflatten(0, (N, T))
+
+
+@dataclass
+class Segments:
+    """Pieces of one row, each of which attends to itself alone: windows or pictures of patches."""
+
+    batches: list[tuple[torch.Tensor, torch.Tensor | None]]  # indices [B, L]; mask [B, 1, 1, L]
+    place: torch.Tensor  # [T]: where each patch stands in the batches, one after the other
+
+
+def pack_segments(lengths: list[int], device: torch.device) -> Segments:
+    """Segments of one length are one batch, without a mask; all that are shorter than SHORT are padded
+    to one length. Built on the host, once for all layers.
+
+    >>> segments = pack_segments([1, 2], torch.device("cpu"))
+    >>> segments.batches[0][0], segments.batches[0][1][:, 0, 0].int(), segments.place
+    (tensor([[0, 1],
+            [1, 2]]), tensor([[1, 0],
+            [1, 1]], dtype=torch.int32), tensor([0, 2, 3]))
+    """
+    by_length = {}
+    for start, length in zip(accumulate(lengths, initial=0), lengths):
+        by_length.setdefault(max(length, SHORT - 1), []).append((start, length))
+    batches, place, offset = [], torch.empty(sum(lengths), dtype=torch.long), 0
+    for members in by_length.values():
+        start, length = torch.tensor(members).T[..., None]  # [B, 1] each
+        column = torch.arange(int(length.max()))
+        real = column < length  # [B, L]
+        index = (start + column).clamp(max=len(place) - 1)
+        place[index[real]] = offset + real.flatten().nonzero()[:, 0]
+        offset += real.numel()
+        mask = None if real.all() else real[:, None, None].to(device, non_blocking=True)
+        batches.append((index.to(device, non_blocking=True), mask))
+    return Segments(batches, place.to(device, non_blocking=True))
+
+
+def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q, **options):
+    """Attention within the segments of a row, as transformers' attention interface calls it.
+
+    query, key, value [1, h, T, d] -> [1, T, h, d]. In place of `cu_seq_lens_q`, where segments begin,
+    `vision_layout` passes Segments; without it, the tensor is read, and the host waits for a GPU.
+    """
+    segments = cu_seq_lens_q
+    if isinstance(segments, torch.Tensor):
+        segments = pack_segments(segments.diff().tolist(), query.device)
+    out = []
+    for index, mask in segments.batches:
+        q, k, v = (
+            x[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+            for x in (query, key, value)
+        )  # [B, L, h, d]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0].flatten(0, 1))
+    return torch.cat(out).index_select(0, segments.place)[None], None
+
+
+AttentionInterface.register("flash_packed", packed_attention)
+
+
+def pack_pictures(visual) -> None:
+    """Let a vision tower attend by `packed_attention`."""
+    # A copy: a model that is built from the tower's own config would look for a kernel on the hub.
+    config = copy(visual.config)
+    # "flash" in its name: only then does a tower hand over the whole row instead of cutting it.
+    config._attn_implementation = "flash_packed"
+    for block in visual.blocks:
+        block.attn.config = config
+
+
+def vision_layout(visual, grid_thw: torch.Tensor, device: torch.device) -> dict:
+    """What a vision tower computes from the sizes of its pictures, as arguments of its forward pass.
+
+    grid_thw  [images, 3], on the host: the tower itself would read it from a GPU in every layer
+    """
+    config, merge = visual.config, visual.config.spatial_merge_size
+
+    def move(x):
+        return x.to(device, non_blocking=True)
+
+    frames = (grid_thw[:, 1] * grid_thw[:, 2]).repeat_interleave(grid_thw[:, 0])
+    layout = {
+        "position_ids": move(get_vision_position_ids(grid_thw, merge)),
+        "cu_seqlens": pack_segments(frames.tolist(), device),
+        "max_seqlen": int(frames.max()),
+    }
+    if hasattr(config, "window_size"):  # Qwen2.5-VL: all but a few layers look at windows
+        window_index, ends = get_vision_window_index(
+            grid_thw, merge, config.window_size, config.patch_size
+        )
+        layout |= {
+            "window_index": move(window_index),
+            "cu_window_seqlens": pack_segments(ends.diff().tolist(), device),
+            "max_window_seqlen": int(ends.diff().max()),
+        }
+    if hasattr(visual, "num_grid_per_side"):  # Qwen3-VL: learnt positions, interpolated
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid_thw, visual.num_grid_per_side, visual.interpolation_mode,
+            visual.interpolation_align_corners, merge,
+        )  # fmt: skip
+        layout |= {"interp_indices": move(indices), "interp_weights": move(weights)}
+    return layout
 
 
 def pad_rows(flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:

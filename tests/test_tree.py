@@ -1,13 +1,26 @@
-"""The tree's layout, its mask, and the plan of micro-batches."""
+"""The tree's layout, its mask, packed pictures, and the plan of micro-batches."""
 
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import StaysOn
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
+from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as qwen3_moe
 
 import tree
-from tree import build_trees, pad_rows, plan_micro_batches, tree_attention, tree_mask
+from tree import (
+    build_trees,
+    pack_pictures,
+    pad_rows,
+    plan_micro_batches,
+    tree_attention,
+    tree_mask,
+    vision_layout,
+)
 
 
 def ids(*values):
@@ -142,6 +155,91 @@ def test_no_response_is_padded_to_more_than_its_double_or_what_is_short():
 
 def test_pad_rows_makes_one_row_a_response():
     assert pad_rows(ids(1, 2, 3, 4, 5, 6), [3, 1, 2]).tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
+
+
+# ---------------------------------------------------------------------------- the vision tower
+
+# Two pictures of one size, one that is no multiple of a window of 8 x 8 patches, two below a window.
+GRIDS = torch.tensor([[1, 16, 24], [1, 14, 22], [1, 4, 6], [1, 16, 24], [1, 2, 4]])
+TOWERS = {
+    "qwen2": lambda: qwen2.Qwen2VisionTransformerPretrainedModel(
+        qwen2.Qwen2VLVisionConfig(depth=3, embed_dim=32, hidden_size=48, num_heads=2, mlp_ratio=2)
+    ),
+    "qwen2_5": lambda: qwen2_5.Qwen2_5_VisionTransformerPretrainedModel(
+        qwen2_5.Qwen2_5_VLVisionConfig(
+            depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=48,
+            fullatt_block_indexes=[1],
+        )
+    ),
+    **{
+        name: lambda kind=kind, config=config: kind(
+            config(
+                depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=48,
+                num_position_embeddings=64, deepstack_visual_indexes=[0, 1],
+            )
+        )
+        for name, kind, config in [
+            ("qwen3", qwen3.Qwen3VLVisionModel, qwen3.Qwen3VLVisionConfig),
+            ("qwen3_moe", qwen3_moe.Qwen3VLMoeVisionModel, qwen3_moe.Qwen3VLMoeVisionConfig),
+        ]
+    },
+}  # fmt: skip
+
+
+def make_tower(name: str):
+    torch.manual_seed(0)
+    tower = TOWERS[name]().double()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # biases and positions that show
+    return tower
+
+
+def patches(tower, grids=GRIDS) -> torch.Tensor:
+    width = 3 * tower.config.temporal_patch_size * tower.config.patch_size**2
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(int(grids.prod(-1).sum()), width, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("laid_out", [True, False], ids=["by_layout", "by_lengths"])
+def test_packed_pictures_are_seen_as_by_transformers_own_tower(name, laid_out):
+    """Features, what DeepStack adds, and gradients."""
+    tower, outcomes = make_tower(name), []
+    for layout in ({}, vision_layout(tower, GRIDS, torch.device("cpu")) if laid_out else {}):
+        out = tower(patches(tower), grid_thw=GRIDS, **layout)
+        features = [out.pooler_output, *getattr(out, "deepstack_features", [])]
+        tower.zero_grad()
+        sum(x.sin().sum() for x in features).backward()
+        gradients = [p.grad for p in tower.parameters() if p.grad is not None]
+        outcomes.append([x.detach() for x in features] + gradients)
+        pack_pictures(tower)
+    for got, want in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_tower_calls_attention_once_for_each_size_and_never_reads_a_value(name, monkeypatch):
+    tower, calls = make_tower(name).to("meta"), []
+    pack_pictures(tower)
+    layout = vision_layout(tower, GRIDS, torch.device("meta"))
+    attend = tree.sdpa_attention_forward
+    monkeypatch.setattr(
+        tree, "sdpa_attention_forward",
+        lambda module, q, *rest, **options: calls.append(q.shape) or attend(module, q, *rest, **options),
+    )  # fmt: skip
+    for module in tower.modules():
+        for buffer, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                setattr(module, buffer, value.to("meta"))
+    pixels, grids = patches(tower).to("meta"), GRIDS.to("meta")
+    with StaysOn("meta"):
+        tower(pixels, grid_thw=grids, **layout)
+    whole_pictures = [(2, 16 * 24), (1, 14 * 22), (2, 4 * 6)]  # the short ones are padded to one size
+    # 2 x 3 windows of 8 x 8, twice; of the odd picture 1 x 2; every cut window is padded to the longest.
+    windows = [(14, 64), (6, 48)]
+    layers = [windows, whole_pictures, windows] if name == "qwen2_5" else [whole_pictures] * 3
+    assert [(shape[0], shape[2]) for shape in calls] == [call for layer in layers for call in layer]
 
 
 # ---------------------------------------------------------------------------- the plan
