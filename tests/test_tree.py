@@ -235,7 +235,8 @@ def test_the_tower_calls_attention_once_for_each_size_and_never_reads_a_value(na
     pixels, grids = patches(tower).to("meta"), GRIDS.to("meta")
     with StaysOn("meta"):
         tower(pixels, grid_thw=grids, **layout)
-    whole_pictures = [(2, 16 * 24), (1, 14 * 22), (2, 4 * 6)]  # the short ones are padded to one size
+    # The short ones are padded to one size.
+    whole_pictures = [(2, 16 * 24), (1, 14 * 22), (2, 4 * 6)]
     # 2 x 3 windows of 8 x 8, twice; of the odd picture 1 x 2; every cut window is padded to the longest.
     windows = [(14, 64), (6, 48)]
     layers = [windows, whole_pictures, windows] if name == "qwen2_5" else [whole_pictures] * 3
