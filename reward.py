@@ -60,8 +60,8 @@ differently: the released code asks a LaTeX-to-sympy library and adds a bonus fo
 
 import re
 
-from grading.structure import readings, same
-from grading.spelling import tidy, words
+from grading.choices import named, same_text
+from grading.spelling import tidy
 
 MAX_LENGTH = 1000
 # A brace, or a backslash with what it escapes: \\{ is a line break and a brace, \{ is no brace.
@@ -128,10 +128,12 @@ def _judge(prediction: str, answer: str, choices: list[str] | None) -> bool:
     if prediction == answer:
         return True
     if choices and tidy(prediction) != tidy(answer):
-        chosen, right = (_options(text, choices) for text in (prediction, answer))
+        chosen, right = (named(text, choices) for text in (prediction, answer))
         if chosen is not None and right is not None:
-            return bool(chosen) and chosen == right
-    return _same_text(prediction, answer)
+            # Two options may have one text: then the text is right, and so is a letter with it.
+            alike = chosen & right in (chosen, right) and same_text(prediction, answer)
+            return bool(chosen & right) and (chosen == right or alike)
+    return same_text(prediction, answer)
 
 
 def _content(text: str) -> str:
@@ -140,84 +142,3 @@ def _content(text: str) -> str:
         boxed = extract_answer(text)
         text = text if boxed is None else boxed
     return text.strip()
-
-
-# -------------------------------------------------------------------- letters and options
-
-_RIGHT = "(?:correct|right|best)"
-_LETTER = re.compile(
-    r"(?:the )?(?:(?:option|choice|answer|letter)\s+)?[(\[]?\s*([A-Za-z])\s*[)\]]?\s*[.:)]?"
-    rf"(?: is (?:the )?(?:{_RIGHT}|(?:{_RIGHT} )?(?:answer|option|choice)))?",
-    re.IGNORECASE,
-)
-_LABELLED = re.compile(
-    r"(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Za-z])\s*(?:[.)]|:(?!\s*[A-Za-z]\b)))\s*"
-    r"(?![\s,;&]|and\b|or\b|\([A-Z]\))(.+)",
-    re.IGNORECASE,
-)
-_ONE = r"\(?[A-Z]\)?"
-_SEVERAL = re.compile(rf"(?:both )?{_ONE}(?:(?:\s*[,;&]\s*(?:and )?|\s+and\s+|\s*){_ONE})+")
-
-
-def _letter(text: str) -> tuple[str, str] | None:
-    """('B', '') for B in its usual wrappings, ('B', '12') for 'B. 12'; None for anything else."""
-    match = _LETTER.fullmatch(text)
-    if match:
-        return match[1], ""
-    match = _LABELLED.fullmatch(text)
-    if match and not _LETTER.fullmatch(match[3]):
-        return match[1] or match[2], match[3]
-    return None
-
-
-def _letters(text: str) -> frozenset[str] | None:
-    """{'A', 'C'} for 'A, C', 'A and C', 'AC', '(A)(C)'; None for anything else."""
-    if not _SEVERAL.fullmatch(text):
-        return None
-    letters = re.findall("[A-Z]", text)
-    return frozenset(letters) if len(set(letters)) == len(letters) else None
-
-
-def _options(text: str, choices: list[str]) -> frozenset[int] | None:
-    """Which options a text names, by letter or whole text; empty if unclear, None if none."""
-    tidied = tidy(text)
-    index = {chr(65 + k): k for k in range(min(len(choices), 26))}
-    letter, rest = _letter(tidied) or ("", "")
-    if letter in index and not rest:
-        return frozenset({index[letter]})
-    exact = [k for k, choice in enumerate(choices) if words(tidy(choice)) == words(tidied)]
-    if exact:
-        return _only(exact)
-    if letter.upper() in index:
-        named = frozenset({index[letter.upper()]})
-        return named if not rest or _by_text(rest, choices) in (named, None) else frozenset()
-    letters = _letters(tidied) or frozenset("?")
-    if letters <= set(index) and _by_text(text, choices) is None:
-        return frozenset(index[letter] for letter in letters)
-    return _by_text(text, choices)
-
-
-def _by_text(text: str, choices: list[str]) -> frozenset[int] | None:
-    return _only([k for k, choice in enumerate(choices) if _same_text(text, choice)])
-
-
-def _only(found: list[int]) -> frozenset[int] | None:
-    return frozenset(found if len(found) == 1 else ()) if found else None
-
-
-def _same_text(a: str, b: str) -> bool:
-    """Is it one answer, without options to choose from?"""
-    tidy_a, tidy_b = tidy(a), tidy(b)
-    if tidy_a == tidy_b:
-        return bool(tidy_a)
-    letter_a, letter_b = _letter(tidy_a), _letter(tidy_b)
-    if letter_a and letter_b:
-        (letter_a, text_a), (letter_b, text_b) = letter_a, letter_b
-        return letter_a == letter_b and (not text_a or not text_b or _same_text(text_a, text_b))
-    for letter, other in ((letter_a, tidy_b), (letter_b, tidy_a)):
-        if letter and letter[1] and letter[0].isupper():
-            return _same_text(letter[1], other)
-    letters = _letters(tidy_a)
-    if letters and letters == _letters(tidy_b) and not (tidy_a.isalpha() and tidy_b.isalpha()):
-        return True
-    return any(same(x, y) for x in readings(a) for y in readings(b))

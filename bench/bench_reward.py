@@ -17,14 +17,13 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import test_reward
 
-from grading import structure
-from grading import value
 import reward
-from grading import spelling
+from grading import spelling, structure, value
 
 CACHES = [spelling.tidy, spelling.ungrouped, structure.readings, value.evaluate]
 

@@ -12,7 +12,8 @@ not run here is left out whole and said to be (`unsupported`), where a zero woul
 
 import re
 
-from benchmarks.mega_metrics import FENCE, METRICS, parsed, unquoted
+from benchmarks.mega_metrics import METRICS, parsed, unquoted
+from benchmarks.rules import FENCE
 from benchmarks.rules import extract as extract_short
 
 # ---------------------------------------------------------------------------- parsing a response

@@ -6,7 +6,7 @@ sets, sequences, dicts, numbers, near strings, boxes and points. Answers are tex
 
 What we do differently: the official scorer eval()s numbers that the model wrote, and takes the
 first letter of any text ("Apple") as a choice; here numbers go through rules.value and letters
-through rules.choose. LaTeX is compared by reward.is_correct, accents are folded by Unicode's own
+through grading/choices.py. LaTeX is compared by reward.is_correct, accents are folded by Unicode's own
 tables. Metrics that execute code, ask a judge or a network, or need a language model, a planner or
 a pronouncing dictionary are not run.
 """
@@ -17,12 +17,12 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from benchmarks.rules import FENCE, extract, literal, value
+from grading.choices import choose
+from grading.spelling import tidy
 from reward import is_correct
-from benchmarks.rules import bare, choose, extract, literal, value
 
 # ---------------------------------------------------------------------------- casting
-
-FENCE = re.compile(r"```\w*[ \t]*\n?(.*?)\s*```", re.DOTALL)
 
 
 def parsed(text: str):
@@ -155,7 +155,7 @@ def numerical(ours, gold) -> bool:
         return same_size and all(map(numerical, sorted(several), sorted(wanted)))
     a, b = number_of(ours), number_of(gold)
     if a is None or b is None:
-        return simple(bare(str(ours)), bare(str(gold)))
+        return simple(tidy(str(ours)), tidy(str(gold)))
     return abs(a - b) <= abs(b) / 100
 
 

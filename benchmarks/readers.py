@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from benchmarks import mega
+from benchmarks.rules import extract, literal, same_quantity, value
 from data import MARKER, Question, parse_choices, place_markers, with_choices
+from grading.choices import LETTERS, named
+from grading.spelling import compact, tidy, ungrouped
 from reward import is_correct
-from benchmarks.rules import LETTERS, choose, extract, letters, literal, normal, same_quantity, value
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Item:
     template: str = ""  # "" takes the one the user chose
     unsupported: str = ""  # why its whole stratum cannot be marked
     unaskable: str = ""  # why its whole stratum cannot be shown to a model of ours
-    extract: Callable[[str], str | None] = extract
+    extract: Callable[[str], str | None] | None = None  # None: rules.extract
 
 
 @dataclass
@@ -99,30 +101,32 @@ def gold_text(row: dict) -> str:
 
 def pick(gold: str, choices: list[str]) -> Callable[[str], bool]:
     """The rule of a multiple-choice question whose gold answer is a letter, perhaps dressed."""
-    letter = letters(gold) or choose(gold, choices) or ""
-    if len(letter) != 1:
+    right = named(gold, choices, strict=False)
+    if not right or len(right) > 1:
         raise ValueError(f"the answer {gold!r} is not the letter of an option")
-    return lambda text: choose(text, choices) == letter
+    return lambda text: named(text, choices, strict=False) == right
 
 
-def close(text: str, gold: str, decimals: int, relative: float = 0.0) -> bool:
-    """Equal numbers after rounding both, or within a relative tolerance."""
-    ours, theirs = value(text), value(gold)
-    if ours is None or theirs is None:
+def close(text: str, gold: str, decimals: int) -> bool:
+    r"""Equal numbers after rounding both, if one is written as a decimal: two exact forms differ.
+
+    >>> close("\\frac{36}{13}", "2.77", 2), close("1/55", "1/60", 2)
+    (True, False)
+    """
+    if not re.search(r"\.[0-9]", text + " " + gold):
         return False
-    if round(ours, decimals) == round(theirs, decimals):
-        return True
-    return abs(ours - theirs) <= relative * abs(theirs)
+    ours, theirs = value(text), value(gold)
+    return None not in (ours, theirs) and round(ours, decimals) == round(theirs, decimals)
 
 
 def equal_lists(text: str, gold: str) -> bool:
     """Printed lists with equal elements in order.
 
-    >>> equal_lists("[1.0, 2]", "[1, 2]"), equal_lists("[2, 1]", "[1, 2]")
+    >>> equal_lists("$[1.0, 2]$", "[1, 2]"), equal_lists("[2, 1]", "[1, 2]")
     (True, False)
     """
     try:
-        ours, theirs = literal(text.replace("\\left", "").replace("\\right", "")), literal(gold)
+        ours, theirs = literal(ungrouped(text)), literal(gold)
     except ValueError:
         return False
     return isinstance(ours, (list, tuple)) and list(ours) == list(theirs)
@@ -136,15 +140,16 @@ def mathvista(row: dict) -> Item:
     gold, choices, kind = gold_text(row), row.get("choices"), row["answer_type"]
     if choices and gold not in choices:
         raise ValueError(f"the answer {gold!r} is none of the choices")
+    # Two options may have one text: then the text is right, and so are both letters.
+    right = {letter for letter, choice in zip(LETTERS, choices or []) if choice == gold}
     target, precision = value(gold), row.get("precision")
     decimals = len(gold.partition(".")[2]) if precision is None else int(precision)
     half = Fraction(1, 2 * 10**decimals)
 
     def rule(text):
         if choices:
-            letter = choose(text, choices)
-            place = LETTERS.index(letter) if letter else len(choices)
-            return place < len(choices) and choices[place] == gold
+            found = named(text, choices, strict=False)
+            return bool(found) and found <= right
         if kind == "list":
             return equal_lists(text, gold)
         number = value(text)
@@ -182,14 +187,11 @@ def mathverse(row: dict) -> Item:
     query = row.get("query_cot") or row["question"] or "Answer the question in the picture."
 
     free = row["question_type"] != "multi-choice"
-    letter = "" if free else letters(gold) or choose(gold, choices) or ""
+    # Of 436 choices, ten golds are odd: "C\nD", "False", a bearing.
+    right = None if free else named(gold, choices, strict=False)
 
     def rule(text):
-        if len(letter) == 1:
-            return choose(text, choices) == letter
-        if letter:  # of 436 choices, ten golds are odd: "C\nD", "False", a bearing
-            return letters(text) == letter
-        return same_quantity(text, gold)
+        return named(text, choices, strict=False) == right if right else same_quantity(text, gold)
 
     groups = [version, row["question_type"], meta.get("subject") or "", meta.get("subfield") or ""]
     question = Question(
@@ -199,6 +201,16 @@ def mathverse(row: dict) -> Item:
 
 
 # ---------------------------------------------------------------------------- MathVision
+
+
+def quotient(text: str) -> str:
+    """A ratio of two as their quotient; any other text as it is.
+
+    >>> quotient("$3: 4$"), quotient("3/4")
+    ('(3)/(4)', '3/4')
+    """
+    parts = tidy(text).split(":")
+    return f"({parts[0].strip()})/({parts[1].strip()})" if len(parts) == 2 else text
 
 
 def mathvision(row: dict) -> Item:
@@ -214,10 +226,21 @@ def mathvision(row: dict) -> Item:
     clean = gold.replace("{degrees}", "").strip("$ ")
     clean = extract(clean) if "\\boxed" in clean else clean
     # Options that say "(A)" or "A" are drawn in the picture: print no list.
-    drawn = [letters(option) for option in choices] == list("ABCDE")
+    drawn = [named(option, []) for option in choices] == [{letter} for letter in "ABCDE"]
 
-    def free(text):
-        return is_correct(text, clean) or close(text, clean, decimals=2)
+    right = pick(clean, choices) if choices else lambda text: is_correct(text, clean)
+
+    def rule(text):
+        if right(text) or (not choices and close(text, clean, decimals=2)):
+            return True
+        # As officially, the ratio 3:4 is the number 3/4.
+        if ":" not in "".join([text, clean, *choices]):
+            return False
+        if not choices:
+            return is_correct(quotient(text), quotient(clean))
+        if named(text, choices, strict=False):
+            return False
+        return pick(clean, [quotient(choice) for choice in choices])(quotient(text))
 
     text = re.sub(r"<image[ _]?[0-9]+>", "", row["question"])
     shown = [re.sub(r"<image[ _]?[0-9]+>", "", option).strip() for option in choices]
@@ -227,7 +250,7 @@ def mathvision(row: dict) -> Item:
     )
     groups = ["multiple choice" if choices else "free form", row["subject"]]
     groups += [f"level {row['level']}"] if row.get("level") is not None else []
-    return Item(question, pick(clean, choices) if choices else free, groups)
+    return Item(question, rule, groups)
 
 
 # ---------------------------------------------------------------------------- MMMU
@@ -248,8 +271,7 @@ DOMAIN = {subject: domain for domain, subjects in DOMAINS.items() for subject in
 def mmmu(row: dict) -> Item:
     """MMMU/MMMU. Options are a list printed as text; so is a gold answer with several aliases.
 
-    An open question is right when it equals an alias: as text, as an expression, or as a number to
-    two decimals or 1 %.
+    An open question is right when it equals an alias: as text, as an expression, or to two decimals.
     """
     subject = "_".join(row["id"].split("_")[1:-1])
     choices = [str(option) for option in literal(row.get("options")) or []]
@@ -257,12 +279,7 @@ def mmmu(row: dict) -> Item:
     aliases = [str(alias) for alias in literal(gold)] if gold.startswith("[") else [gold]
 
     def open_answer(text):
-        return any(
-            normal(text) == normal(alias)
-            or is_correct(text, alias)
-            or close(text, alias, decimals=2, relative=0.01)
-            for alias in aliases
-        )
+        return any(is_correct(text, alias) or close(text, alias, decimals=2) for alias in aliases)
 
     kind = row["question_type"]
     text = with_choices(row["question"], choices if kind == "multiple-choice" else [])
@@ -315,10 +332,9 @@ def emma(row: dict) -> Item:
     gold, pictures = gold_text(row), numbered_pictures(row)
 
     def open_answer(text):
-        word = normal(text)
+        word = compact(tidy(text))
         text = str(WORDS.index(word)) if word in WORDS else text
-        same = word == normal(gold) or is_correct(text, gold)
-        return same or close(text, gold, decimals=2)
+        return is_correct(text, gold) or close(text, gold, decimals=2)
 
     text = "\n".join(part.strip() for part in (row.get("context"), row["question"]) if part)
     text = with_choices(text, choices if kind == "multiple choice" else [])

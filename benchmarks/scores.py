@@ -16,9 +16,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from benchmarks.readers import BENCHMARKS, Item
+from benchmarks.rules import extract
 from data import NUMBER, UserError, printable, read_jsonl
+from grading.choices import choose
+from grading.spelling import compact, tidy
 from rethink import before_rethinking, outcome, rethinks
-from benchmarks.rules import choose, normal
 
 MODELS = ("Qwen2.5-VL-7B", "VL-Rethinker-7B", "Qwen2.5-VL-32B", "VL-Rethinker-32B",
           "Qwen2.5-VL-72B", "VL-Rethinker-72B")  # fmt: skip
@@ -39,7 +41,12 @@ def mark(item: Item, answer: dict | None) -> dict:
     """One line of OUT/NAME.jsonl, from "response" and, where known, "finish" and "tokens"."""
     answer = answer or {"response": None, "finish": "missing"}
     response = answer["response"]
-    extracted = None if response is None else item.extract(response)
+    if response is None:
+        extracted = None
+    elif item.extract:
+        extracted = item.extract(response)
+    else:
+        extracted = extract(response, item.question.choices or ())
     score = 0.0 if extracted is None else float(item.rule(extracted))
     line = {
         "id": item.question.id, "response": response, "extracted": extracted,
@@ -117,7 +124,7 @@ def majority(item: Item, lines: list[dict]) -> float:
     for line in lines:
         if line["extracted"] is None:
             continue
-        vote = normal(line["extracted"])
+        vote = compact(tidy(line["extracted"]))
         if item.question.choices:
             vote = choose(line["extracted"], item.question.choices) or vote
         votes[vote] += 1

@@ -19,6 +19,7 @@ _CHARACTERS = {
     "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "∠": " angle ", "△": " triangle ", "⊥": r"\perp ",
     "∥": r"\parallel ", "≧": "≥", "≦": "≤", "＞": ">", "＜": "<", "。": ".", "、": ",", "∴": " ",
+    "掳": "°",  # how GBK shows the two bytes of a degree sign, in golds of MathVerse
     "℃": "° C", "℉": "° F", "％": "%", "（": "(", "）": ")", "，": ",",
     "：": ":", "∶": ":", "≅": r"\cong ", "∼": r"\sim ",
     "；": ";", "＝": "=", "＋": "+", "″": "''", "⟨": r"\langle ", "⟩": r"\rangle ",
@@ -66,7 +67,9 @@ _DOLLARS = [
     re.compile(r"^\s*\$\$?((?:[^$\\]|\\.)*)\$\$?[\s.,;]*$"),
     re.compile(r"(?<!\\)\$\$?(?![\s$])((?:[^$\\]|\\.)*)(?<![\s\\])\$\$?(?![0-9])"),
 ]
-_BOLD = re.compile(r"(?<![\w)}*])(\*\*?)([^*]+)\1(?!\*)")  # in Markdown
+# In Markdown; and a mark whose partner a sentence before the answer has taken.
+_BOLD = re.compile(r"(?<![\w)}*])(\*\*?)([^*]+)\1(?!\*)")
+_LOOSE_BOLD = re.compile(r"(?<=[A-Za-z.)])\*\*(?=[\s.:,]|$)|^\*\*(?=\S)")
 _CIRCLE = re.compile(r"\^\s*(?:\{\s*(?:\\circ|°)\s*\}|\\circ(?![A-Za-z])|°|\{?\\degree\}?)")
 _RECURRING = re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar|dot)\s*\{([0-9]{1,20})\}")
 _GROUPED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
@@ -126,7 +129,7 @@ def _without_commas(match: re.Match) -> str:
 def ungrouped(text: str) -> str:
     """tidy() before thousands separators are taken out."""
     if "*" in text:
-        text = _BOLD.sub(r"\2", text)
+        text = _LOOSE_BOLD.sub("", _BOLD.sub(r"\2", text))
     if "$" in text:
         text = _DOLLARS[1].sub(r"\1", _DOLLARS[0].sub(r"\1", text))
     if not text.isascii():
@@ -193,6 +196,16 @@ def words(text: str) -> str:
     text = re.sub(r"(\\[A-Za-z]+)", r" \1 ", text)
     text = re.sub(r"\{([^{}]*)\}", r"\1", _SUBSCRIPT.sub(r"\1", text)).casefold()
     return re.sub(r"^(?:an?|the) (?=\w)", "", " ".join(text.strip("\"'. ").split()))
+
+
+@lru_cache(maxsize=4096)
+def compact(text: str) -> str:
+    """A tidied text for telling options apart: words() without any blanks.
+
+    >>> compact("An  apple") == compact("apple"), compact("2, 1, 3") == compact("2,1,3")
+    (True, True)
+    """
+    return words(text).replace(" ", "")
 
 
 # --------------------------------------------------------------------------- brackets

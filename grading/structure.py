@@ -20,9 +20,9 @@ from fractions import Fraction
 from functools import lru_cache
 
 from grading.expression import Unreadable
-from grading.value import proportional, same_value, symbols
-from grading.units import clock, date, measure, same_clock
 from grading.spelling import enclosed, split, splitter, tidy, ungrouped, words
+from grading.units import clock, date, measure, same_clock
+from grading.value import proportional, same_value, symbols
 
 MAX_LIST, MAX_NESTING = 50, 8
 
@@ -200,7 +200,7 @@ def same(a: tuple, b: tuple) -> bool:
         relation, other = (a, b) if a[0] == "relation" else (b, a)
         if other[0] == "list" and _is_inequality(relation):
             return _same_system(relation, other)
-        value = _value_of(relation)
+        value = value_of(relation)
         return value is not None and same(value, other)
     if "list" in kinds:  # \{5\} is 5; x = 1, y = 2 is (1, 2)
         several, one = (a, b) if a[0] == "list" else (b, a)
@@ -284,7 +284,7 @@ def _is_inequality(item: tuple) -> bool:
     return item[0] == "relation" and "=" not in item[1]
 
 
-def _value_of(relation: tuple) -> tuple | None:
+def value_of(relation: tuple) -> tuple | None:
     """x = 5 -> 5; 5 = x -> 5; A = 2 * 3 = 6 -> 6; 2x = 10 -> None."""
     _, signs, sides, labels = relation
     if set(signs) != {"="}:

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from grading import structure
-from grading import value
 import reward as reward_module
-from grading import spelling
+from grading import spelling, structure, value
 from reward import extract_answer, is_correct, reward
 
 CASES_FILE = Path(__file__).with_name("reward_cases.txt")

@@ -1,0 +1,177 @@
+r"""One grammar of options, for rewards and benchmarks alike: which options does a text name?
+
+    option   := [option] B   (B)   [B]   B.   "B"   B is correct      a label alone
+              | label text      B. 12   (B) 12   B: 12   B (12)   B - 12   B, 12   B 12   B12
+              | text (B)        12 (B)
+              | text            equal to an option's text
+    several  := A, C   A and C   AC   (A)(C)   (A) 12, (C) 14         no single option
+
+A capital letter that some option has is a label; then a text that equals an option comes first, so
+that `R` among the options P, R, I is the second. Texts are compared without blanks before any
+algebra: the permutations 2-5-3-1 and 2-3-5-1 are one difference. After a comma, a dash
+or a blank a label counts only with its own option's text ("A circle" begins with an article), or
+with a reason.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from grading.spelling import compact, tidy
+from grading.structure import readings, same
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_RIGHT = "(?:correct|right|best)"
+_LEAD = rf"(?:the )?(?:{_RIGHT} )?(?:(?:option|choice|answer|letter)\s+)?"
+_LONE = re.compile(
+    rf"{_LEAD}[(\[]?\s*([A-Z])\s*[)\]]?\s*[.:,)]*"
+    rf"(?: is (?:the )?(?:{_RIGHT}|(?:{_RIGHT} )?(?:answer|option|choice)))?",
+    re.IGNORECASE,
+)
+_LABELLED = re.compile(
+    rf"{_LEAD}(?:[(\[]\s*(?P<framed>[A-Z])\s*[)\]][.:,]*|(?P<bare>[A-Z])"
+    r"(?:\s?[.:)]+|\s(?=[(\[])|(?P<weak>,|\s-|(?=[\s\d(-]))))\s*(?![\s,;&]|and\b|or\b)(?P<text>.+)",
+    re.IGNORECASE,
+)
+_REASON = re.compile(rf"(?:because|since|as|which|for|due|given|so|is (?:the )?{_RIGHT})\b")
+_AFTER = re.compile(r"(.+?)\s?[(\[]([A-Z])[)\]]")
+_ONE = r"[(\[]?[A-Z][)\]]?"
+_SEVERAL = re.compile(rf"(?:both )?{_ONE}(?:(?:\s*[,;&]\s*(?:and )?|\s+and\s+|\s*){_ONE})+")
+_LABELS = re.compile(r"(?:^|[,;]\s*(?:and )?|\sand )[(\[]?([A-Z])[)\].:]+(?=\s)")
+_MIXED = re.compile(r"[A-Z](?:\s*[,;&]\s*(?:and )?[A-Za-z])+")
+
+
+class Label(NamedTuple):
+    letter: str
+    text: str  # what follows the letter, "" where nothing does
+    sure: bool  # the mark between them makes the letter a label, whatever the text is
+
+
+def read_label(tidied: str) -> Label | None:
+    """The letter that labels a tidied text, or None.
+
+    >>> read_label("(B)"), read_label("B. 12"), read_label("A circle")
+    (Label(letter='B', text='', sure=True), Label(letter='B', text='12', sure=True), \
+Label(letter='A', text='circle', sure=False))
+    """
+    if not tidied or not (tidied[0].isalpha() or tidied[0] in "(["):
+        return None
+    match = _LONE.fullmatch(tidied)
+    if match:
+        return Label(match[1], "", True)
+    match = _LABELLED.fullmatch(tidied)
+    if match is None:
+        return None
+    letter, text = match["framed"] or match["bare"], match["text"]
+    inner, strong = _LONE.fullmatch(text), match["weak"] is None
+    if inner and strong and inner[1] == letter:  # B: B
+        return Label(letter, "", True)
+    return Label(letter, text, strong and not inner)
+
+
+def read_letters(tidied: str) -> frozenset[str]:
+    """The letters of a text that names several options; empty for any other text.
+
+    >>> sorted(read_letters("A and C")), sorted(read_letters("(A) 12, (C) 14")), read_letters("A")
+    (['A', 'C'], ['A', 'C'], frozenset())
+    """
+    found = []
+    if _SEVERAL.fullmatch(tidied):
+        found.append(re.findall("[A-Z]", tidied))
+    elif _MIXED.fullmatch(tidied):
+        found.append(re.findall("[A-Z]", tidied.replace("and ", "").upper()))
+    if tidied[:1] in _STARTS:
+        found.append(_LABELS.findall(tidied))
+    for letters in found:
+        if 1 < len(letters) == len(set(letters)):
+            return frozenset(letters)
+    return frozenset()
+
+
+_STARTS = {*LETTERS, "(", "["}
+
+
+def named(text: str, choices: Sequence[str], strict: bool = True) -> frozenset[str] | None:
+    """The letters of the options that a text names; None if it names none, empty if it is unclear.
+
+    Two letters also stand for a text that two options have. Without choices every letter is an
+    option. strict: a letter with the text of another option is unclear (a reward must not be won
+    by naming two); otherwise the letter counts, as in the benchmarks' own scorers.
+
+    >>> options = ["red", "blue", "A and B"]
+    >>> [sorted(named(t, options) or "-") for t in ["(b)", "Red.", "A and B", "B: red", "A, C"]]
+    [['B'], ['A'], ['C'], ['-'], ['A', 'C']]
+    """
+    tidied = tidy(text)
+    letters = LETTERS[: len(choices)] or LETTERS
+    found = read_label(tidied)
+    if found and not found.text and found.letter in letters:
+        return frozenset(found.letter)
+    equal = _equal(tidied, choices)
+    if equal:
+        return equal
+    if found and not found.text:
+        return _equal(found.letter, choices) or frozenset(found.letter.upper())
+    meant = None
+    if found and found.letter.upper() in letters:
+        letter = frozenset(found.letter.upper())
+        meant = _by_text(found.text, choices) or _by_text(_unframed(found.text), choices)
+        if meant and letter <= meant:
+            return letter
+    several = read_letters(tidied)
+    if several and several <= set(letters):
+        return _by_text(text, choices) or several
+    if found and found.letter.upper() in letters:
+        if meant and found.sure:
+            return frozenset() if strict else letter
+        if not meant and (found.sure or _REASON.match(found.text)):
+            return letter
+    after = _AFTER.fullmatch(tidied)
+    if after and after[2] in letters and after[2] in (_by_text(after[1], choices) or ""):
+        return frozenset(after[2])
+    return _by_text(text, choices)
+
+
+def choose(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the one option that a text names, as a benchmark counts it, or None.
+
+    >>> options = ["red", "blue", "A and B", "blue"]
+    >>> [choose(t, options) for t in ["(B)", "b", "Red.", "A and B", "D: blue", "blue", "A, D"]]
+    ['B', 'B', 'A', 'C', 'D', None, None]
+    """
+    letters = named(text, choices, strict=False) or ()
+    return min(letters) if len(letters) == 1 else None
+
+
+def same_text(a: str, b: str) -> bool:
+    """Is it one answer, without options to choose from?"""
+    tidy_a, tidy_b = tidy(a), tidy(b)
+    if tidy_a == tidy_b:
+        return bool(tidy_a)
+    letters = read_letters(tidy_a), read_letters(tidy_b)
+    if letters[0] and letters[0] == letters[1] and not (tidy_a.isalpha() and tidy_b.isalpha()):
+        return True
+    labels = [None if several else read_label(x) for several, x in zip(letters, (tidy_a, tidy_b))]
+    if all(label and label.sure for label in labels):
+        (letter_a, text_a, _), (letter_b, text_b, _) = labels
+        return letter_a == letter_b and (not text_a or not text_b or same_text(text_a, text_b))
+    for label, other in zip(labels, (b, a)):
+        if label and label.sure and label.text and label.letter.isupper():
+            return same_text(label.text, other)
+    return any(same(x, y) for x in readings(a) for y in readings(b))
+
+
+def _equal(tidied: str, choices: Sequence[str]) -> frozenset[str]:
+    """The options with this text, blanks and case of words apart."""
+    wanted = compact(tidied)
+    return frozenset(x for x, choice in zip(LETTERS, choices) if compact(tidy(choice)) == wanted)
+
+
+def _by_text(text: str, choices: Sequence[str]) -> frozenset[str] | None:
+    """The options that a whole text equals: as a text, or else in value; None for none."""
+    equal = _equal(tidy(text), choices)
+    return equal or frozenset(x for x, y in zip(LETTERS, choices) if same_text(text, y)) or None
+
+
+def _unframed(text: str) -> str:
+    return text[1:-1] if text[0] + text[-1] in ("()", "[]") else text
