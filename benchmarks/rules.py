@@ -33,7 +33,7 @@ _BEST = "(?:correct|right|best|final|closest|nearest|(?:most )?appropriate|avail
 ANSWER = re.compile(
     rf"\b(?:answer|答案|(?:{_BEST}\s+)+(?:option|choice))(?:\s+(?:option|choice|letter))*"
     r"(?:\s+(?:to|for)\s[^.:\n]{1,40}?)?[*_\"']*\s*"
-    r"(?:[:：=是为]|(?:is|are|would be|should be|must be|will be)\b"
+    r"(?:[:：=是为]|\b(?:is|are|would be|should be|must be|will be)\b"
     r"|(?=\(?[A-Z]\)?\s+is\s+(?:the\s+)?(?:correct|right|best)))"
     r"(?:\s*(?:therefore|thus|then|most|likely|probably|approximately|about|roughly|given by"
     r"|(?:option|choice|letter)(?=\W+[A-Z]\b))\b)*[\s:：*_#>]*",
@@ -99,8 +99,9 @@ def _whole(response: str, choices: Sequence[str]) -> str | None:
         return None
     if choices and named(response, choices, strict=False):
         return response
-    prose = len(response) > 80 or (" " in response and _PROSE.search(response))
-    return None if prose else response
+    sentence = response.endswith(".") and response.count(" ") > 3
+    prose = sentence or (" " in response and _PROSE.search(response))
+    return None if prose or len(response) > 80 else response
 
 
 # ---------------------------------------------------------------------------- values

@@ -45,7 +45,8 @@ END = Token("end", "", False)
 _TOKEN = re.compile(
     r"(?P<space>\s+)"
     r"|(?P<number>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![A-Za-z0-9]))?)"
-    r"|(?P<word>(?:sin|cos|tan|cot|sec|csc|ln|log)(?=[xy](?![A-Za-z]))|[A-Za-z]+)"
+    r"|(?P<word>(?:sin|cos|tan|cot|sec|csc|ln|log)(?=[xy](?![A-Za-z]))|[A-Za-z]+"
+    r"|[^\x00-\x7f\W\d_]+)"  # of another script: a unit, or unreadable
     r"|(?P<command>\\[A-Za-z]+|\\[{}])"
     r"|(?P<op>\*\*|[-+*/^_!%°'|(){}\[\],$€£¥₹¢])"
 )
@@ -126,6 +127,8 @@ def spell(tokens: list[Token]) -> list[Token]:
         before, after = tokens[k - 1] if k else END, tokens[k + 1] if k + 1 < len(tokens) else END
         if kind != "word":
             spelled.append(tokens[k])
+        elif not text.isascii():
+            raise Unreadable(text)
         elif text in PREFIXES or text in NAMES:
             spelled.append(Token("command", "\\" + NAMES.get(text, text), spaced))
         elif len(text) == 1 or (text.isupper() and len(text) <= 3 and len(tokens) > 1):

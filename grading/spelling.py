@@ -61,7 +61,7 @@ _STYLED = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox"
     r"|operatorname\*?|boldsymbol|bm|emph|underline|ce)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
-_BLANKS = re.compile(r"\\(?:[hv]space\*?|[hv]?phantom|color|textcolor)\s*\{[^{}]*\}")
+_BLANKS = re.compile(r"\\(?:[hv]space\*?|[hv]?phantom|color|textcolor)\s*\{[^{}]*\}|\\!\s*")
 # $ around all of it, or around a part as in pandoc: no space inside, no digit after the closing.
 _DOLLARS = [
     re.compile(r"^\s*\$\$?((?:[^$\\]|\\.)*)\$\$?[\s.,;]*$"),
@@ -100,6 +100,8 @@ _SMALL_RULES = [
         ("\\overline", r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
         ("\\mu", r"(?<=[0-9 ])\\mu ?(?=[mgsLAFCV]\b)", "u"),
         ("\\Omega", r"(?<=[0-9 ])k ?\\Omega", "kohm"),
+        ("{", r"^([^\\]*[0-9]) ?\{ ?([A-Za-z]{2,}) ?\}$", r"\1 \2"),  # 69{degrees}
+        ("re", r"\bsquare(?=[a-z]{2})", "square "),
         ("\\{", r"\\\{ *\\\}", r"\\emptyset"),
         ("real", r"^(?:[Aa]ll )?(?:real numbers|reals)$", r"(-\\infty,\\infty)"),
         ("\\mathbb", r"\\mathbb ?\{?R\}?$", r"(-\\infty,\\infty)"),

@@ -22,18 +22,18 @@ from functools import lru_cache
 from grading.expression import Unreadable
 from grading.spelling import enclosed, split, splitter, tidy, ungrouped, words
 from grading.units import clock, date, measure, same_clock
-from grading.value import proportional, same_value, symbols
+from grading.value import near, proportional, same_value, symbols
 
 MAX_LIST, MAX_NESTING = 50, 8
 
 # ------------------------------------------------------------------------------ read
 
 _DIGIT, _NUMBER = re.compile("[0-9]"), re.compile(r"-?[0-9]{1,60}(?:\.[0-9]{1,60})?")
-_COMMA = splitter(r",? +(?:and|or) +|[,;]")
+_COMMA = splitter(r",? *(?<![A-Za-z\\-])(?:and|or)(?![A-Za-z-]) *|[,;]")
 _CUP = splitter(r"\\cup(?![A-Za-z])|(?<=[)\]]) ?U ?(?=[(\[])")
 _RELATION = splitter(r"<=|>=|!=|[=<>≤≥≠≈]|\\in(?![A-Za-z])")
 _COLON = splitter(r":| to ")
-_SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "≈": "=", "\\in": "="}
+_SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "\\in": "="}
 _PAIRS = {("(", ")"), ("(", "]"), ("[", ")"), ("[", "]"), ("\\langle", "\\rangle"), ("\\{", "\\}")}
 _ENVIRONMENT = re.compile(
     r"\\begin\{([bpvBV]?matrix|array|cases|aligned|gathered)\}(?:\{[lcr| ]*\})?"
@@ -44,13 +44,14 @@ _COMPOUND_PART = re.compile(r"[0-9.]+ ?[A-Za-z]+")
 _COMPOUND = re.compile(r"[0-9.]+ ?[A-Za-z]+(?: ?[0-9.]+ ?[A-Za-z]+){1,2}")
 _CHAIN = re.compile(r"[A-Z][a-z]?(?:-[A-Z][a-z]?)+")  # H-O-H, and not a difference
 _BUILDER = re.compile(r"[a-z] ?(?:\\in ?\\mathbb ?\{R\} ?)?(?:\\mid|\||:)(.+)")
-_NAME = r"(?:[A-Za-z]+|\\[A-Za-z]+(?:\{[A-Za-z ]*\})?)(?: ?_ ?(?:\{[^{}]*\}|[0-9A-Za-z]))?'*"
+_NAME = r"(?:[A-Za-z]+|\\[A-Za-z]+(?:\{[A-Za-z ]*\})?)(?: ?_ ?(?:\{[^{}]*\}|[0-9A-Za-z])|[0-9])?'*"
 # What may stand before "=" without being part of the answer: x, f(x), Area of ABC, angle 1,
-# |AB|, dy/dx, a:b, (x, y). Not 2x, x + y or x^2: those are equations.
+# |AB|, dy/dx, a:b, \\frac{AB}{BC}, (x_1, y). Not 2x, x + y or x^2: those are equations.
 _LABEL = re.compile(
     rf"{_NAME}(?:\^\{{-1\}})?(?: {_NAME}){{0,7}}(?: [0-9])? ?(?:\([^()<>]{{1,20}}\))?"
     r"|\|[A-Z]{1,2}\||\\frac ?\{d[a-z]?\} ?\{d[a-z]\}|d[a-z] ?/ ?d[a-z]"
-    r"|[a-zA-Z](?: ?: ?[a-zA-Z]){1,2}|\([a-zA-Z](?: ?, ?[a-zA-Z]){1,3}\)"
+    rf"|{_NAME}(?: ?: ?{_NAME}){{1,2}}|\({_NAME}(?: ?, ?{_NAME}){{1,3}}\)"
+    rf"|\\frac ?\{{ ?{_NAME} ?\}} ?\{{ ?{_NAME} ?\}}"
 )
 
 
@@ -85,7 +86,7 @@ def _structure(text: str, nesting: int) -> tuple | None:
     """Whatever is more than one expression, or None."""
     below = nesting + 1
     pieces, separators = split(text, _COMMA)
-    if separators:
+    if separators and all(pieces):
         joiners = {s.strip(", ") or "," for s in separators}
         pieces[0] = re.sub(r"^[Bb]oth ", "", pieces[0]) if "and" in joiners else pieces[0]
         joiner = next((j for j in ("or", "and") if j in joiners), ",")
@@ -184,8 +185,18 @@ def _both_signs(text: str) -> list[str]:
 
 def _relation(signs: tuple, pieces: list[str], nesting: int) -> tuple:
     sides = tuple(read(piece, nesting) for piece in pieces)
+    if "≈" in signs:
+        k = signs.index("≈")
+        if _is_rounding(*sides[k : k + 2]):  # x = \sqrt{3} ≈ 1.73 is x = \sqrt{3}
+            return sides[0] if k == 0 else _relation(signs[:k], pieces[: k + 1], nesting)
+        signs = tuple("=" if sign == "≈" else sign for sign in signs)
     labels = tuple(words(p) if _LABEL.fullmatch(p) else "" for p in (pieces[0], pieces[-1]))
     return ("relation", signs, sides, labels)
+
+
+def _is_rounding(exact: tuple, rounded: tuple) -> bool:
+    """Is the second value the first, rounded? So that 5 ≈ 6 does not name two answers."""
+    return exact[0] == rounded[0] == "value" and near(exact[1], rounded[1])
 
 
 # ------------------------------------------------------------------------------ same
@@ -239,7 +250,9 @@ def _same_list(a: tuple, b: tuple) -> bool:
             return False
     left, right = _solution(a[1]), _solution(b[1])
     if (left is None) != (right is None):
-        return _same_row(left or a[1], right or b[1])
+        named, bare = (a[1], b[1]) if left else (b[1], a[1])
+        written = tuple(relation[2][1] for relation in named)
+        return _same_row(left or right, bare) or _same_row(written, bare)
     return _same_bag(a[1], b[1], same)
 
 

@@ -41,18 +41,28 @@ def _table() -> dict[str, str]:
 
 
 _SYNONYMS = """in inch inches
+m 米 м
+cm 厘米 см
+mm 毫米 мм
+km 千米 公里 км
+nmi 海里
+g 克 г
+kg 千克 公斤 кг
+L 升 л
+mL 毫升 мл
+s 秒
 ft foot feet
 yd yard
 mi mile
 lb pound lbs £ GBP gbp
 oz ounce
 t ton tonne
-min minute
-h hr hour
-day
+min minute 分钟
+h hr hour 小时
+day 天
 week wk
 month
-year yr
+year yr 年 岁
 gal gallon
 ha hectare
 acre
@@ -60,10 +70,10 @@ K kelvin Kelvin
 F farad
 T tesla
 rad radian
-deg degree °
+deg degree ° 度
 celsius
 fahrenheit
-% percent pct
+% percent percentage pct
 eV
 MeV
 MW megawatt
@@ -82,7 +92,7 @@ dollar $ USD usd US$
 cent ¢
 euro € EUR eur
 yen ¥ JPY
-yuan RMB CNY
+yuan RMB CNY 元
 rupee ₹ Rs INR"""
 UNITS = _table()
 CURRENCIES = {UNITS[c] for c in "$€£¥₹¢"} | {"yuan"}
@@ -167,7 +177,8 @@ def _separable(tree: Tree, before: list[Token], first: Token, last: bool) -> boo
     letter = first.kind == "word" and len(first.text) == 1
     if symbols(tree):
         return first.spaced and not letter and any(token.kind == "number" for token in before)
-    return not (letter and last and not first.spaced and first.text not in GLUED)
+    glued = letter and last and not first.spaced and first.text.isascii()
+    return not glued or first.text in GLUED
 
 
 def _noun(tokens: list[Token]) -> Unit | None:
@@ -188,7 +199,8 @@ def _unit(tokens: list[Token]) -> Unit | None:
         return None  # $12/hour; but 2/m is algebra
     words = [token.text for token in tokens if token.text not in _SILENT]
     if words[:1] in (["°"], ["degrees"], ["degree"]) and len(words) == 2:
-        scale = {"c": "celsius", "f": "fahrenheit"}.get(words[1].lower()[:1])
+        # 217°T is a true bearing.
+        scale = {"c": "celsius", "f": "fahrenheit", "t": "deg"}.get(words[1].lower()[:1])
         return ((scale, 1),) if scale else None
     pairs, sign, power, k = {}, 1, 1, 0
     while k < len(words):

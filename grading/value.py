@@ -272,6 +272,18 @@ def _gap(left, right, at: Point) -> tuple:
     return abs(left - right), max(abs(left), abs(right))
 
 
+def near(a: Tree, b: Tree) -> bool:
+    """Are two constants within one percent of each other?"""
+    if symbols(a) or symbols(b):
+        return False
+    [at] = _points((a, b), True, LOW)
+    left, right = evaluate(a, at), evaluate(b, at)
+    if left is None or right is None:
+        return False
+    gap, size = _gap(left, right, at)
+    return bool(100 * gap <= size)
+
+
 def proportional(a: Tree, b: Tree, positive: bool) -> bool:
     """Is a a constant non-zero multiple of b (a positive one, for inequalities)?
 
