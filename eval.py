@@ -2,6 +2,7 @@
 
     python eval.py                                             the newest toy checkpoint, held out
     python eval.py --model DIR --benchmark mathvista,mmmu --data FOLDER
+    python eval.py --model DIR --data FILE.jsonl               own questions, laid out as in data.py
     python eval.py --benchmark mmmu --data FOLDER --responses FILE.jsonl      no model
     python eval.py --compare A/mmmu.jsonl B/mmmu.jsonl                        paired test
 
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import scores
-from benchmarks.asking import RANK, answers_from_model, made_with
+from benchmarks.asking import RANK, answers_from_model, made_with, trainer_config
 from benchmarks.readers import BENCHMARKS, Item
 from config import flag, read_flags
 from data import TEMPLATES, UserError, check_images, load_questions, read_json, read_rows
@@ -32,7 +33,7 @@ from data import write_atomically
 from reward import extract_answer, is_correct
 from benchmarks.sources import find_data, find_files, load
 
-NAMES = ("toy", *BENCHMARKS)
+NAMES = ("toy", "own", *BENCHMARKS)
 
 
 @dataclass
@@ -40,18 +41,26 @@ class Config:
     model: str = flag(
         "", "directory or hub id of a Qwen-VL, or toy; default: newest toy checkpoint"
     )
-    benchmark: str = flag("toy", "one or more of " + " ".join(NAMES) + ", with commas")
+    benchmark: str = flag(
+        "", f"one or more of {' '.join(NAMES)}, with commas; default: own with --data, else toy"
+    )
     data: str = flag("", "file, directory or hub id; default: the benchmark's own hub id")
     out: str = flag("", "directory of the results; default: runs/eval, numbered if taken")
     responses: str = flag("", 'mark this .jsonl of {"id", "response"} instead of running a model')
     compare: tuple = flag(None, "compare two OUT/NAME.jsonl question by question")
     limit: int = flag(0, "only the first so many questions; 0: all", low=0)
     samples: int = flag(1, "responses a question: adds pass@k and maj@k [P: 1]", low=1)
-    template: str = flag("plain", "prompt [P: plain; the 72B card: rethink]", tuple(TEMPLATES))
+    template: str = flag(
+        "",
+        "prompt; default: plain [P; the 72B card: rethink], for own the one it was trained with",
+        tuple(TEMPLATES),
+    )
     temperature: float = flag(
         None, "default: 0, greedy; 0.6 with several samples [C: the same]", low=0
     )
-    max_new_tokens: int = flag(0, "longest response; 0: 8192 [P], 64 for the toy world", low=0)
+    max_new_tokens: int = flag(
+        0, "longest response; 0: 8192 [P], 64 for the toy world, for own as in training", low=0
+    )
     min_pixels: int = flag(
         0, "least area of a resized picture; 0: 256*28*28 [P], the toy's own", low=0
     )
@@ -72,10 +81,19 @@ def parse(argv: list[str]) -> Config:
     0.6
     """
     config = Config(**read_flags(Config, "eval.py", __doc__, argv))
+    config.benchmark = config.benchmark or ("own" if config.data else "toy")
     for name in names(config):
         if name not in NAMES:
             known = ", ".join(NAMES)
             raise UserError(f"--benchmark {name!r}: no such benchmark; there are {known}")
+    if "own" in names(config) and (names(config) != ["own"] or not config.data):
+        raise UserError(
+            "--benchmark own: give --data FILE with your questions, and no other benchmark"
+        )
+    if names(config) == ["toy"] and config.data:
+        raise UserError(
+            "--benchmark toy makes its questions: leave out --data, or ask --benchmark own"
+        )
     if config.temperature is None:
         config.temperature = 0.6 if config.samples > 1 else 0.0
     if config.responses and len(names(config)) > 1:
@@ -95,30 +113,31 @@ def has_several(config: Config) -> bool:
 # ---------------------------------------------------------------------------- questions
 
 
-def toy_items(config: Config) -> list[Item]:
-    """Questions of the toy world that training never shows, or those of a file like ViRL39K."""
-    if config.data:
-        questions, template = load_questions(config.data), ""
+def read_items(name: str, config: Config) -> list[Item]:
+    """The questions of a benchmark, of the user's own file, or of the toy world's held-out side."""
+    if name in BENCHMARKS:
+        return load(name, config.data, has_several(config))
+    if name == "own":
+        questions = load_questions(config.data)
     else:
         import toy  # imports torch; marking the other benchmarks does not
 
         level = trainer_config(config.model).get("toy_level", "easy")
         # The same questions as training measures on.
         questions = toy.toy_questions(toy.LEVELS[level], 128, 0, heldout=True)
-        template = "bare"
 
     def item(question):
         def rule(text):
             return is_correct(text, question.answer, question.choices)
 
-        return Item(question, rule, [question.category], template=template, extract=extract_answer)
+        return Item(question, rule, [question.category], extract=extract_answer)
 
     return [item(question) for question in questions]
 
 
 def items_of(name: str, config: Config) -> tuple[list[Item], list[Item], set[str]]:
     """(items to be marked, items left out by whole strata, all ids)."""
-    items = toy_items(config) if name == "toy" else load(name, config.data, has_several(config))
+    items = read_items(name, config)
     ids = {item.question.id for item in items}
 
     def is_out(item):
@@ -132,23 +151,18 @@ def items_of(name: str, config: Config) -> tuple[list[Item], list[Item], set[str
     return kept[: config.limit or None], left_out, ids
 
 
-def trainer_config(model: str) -> dict:
-    """The training settings of a checkpoint of train.py; {} for any other model."""
-    path = Path(model) / "trainer.json"
-    return read_json(path, {"config": dict})["config"] if model and path.is_file() else {}
-
-
 def find_model(config: Config) -> str:
     """The directory or hub id to load: by default the newest toy checkpoint, or the toy's base."""
     if config.model not in ("", "toy"):
         return config.model
     if any(name != "toy" for name in names(config)):
         raise UserError(
-            f"--benchmark {config.benchmark}: give a --model, a directory or hub id (the toy policy reads "
-            "the toy world alone)"
+            f"--benchmark {config.benchmark}: give a --model, a directory or hub id (the toy policy knows "
+            "only the toy world)"
         )
     found = [path.parent for path in Path("runs").glob("*/checkpoint-*/trainer.json")]
-    found = [path for path in found if trainer_config(str(path)).get("model") == "toy"]
+    made_with_toy = {"model": "toy", "data": "toy"}
+    found = [path for path in found if made_with_toy.items() <= trainer_config(str(path)).items()]
     if found and not config.model:
         return str(max(found, key=lambda path: path.stat().st_mtime))
     import toy
@@ -242,8 +256,8 @@ def evaluate(config: Config) -> dict[str, dict]:
             for item in items
         }
         summary = scores.summarise(name, items, left_out, marked, config.samples)
-        if name == "toy" and config.data:
-            summary["label"] = config.data
+        if name == "own":
+            summary["label"] = Path(config.data).name
         if config.limit:
             summary["label"] += f", first {len(items)} only"
         summaries[name] = summary | {"settings": settings}
@@ -280,7 +294,7 @@ def main(argv: list[str]) -> int:
         if not config.responses:
             config.model = find_model(config)
         for name in names(config):  # a wrong path is said now, not after hours of work
-            if name != "toy":
+            if name in BENCHMARKS:
                 find_files(name, find_data(name, config.data, has_several(config)))
         summaries = evaluate(config)
         if RANK == 0:

@@ -48,11 +48,23 @@ def drop_cut_line(path: Path) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
+# How a policy is asked where no flag says otherwise; 0 are the checkpoint's own bounds of a picture.
+PAPER = {
+    "template": "plain", "max_new_tokens": 8192, "min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28,
+}  # fmt: skip
+TOY = {"template": "bare", "max_new_tokens": 64, "min_pixels": 0, "max_pixels": 0}
+
+
+def trainer_config(model: str) -> dict:
+    """The training settings of a checkpoint of train.py; {} for any other model."""
+    path = Path(model) / "trainer.json"
+    return read_json(path, {"config": dict})["config"] if model and path.is_file() else {}
+
+
 def made_with(config, name: str) -> dict:
     """What responses depend on, of eval.py's Config; a local model by the time it was saved too."""
     wanted = (
         "model",
-        "template",
         "temperature",
         "samples",
         "max_prompt_tokens",
@@ -61,16 +73,13 @@ def made_with(config, name: str) -> dict:
         "force_rethink",
     )
     settings = {key: getattr(config, key) for key in wanted}
-    if name == "toy" and not config.data:
-        settings["template"] = "bare"  # its questions are asked as they are
     weights = list(Path(config.model).glob("*.safetensors"))
     settings["saved"] = int(max((file.stat().st_mtime for file in weights), default=0))
-    settings["max_new_tokens"] = config.max_new_tokens or (64 if name == "toy" else 8192)
-    # The paper's bounds on a picture's area; for the toy world the checkpoint's own (0).
-    low, high = (0, 0) if name == "toy" else (256 * 28 * 28, 1280 * 28 * 28)
-    settings["min_pixels"] = config.min_pixels or low
-    settings["max_pixels"] = config.max_pixels or high
-    return settings
+    defaults = TOY if name == "toy" else PAPER
+    if name == "own":  # own questions are asked as in training
+        trained = trainer_config(config.model)
+        defaults = {key: trained.get(key, value) for key, value in PAPER.items()}
+    return settings | {key: getattr(config, key) or value for key, value in defaults.items()}
 
 
 def claim(out: Path, name: str, settings: dict) -> None:

@@ -6,6 +6,7 @@ The policy is the toy's with random weights: what it says is nonsense, and that 
 import doctest
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,43 @@ def test_responses_to_the_toy_world_are_marked(tmp_path):
     )
     assert run("--responses", responses, "--limit", 1, "--out", tmp_path / "out") == 0
     assert summary_of(tmp_path / "out", "toy")["accuracy"] == 1
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Two pictures, options in a column, a bare number."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(png())
+    return write_jsonl(tmp_path / "mine.jsonl", [
+        {"question": "<image>Same as <image>?", "image": ["a.png", "b.png"], "answer": "B",
+         "choices": ["no", "yes"], "category": "pairs"},
+        {"question": "How many?", "images": ["a.png"], "answer": 3},
+    ])  # fmt: skip
+
+
+def test_own_questions_are_a_benchmark_of_their_own(tmp_path, own, model):
+    responses = responses_file(tmp_path / "r.jsonl", **{"0": "\\boxed{yes}", "1": "\\boxed{4}"})
+    out = tmp_path / "out"
+    assert run("--data", own, "--responses", responses, "--out", out) == 0
+    summary = summary_of(out, "own")
+    assert (summary["accuracy"], summary["label"]) == (0.5, "mine.jsonl")
+    assert summary["groups"] == {"pairs": {"accuracy": 1.0, "n": 1}}
+    flags = ["--model", model, "--data", own, "--max_new_tokens", 3, "--out", tmp_path / "asked"]
+    assert run(*flags) == 0 and len(lines_of(tmp_path / "asked", "own")) == 2
+
+
+def test_own_questions_are_asked_as_in_training(tmp_path, own, model):
+    checkpoint = tmp_path / "checkpoint-1"
+    shutil.copytree(model, checkpoint)
+    trained = {"template": "rethink", "max_new_tokens": 7, "min_pixels": 0, "max_pixels": 1 << 20}
+    (checkpoint / "trainer.json").write_text(json.dumps({"config": trained | {"lr": 1.0}}))
+    config = evaluation.parse(["--model", str(checkpoint), "--data", str(own)])
+    assert trained.items() <= asking.made_with(config, "own").items()
+    config = evaluation.parse(["--model", str(checkpoint), "--data", str(own), "--template", "bare"])
+    assert asking.made_with(config, "own")["template"] == "bare"
+    assert asking.made_with(config, "mmmu") | asking.PAPER == asking.made_with(config, "mmmu") | {
+        "template": "plain"
+    }
 
 
 def test_a_file_without_responses_is_no_score_of_0(tmp_path, mmmu, capsys):
@@ -398,12 +436,15 @@ def test_the_toy_world_is_asked_by_default(tmp_path, model, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--benchmark", "mmlu"], "no such benchmark; there are toy, mathvista"),
+        (["--benchmark", "mmlu"], "no such benchmark; there are toy, own, mathvista"),
         (["--benchmark", "mmmu", "--data", "no/such/place", "--model", "x"], "no such file"),
         (["--samples", "0"], "--samples 0: must be at least 1"),
         (["--samples", "many"], "invalid int value"),
         (["--benchmark", "mmmu,emma", "--responses", "x"], "give one --benchmark"),
         (["--benchmark", "mmmu"], "give a --model"),
+        (["--benchmark", "own"], "--benchmark own: give --data FILE"),
+        (["--benchmark", "own,mmmu", "--data", "x"], "--benchmark own: give --data FILE"),
+        (["--benchmark", "toy", "--data", "x"], "leave out --data"),
         (["--modle", "x"], "unrecognized arguments"),
     ],
 )
