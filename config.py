@@ -6,7 +6,7 @@ wins over both. The help of each field says what the paper [P] or its released c
 
 import argparse
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from data import TEMPLATES, UserError
 
@@ -19,14 +19,20 @@ def flag(default, help: str, choices: tuple | None = None, low=None, high=None):
 
 @dataclass
 class Config:
-    preset: str = flag("toy", "defaults to start from", ("toy", "7b", "72b"))
+    preset: str = flag(
+        "toy",
+        "defaults to start from; own: a small file of your own, and the default with --data",
+        ("toy", "own", "7b", "72b"),
+    )
     model: str = flag("toy", "toy, a directory, or a hub id of a Qwen2-VL or Qwen2.5-VL")
-    data: str = flag("toy", "toy, or a .parquet or .jsonl file in ViRL39K's layout")
+    data: str = flag("toy", "toy, or a .parquet, .jsonl or .csv file, laid out as in data.py")
     toy_level: str = flag("easy", "difficulty of the toy world", ("easy", "hard"))
     pass_rate_column: str = flag("", "select questions by this column, such as PassRate_7BBase")
     pass_rate_min: float = flag(0.01, "lowest pass rate kept [P: non-zero pass@8]")
     pass_rate_max: float = flag(1.0, "highest pass rate kept")
-    heldout: int = flag(128, "questions kept out of training, to measure on; 0: none", low=0)
+    heldout: int = flag(
+        None, "questions kept out of training; default: 128, or a tenth of a smaller file", low=0
+    )
     template: str = flag(
         "bare", "prompt [P: plain in stage 1, rethink in stage 2]", tuple(TEMPLATES)
     )
@@ -134,19 +140,27 @@ class Config:
     )
 
 
-LARGE = {
-    "template": "plain", "min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28, "steps": 0,
-    "episode_queries": 1024, "batch_size": 512, "max_new_tokens": 2048, "lr": 1e-6, "save_every": 16,
-    "eval_every": 16, "heldout": 256, "micro_batch_tokens": 24576, "gradient_checkpointing": True,
+# What differs from the defaults, which are the toy's.
+REAL = {
+    "min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28, "steps": 0, "lr": 1e-6,
+    "gradient_checkpointing": True,
+}  # fmt: skip
+LARGE = REAL | {
+    "template": "plain", "episode_queries": 1024, "batch_size": 512, "max_new_tokens": 2048,
+    "save_every": 16, "eval_every": 16, "micro_batch_tokens": 24576,
     "rethink_fraction": 0.0, "rethink_min_tokens": 30,
 }  # fmt: skip
-
 PRESETS = {
     "toy": {},
+    "own": REAL | {
+        "template": "rethink", "passes": 10, "batch_size": 64, "max_new_tokens": 1024, "rollout_rows": 64,
+        "save_every": 20, "keep_last": 1, "micro_batch_tokens": 12288,
+    },
     "7b": LARGE | {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "pass_rate_column": "PassRate_7BBase"},
-    "72b": LARGE | {"model": "Qwen/Qwen2.5-VL-72B-Instruct", "rollout_rows": 48, "rollout_weights": "layer",
-                    "micro_batch_tokens": 12288,
-                    "pass_rate_column": "PassRate_32BTrained"},
+    "72b": LARGE | {
+        "model": "Qwen/Qwen2.5-VL-72B-Instruct", "pass_rate_column": "PassRate_32BTrained",
+        "rollout_rows": 48, "rollout_weights": "layer", "micro_batch_tokens": 12288,
+    },
 }  # fmt: skip
 
 
@@ -159,10 +173,35 @@ def parse(argv: list[str]) -> Config:
     given = read_flags(
         Config, "train.py", "Teach a Qwen vision-language model to think slowly.", argv
     )
-    preset = PRESETS[given.get("preset", "toy")]
-    config = Config(**(preset | given))
+    if given.get("data", "toy") != "toy" and given.get("model") != "toy":
+        given = {"preset": "own"} | given
+    config = Config(**(PRESETS[given.get("preset", "toy")] | given))
+    if config.data != "toy" and config.model == "toy" and "model" not in given:
+        raise UserError(
+            f"--data {config.data}: give --model, such as Qwen/Qwen2.5-VL-3B-Instruct; or --model toy, "
+            "which learns little from it but tries the file on any machine"
+        )
     check(config)
     return config
+
+
+def sources(config: Config) -> str:
+    """Where a run's settings come from, for its first line.
+
+    >>> sources(parse(["--model", "toy", "--data", "mine.csv", "--lr", "0.001"]))
+    'settings: preset toy (the defaults); flags: data mine.csv, lr 0.001'
+    """
+    preset = PRESETS[config.preset]
+    start = asdict(Config(**(preset | {"preset": config.preset})))
+
+    def listed(values: dict) -> str:
+        return ", ".join(f"{name} {value}" for name, value in values.items())
+
+    flags = {k: v for k, v in asdict(config).items() if v != start[k]}
+    return (
+        f"settings: preset {config.preset} ({listed(preset) or 'the defaults'}); "
+        f"flags: {listed(flags) or 'none'}"
+    )
 
 
 def read_flags(kind: type, program: str, description: str, argv: list[str]) -> dict:
@@ -177,7 +216,8 @@ def read_flags(kind: type, program: str, description: str, argv: list[str]) -> d
 
     parser.error = fail
     for f in fields(kind):
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        default = "" if f.default is None else f" (default: {f.default})"
+        text = f"{f.metadata['help']}{default}".replace("%", "%%")
         options = {"help": text, "choices": f.metadata["choices"], "default": argparse.SUPPRESS}
         if f.type is bool:  # --flag, --flag true, --flag false
             options |= {"type": read_bool, "nargs": "?", "const": True, "metavar": "true|false"}
@@ -215,8 +255,4 @@ def check(config: Config) -> None:
         raise UserError(
             f"--batch_size {config.batch_size} does not divide the {responses} responses of an episode "
             f"(--episode_queries {config.episode_queries} x --group_size {config.group_size})"
-        )
-    if config.model == "toy" and config.data != "toy":
-        raise UserError(
-            "--model toy reads the toy world only: give --model a Qwen2.5-VL with --data"
         )

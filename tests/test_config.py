@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import train
-from config import PRESETS, Config, parse
+from config import PRESETS, Config, parse, sources
 from data import UserError
 
 
@@ -20,7 +20,7 @@ def test_every_field_is_a_flag_of_its_name_and_type():
     for f in fields(Config):
         text = f.metadata["choices"][-1] if f.metadata["choices"] else texts[f.type]
         command = [f"--{f.name}", text]
-        if f.name in ("model", "preset"):
+        if f.name == "preset":
             command += ["--data", "file.jsonl"]
         if f.name == "data":
             command += ["--model", "directory"]
@@ -40,6 +40,35 @@ def test_presets_change_defaults_and_flags_change_presets():
     assert config.lr == 3e-6 != PRESETS["7b"]["lr"]
     assert config.group_size == Config().group_size == 8
     assert parse(["--preset", "7b", "--data", "f.parquet", "--template", "bare"]).template == "bare"
+
+
+def test_a_real_model_on_a_file_takes_no_setting_of_the_toy_s():
+    """Unless --preset says so; the tiny policy on a file is a trial, with the toy's settings."""
+    own = parse(["--model", "directory", "--data", "file.jsonl"])
+    assert asdict(own) == asdict(
+        parse(["--model", "directory", "--data", "file.jsonl", "--preset", "own"])
+    )
+    assert (own.preset, own.lr, own.max_new_tokens, own.template) == ("own", 1e-6, 1024, "rethink")
+    for flags, preset in [
+        (["--model", "toy", "--data", "file.jsonl"], "toy"),
+        (["--model", "directory"], "toy"),
+        (["--model", "directory", "--data", "file.jsonl", "--preset", "toy"], "toy"),
+        (["--model", "directory", "--data", "file.jsonl", "--preset", "7b"], "7b"),
+    ]:
+        assert parse(flags).preset == preset
+
+
+def test_a_run_says_which_settings_come_from_where():
+    line = sources(parse(["--model", "M", "--data", "mine.csv", "--lr", "2e-6", "--passes", "10"]))
+    preset, flags = line.split("; flags: ")
+    assert flags == "model M, data mine.csv, lr 2e-06"  # --passes 10 is the preset's
+    assert preset.startswith("settings: preset own (") and "max_new_tokens 1024" in preset
+
+
+def test_a_preset_lists_only_what_differs_from_the_defaults():
+    defaults = asdict(Config())
+    for values in PRESETS.values():
+        assert not values.items() & defaults.items()
 
 
 @pytest.mark.parametrize("name", ["7b", "72b"])
@@ -84,7 +113,7 @@ MISTAKES = {
         ["--batch_size 16", "24 responses", "--episode_queries 3", "--group_size 8"],
     ),
     "a batch above the episode": (["--batch_size", "512"], ["--batch_size 512", "256 responses"]),
-    "data for the toy model": (["--data", "file.jsonl"], ["--model"]),
+    "data for no model": (["--data", "file.jsonl"], ["file.jsonl", "--model"]),
 }
 
 
@@ -107,7 +136,7 @@ def test_help_tells_of_every_flag_with_its_default(capsys):
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     for f in fields(Config):
         assert f"--{f.name} " in text
-        assert f"(default: {f.default})" in text
+        assert f.default is None or f"(default: {f.default})" in text
     assert "[P: 1024]" in text and "[P: 512]" in text
 
 
