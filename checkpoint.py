@@ -289,6 +289,10 @@ def resume_run(run) -> bool:
         if then != now and (name == "toy_level" or "toy" in (then, now)):
             raise UserError(f"{directory}: was made with --{name} {before[name]}; resume with that, or start "
                             f"a new run from it: --model {directory}")  # fmt: skip
+    now, then = run.config.reward, before.get("reward", "")
+    if bool(now) != bool(then):  # its file may have moved
+        raise UserError(f"{directory}: was made {f'with --reward {then}' if then else 'without --reward'}; resume "
+                        f"so, or start a new run from it: --model {directory}")  # fmt: skip
     changed = [
         name for name, value in before.items()
         if name not in ("out", "resume", "steps", "save_every", "keep_last", "eval_every")

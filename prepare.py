@@ -5,11 +5,13 @@ Everything the user can get wrong is found here, and said in one line, before an
 
 import contextlib
 import hashlib
+import math
 import re
 import runpy
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ import checkpoint
 import parallel
 import record
 import toy
-from config import Config
+from config import Config, sources
 from data import Question, UserError, check_images, load_questions
 from model import Policy, Sample, find_checkpoint, load_policy, prompt_length
 from rethink import Rethinking
@@ -66,14 +68,13 @@ def rethinking(c: Config) -> Rethinking:
 def prepare(config: Config, grade: Grade | None = None) -> Run:
     """Load, check and shard everything. Raises UserError, on all ranks alike, for what cannot work."""
     device = parallel.start()
-    if config.episode_queries < parallel.world():
-        raise UserError(
-            f"--episode_queries {config.episode_queries} cannot be shared by {parallel.world()} ranks; "
-            "give each at least one question"
-        )
-    grade = grade or parallel.agree(lambda: load_reward(config.reward))
+    check_share(config)
+    grade = own_reward(config, grade)
     out = choose_out(config)
+    say(sources(config))
     questions, heldout = load_data(config)
+    # Before the model is loaded, which takes minutes.
+    pictures = check_pictures(questions + heldout) if questions else {}
     model = find_model(config)
     empty = torch.distributed.is_initialized()  # then each rank reads its own part of the weights
     policy = parallel.agree(lambda: load_policy(
@@ -81,8 +82,9 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     ))  # fmt: skip
     parallel.agree(lambda: check_room(out, policy, config.keep_last + 1))
     if questions is not None:
-        questions = drop_long_prompts(config, policy, questions)
-        heldout = drop_long_prompts(config, policy, heldout) if heldout else heldout
+        questions = drop_long_prompts(config, policy, questions, pictures)
+        heldout = drop_long_prompts(config, policy, heldout, pictures)
+        fit_sizes(config, len(questions))
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = parallel.shard(policy, device, config.shard, config.offload).train()
@@ -94,12 +96,42 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     )
     total = config.steps
     if total == 0:
-        responses = config.passes * (len(questions) if questions else 0) * config.group_size
-        total = responses // config.batch_size
-        if total == 0:
-            raise UserError("--steps 0: no data to pass over; give --steps or more data")
+        total = config.passes * len(questions) * config.group_size // config.batch_size
+    if parallel.rank() == 0 and not checkpoint.list_checkpoints(out):
+        record.write_config(out, config)  # with the sizes that fit
     buffer = ReplayBuffer(config.ssr_alpha, config.seed, config.ssr_replacement)
     return Run(config, out, policy, optimizer, questions, heldout, total, buffer, grade)
+
+
+def say(line: str) -> None:
+    """Print it once, whatever the number of ranks."""
+    if parallel.rank() == 0:
+        tqdm.write(line)
+
+
+def own_reward(config: Config, grade: Grade | None) -> Grade | None:
+    """The run's own reward, from an argument of `main` or from --reward, or None.
+
+    Its mistakes become errors of one line; its name goes into the run's config.json.
+    """
+    if grade:
+        config.reward = f"{grade.__module__}:{grade.__qualname__}"
+    grade = grade or parallel.agree(lambda: load_reward(config.reward))
+
+    def guarded(text: str, question: Question) -> float:
+        try:
+            value = float(grade(text, question))
+        except Exception as error:  # whatever the user's function does wrong
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"--reward {config.reward}: {type(error).__name__}: {error} ({at.filename}:{at.lineno}, "
+                f"question {question.id})"
+            ) from error
+        if not math.isfinite(value):
+            raise UserError(f"--reward {config.reward}: {value} for question {question.id}; make it finite")
+        return value
+
+    return guarded if grade else None
 
 
 def load_reward(place: str) -> Grade | None:
@@ -166,10 +198,13 @@ def choose_out(config: Config) -> Path:
 def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:
     """(training questions, held-out questions); None for the toy world, which makes new ones."""
     if config.data == "toy":
+        config.heldout = 128 if config.heldout is None else config.heldout
         recipe = toy.LEVELS[config.toy_level]
         return None, toy.toy_questions(recipe, config.heldout, 0, heldout=True)
     wanted = (config.pass_rate_column, config.pass_rate_min, config.pass_rate_max)
     questions = parallel.agree(lambda: load_questions(config.data, wanted if wanted[0] else None))
+    if config.heldout is None:
+        config.heldout = min(128, max(1, len(questions) // 10), len(questions) - 1)
     if config.heldout >= len(questions):
         raise UserError(
             f"--heldout {config.heldout}: {config.data} has {len(questions)} questions; lower it, or 0 for none"
@@ -180,6 +215,31 @@ def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:
     return [q for q in questions if q.id not in kept_out], [
         q for q in questions if q.id in kept_out
     ]
+
+
+def check_share(config: Config) -> None:
+    if config.episode_queries < parallel.world():
+        raise UserError(
+            f"--episode_queries {config.episode_queries} cannot be shared by {parallel.world()} ranks; "
+            "give each at least one question"
+        )
+
+
+def fit_sizes(config: Config, n: int) -> None:
+    """Lower what does not fit a file of n training questions, and say so in one line."""
+    before = {name: getattr(config, name) for name in ("episode_queries", "batch_size")}
+    config.episode_queries = min(config.episode_queries, n)
+    responses = config.episode_queries * config.group_size
+    divisors = (b for b in range(1, config.batch_size + 1) if responses % b == 0)
+    config.batch_size = max(divisors)
+    lowered = [
+        f"--{name} {value} -> {getattr(config, name)}"
+        for name, value in before.items()
+        if value != getattr(config, name)
+    ]
+    check_share(config)
+    counts = f"{config.data}: {n} questions to train on, {config.heldout} held out"
+    say(f"{counts}; too few for {', '.join(lowered)}" if lowered else counts)
 
 
 def find_model(config: Config) -> str:
@@ -193,29 +253,30 @@ def find_model(config: Config) -> str:
     return str(toy.toy_policy_dir(recipe))
 
 
-def drop_long_prompts(config: Config, policy: Policy, questions: list[Question]) -> list[Question]:
-    """Check every picture and measure every prompt, each rank a share; drop and count what is too long."""
-    mine = range(parallel.rank(), len(questions), parallel.world())
+def check_pictures(questions: list[Question]) -> dict[str, list[tuple]]:
+    """Decode every picture once, each rank a share: {question id: picture sizes} of this one's."""
+    share = questions[parallel.rank() :: parallel.world()]
 
-    def measure() -> list[int]:
-        share = [questions[i] for i in mine]
-        bar = tqdm(total=len(share), desc="checking pictures", disable=parallel.rank() > 0)
-        with bar:
-            sizes = check_images(
-                share, lambda results: (bar.update() and None or r for r in results)
-            )
-        lengths = [prompt_length(policy, q, config.template, s) for q, s in zip(share, sizes)]
-        return [i for i, n in zip(mine, lengths) if n > config.max_prompt_tokens]
+    def bar_over(sizes):
+        return tqdm(sizes, "checking pictures", len(share), disable=parallel.rank() > 0)
 
-    too_long = set(parallel.gather(parallel.agree(measure)))
-    kept = [q for i, q in enumerate(questions) if i not in too_long]
-    if too_long and parallel.rank() == 0:
-        tqdm.write(f"dropped {len(too_long)} of {len(questions)} questions: prompts over "
-                   f"--max_prompt_tokens {config.max_prompt_tokens}")  # fmt: skip
-    if not kept:
+    return dict(zip([q.id for q in share], parallel.agree(lambda: check_images(share, progress=bar_over))))
+
+
+def drop_long_prompts(config: Config, policy: Policy, questions: list[Question], pictures: dict):
+    """The questions whose prompts fit; others are counted. `pictures` are this rank's share."""
+    too_long = {
+        q.id for q in questions if q.id in pictures
+        and prompt_length(policy, q, config.template, pictures[q.id]) > config.max_prompt_tokens
+    }  # fmt: skip
+    too_long = set(parallel.gather(sorted(too_long)))
+    if too_long:
+        say(f"dropped {len(too_long)} of {len(questions)} questions: prompts over --max_prompt_tokens "
+            f"{config.max_prompt_tokens}")  # fmt: skip
+    if questions and len(too_long) == len(questions):
         raise UserError(f"--max_prompt_tokens {config.max_prompt_tokens}: every prompt is longer; "
                         "raise it or lower --max_pixels")  # fmt: skip
-    return kept
+    return [q for q in questions if q.id not in too_long]
 
 
 # ---------------------------------------------------------------------------- signals

@@ -123,9 +123,7 @@ def grade(run: Run, sample: Sample) -> None:
     sample.answered, sample.right = extract_answer(said) is not None, is_right(sample, said)
     sample.reward = float(sample.right)
     if run.grade:
-        sample.reward = float(run.grade(said, sample.prompt.question))
-        if not math.isfinite(sample.reward):
-            raise UserError(f"qid {sample.prompt.question.id}: the reward is {sample.reward}; make it finite")
+        sample.reward = run.grade(said, sample.prompt.question)
 
 
 def compare(groups: list[list[Sample]], scale: str) -> None:
