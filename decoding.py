@@ -227,15 +227,13 @@ def recordable(policy: Policy) -> bool:
     return policy.device.type == "cuda" and policy.cuda_graphs and not policy.lockstep
 
 
-def record(step: Callable, generator: torch.Generator | None) -> Callable:
+def record(step: Callable) -> Callable:
     """`step` as a CUDA graph: run by one launch, on the memory that it uses now. It is not run here.
 
     A decoding step is a thousand small kernels, and the host takes longer to launch them one by one
     than the GPU to run them.
     """
     graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
     try:
         # "thread_local": meanwhile NCCL's watchdog looks at its events, from a thread of its own.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -252,11 +250,11 @@ def record(step: Callable, generator: torch.Generator | None) -> Callable:
     return graph.replay
 
 
-def sample_token(policy: Policy, hidden, temperature: float, generator):
+def sample_token(policy: Policy, hidden, temperature: float, luck, place):
     """hidden [B, D] -> a token [B] and its log-probability [B], with no host synchronisation.
 
-    A uniform number u in [0, 1) is looked up in the cumulative distribution: one random number a row
-    instead of one a row and vocabulary entry, which on a CPU would take most of a small model's step.
+    A uniform number u in [0, 1) per row, of `luck` and `place` alone ([B] each), is looked up in the
+    cumulative distribution.
     """
     logits = product(hidden, policy.head_weight().t())  # [B, V]
     logits = logits.index_fill_(-1, id_tensor(tuple(policy.banned_ids), logits.device), NEVER)
@@ -268,7 +266,7 @@ def sample_token(policy: Policy, hidden, temperature: float, generator):
         cumulative = logprobs.exp().cumsum(-1)
         # Below the last entry, not 1: rounding must lead neither past the end nor to a chance of 0.
         total = cumulative[:, -1:]
-        u = total * torch.rand(len(total), 1, device=total.device, generator=generator)
+        u = (total * uniform(luck, place)[:, None]).to(total.dtype)
         u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
         token = torch.searchsorted(cumulative, u, right=True)
         # Among nan nothing is found: the update, which sees that it is not finite, deals with it.
@@ -277,3 +275,19 @@ def sample_token(policy: Policy, hidden, temperature: float, generator):
         possible = logprobs.gather(-1, token).exp() > 0
         token = torch.where(possible, token, logprobs.argmax(-1, keepdim=True))
     return token[:, 0], logprobs.gather(-1, token)[:, 0].float()
+
+
+def uniform(luck: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Numbers in [0, 1), float64, from int64 tensors: the `place`-th that splitmix64 draws from `luck`.
+
+    A counter in place of a generator: no number depends on how many were drawn before it, by whom or
+    on which device. int64 wraps around as the unsigned integers of splitmix64 do.
+    """
+
+    def mix(z, shift):
+        return z ^ ((z >> shift) & ((1 << 64 - shift) - 1))  # a shift that brings in zeros
+
+    z = luck + (place + 1) * -0x61C8864680B583EB
+    z = mix(z, 30) * -0x40A7B892E31B1A47
+    z = mix(mix(z, 27) * -0x6B2FB644ECCEEE15, 31)
+    return ((z >> 11) & ((1 << 53) - 1)).double() / (1 << 53)

@@ -10,7 +10,6 @@ one rank alone knows: samples are exchanged (`gather`), and every rank then comp
 """
 
 import contextlib
-import hashlib
 import os
 from collections import Counter
 
@@ -86,12 +85,6 @@ def agree(action):
     if problems:
         raise UserError(problems[0])
     return result
-
-
-def generator(key: tuple, device: torch.device) -> torch.Generator:
-    """Randomness as a function of a key and the rank: resuming needs no generator state."""
-    seed = hashlib.sha256(repr((*key, rank())).encode()).digest()[:7]
-    return torch.Generator(device).manual_seed(int.from_bytes(seed, "big"))
 
 
 def from_first(value):

@@ -13,11 +13,14 @@ What we do differently from the released code: temperature alone, no top-p or to
 change the distribution whose log-probability is taken; nothing is read from generation_config.
 """
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from data import Question
 from decoding import decode_step, most, prefill, record, recordable, sample_token
 from model import Policy, Prompt, Sample, decode
 from rethink import Extension
@@ -40,6 +43,7 @@ class Rows:
 
     origin: torch.Tensor  # [B] n * G + g: which response of which prompt; -1 once collected
     first: torch.Tensor  # [B] M-RoPE position of the first response token
+    luck: torch.Tensor  # [B] what its random numbers are drawn from
     length: torch.Tensor  # [B]
     done: torch.Tensor  # [B] bool
     tokens: torch.Tensor  # [B, S]
@@ -60,7 +64,7 @@ def generate(
     group_size: int,
     max_new_tokens: int,
     temperature: float = 1.0,
-    generator: torch.Generator | None = None,
+    keys: list[str] | None = None,
     extend: Extend | None = None,
     max_rows: int = 256,
     progress: Callable[[int], None] = lambda finished: None,
@@ -68,7 +72,7 @@ def generate(
     """Sample `group_size` responses to each prompt: a list of Samples a prompt, in order.
 
     temperature  0 decodes greedily; log-probabilities are then those at temperature 1
-    generator    on the policy's device; all randomness comes from it
+    keys         per prompt, what its randomness depends on; default: `question_keys`
     extend       asked once for each response that ends; see rethink.Extension. What it extends comes back
                  as Sample.extension of the response that it extends
     max_rows     responses decoded at once: their cache is what bounds it
@@ -76,6 +80,7 @@ def generate(
 
     Prompts of like length are decoded together, so that little is padded.
     """
+    keys = keys or question_keys([prompt.question for prompt in prompts])
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
     per_batch = max(1, max_rows // group_size)
     batches = [order[i : i + per_batch] for i in range(0, len(order), per_batch)]
@@ -88,7 +93,7 @@ def generate(
         for chosen in batches + spare:
             batch = generate_batch(
                 policy, [prompts[i] for i in chosen], group_size, max_new_tokens, temperature,
-                generator, extend and renumber(extend, chosen), progress,
+                [keys[i] for i in chosen], extend and renumber(extend, chosen), progress,
             )  # fmt: skip
             for i, group in zip(chosen, batch):
                 groups[i] = groups[i] or group
@@ -96,22 +101,42 @@ def generate(
     return groups
 
 
+def question_keys(questions: list[Question], *of) -> list[str]:
+    """What a question's randomness depends on: `of` (seed, step, ...), its id, and how often it came before.
+
+    >>> question_keys([Question(id, "", [], "") for id in "aba"], 0, 16)
+    ["(0, 16) 'a' 0", "(0, 16) 'b' 0", "(0, 16) 'a' 1"]
+    """
+    seen: Counter = Counter()
+    keys = []
+    for question in questions:
+        keys.append(f"{of} {question.id!r} {seen[question.id]}")
+        seen[question.id] += 1
+    return keys
+
+
+def luck_of(*key) -> int:
+    """63 bits of a hash: what `decoding.uniform` counts on from."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
 def renumber(extend: Extend, chosen: list[int]) -> Extend:
     return lambda n, g, sample: extend(chosen[n], g, sample)
 
 
 def generate_batch(
-    policy, prompts, group_size, max_new_tokens, temperature, generator, extend, progress
+    policy, prompts, group_size, max_new_tokens, temperature, keys, extend, progress
 ) -> list[list[Sample]]:
     """`generate` for prompts that fit in one batch."""
     device = policy.device
     eos = torch.tensor(policy.eos_ids, device=device)
     hidden, cache = prefill(policy, prompts, group_size)
     hidden = hidden.repeat_interleave(group_size, 0)  # [B, D]
-    rows = new_rows(prompts, group_size, max_new_tokens, device)
+    rows = new_rows(prompts, keys, group_size, max_new_tokens, device)
     samples: list[list[Sample]] = [[None] * group_size for _ in prompts]
     may_force = extend is not None
-    advance(rows, *sample_token(policy, hidden, temperature, generator), eos, may_force)
+    sampled = sample_token(policy, hidden, temperature, rows.luck, rows.length)
+    advance(rows, *sampled, eos, may_force)
     as_graph = recordable(policy)
     # Looking at `done` makes the host wait for the GPU; a row that has ended decodes on until then.
     check_every = 16 if device.type == "cuda" else 2
@@ -119,11 +144,11 @@ def generate_batch(
     block = 256 if as_graph else 1
 
     def step():
-        next_token(policy, cache, rows, span, temperature, generator, eos, may_force)
+        next_token(policy, cache, rows, span, temperature, eos, may_force)
 
     run_step, recorded = step, None
     while True:
-        finish(policy, rows, prompts, samples, extend, progress)
+        finish(policy, rows, prompts, keys, samples, extend, progress)
         live = (~rows.done).nonzero()[:, 0]
         longest = int(rows.length[live].max()) if len(live) else max_new_tokens
         # To the next multiple of `check_every`: then cuts in `block`s fall on checks too.
@@ -142,25 +167,28 @@ def generate_batch(
         if as_graph and shapes != recorded:
             step()  # libraries set themselves up when they are first used: not while recording
             run_step = step  # lets go of the last recording's memory
-            run_step, recorded, steps = record(step, generator), shapes, steps - 1
+            run_step, recorded, steps = record(step), shapes, steps - 1
         for _ in range(steps):
             run_step()
 
 
-def next_token(policy, cache, rows, span, temperature, generator, eos, may_force) -> None:
+def next_token(policy, cache, rows, span, temperature, eos, may_force) -> None:
     """Feed every row its last token and write its next one. Waits for nothing; all in place."""
     at = rows.length - 1
     token = rows.tokens.gather(1, at[:, None])[:, 0]
     hidden = decode_step(policy, cache, token, rows.first + at, at, span)
-    advance(rows, *sample_token(policy, hidden, temperature, generator), eos, may_force)
+    sampled = sample_token(policy, hidden, temperature, rows.luck, rows.length)
+    advance(rows, *sampled, eos, may_force)
 
 
-def new_rows(prompts: list[Prompt], group_size: int, size: int, device) -> Rows:
+def new_rows(prompts: list[Prompt], keys: list[str], group_size: int, size: int, device) -> Rows:
     B = len(prompts) * group_size
+    luck = [luck_of(key, g) for key in keys for g in range(group_size)]
     first = torch.tensor([p.next_position for p in prompts]).repeat_interleave(group_size)
     return Rows(
         origin=torch.arange(B, device=device),
         first=first.to(device),
+        luck=torch.tensor(luck, device=device),
         length=torch.zeros(B, dtype=torch.long, device=device),
         done=torch.zeros(B, dtype=torch.bool, device=device),
         tokens=torch.zeros(B, size, dtype=torch.long, device=device),
@@ -189,7 +217,7 @@ def advance(rows: Rows, token, logprob, eos, may_force: bool) -> None:
     rows.done |= ends | (rows.length >= size)
 
 
-def finish(policy: Policy, rows: Rows, prompts, samples, extend, progress) -> None:
+def finish(policy: Policy, rows: Rows, prompts, keys, samples, extend, progress) -> None:
     """Collect the responses that have ended; extend those that `extend` wants longer, in place."""
     ended = (rows.done & (rows.origin >= 0)).nonzero()[:, 0]
     if len(ended) == 0:
@@ -224,6 +252,7 @@ def finish(policy: Policy, rows: Rows, prompts, samples, extend, progress) -> No
                 extension.forced, device=rows.forced.device
             )
             rows.sampled[row, extension.keep :] = True
+            rows.luck[row] = luck_of(keys[n], g, "second look")
             rows.length[row] = extension.keep
             rows.done[row] = False
             rows.origin[row] = origin[i]

@@ -43,7 +43,7 @@ from prepare import Grade, Run, gentle_stop, prepare, rethinking
 from record import Recorder, step_metrics
 from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks
 from reward import extract_answer, reward
-from rollout import generate, most
+from rollout import generate, most, question_keys
 from ssr import is_effective, replay_batch
 from tree import Trees, build_trees, pad_rows, plan_micro_batches
 
@@ -74,11 +74,12 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     everything = episode_questions(run)
     numbers = range(parallel.rank(), len(everything), parallel.world())
     mine = [everything[i] for i in numbers]
+    keys = question_keys(everything, c.seed, run.step)[parallel.rank() :: parallel.world()]
     prompts = parallel.agree(lambda: [encode(run.policy, q, c.template) for q in mine])
     bar = tqdm(total=len(mine) * c.group_size, desc=f"sampling episode {run.episode + 1}",
                unit="response", leave=False, disable=parallel.rank() > 0)  # fmt: skip
     with parallel.whole_weights(run.policy, c.rollout_weights == "layer"), bar:
-        groups = sample_groups(run, prompts, bar.update)
+        groups = sample_groups(run, prompts, keys, bar.update)
         counts = count_responses(groups)
         groups, outcomes = keep_second_looks(c, groups)
         if c.recompute_logprobs:
@@ -93,13 +94,13 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     return [group for _, group in ordered], parallel.total(counts)
 
 
-def sample_groups(run: Run, prompts: list[Prompt], progress=lambda finished: None):
+def sample_groups(run: Run, prompts: list[Prompt], keys: list[str], progress=lambda finished: None):
     """G responses to each prompt, graded and compared. Some carry a second look, graded as well."""
     c = run.config
     extend = extender(rethinking(c), run.policy.tokenizer, is_right, c.max_new_tokens, (c.seed, run.step))
     groups = generate(
         run.policy, prompts, c.group_size, c.max_new_tokens, c.temperature,
-        parallel.generator(("rollout", c.seed, run.step), run.policy.device), extend, c.rollout_rows, progress,
+        keys, extend, c.rollout_rows, progress,
     )  # fmt: skip
     looks = [look for group in groups for s in group for look in (s, s.extension) if look]
     parallel.agree(lambda: [grade(run, look) for look in looks])
@@ -360,8 +361,8 @@ def measure(run: Run) -> tuple[dict, list[dict]]:
     counts, answers = Counter(), []
     with parallel.whole_weights(run.policy, c.rollout_weights == "layer"):
         for kind, temperature in (("greedy", 0.0), ("sampled", c.temperature)):
-            luck = parallel.generator(("heldout", c.seed, run.step), run.policy.device)
-            groups = generate(run.policy, prompts, 1, c.max_new_tokens, temperature, luck,
+            keys = question_keys([p.question for p in prompts], c.seed, run.step, "held out")
+            groups = generate(run.policy, prompts, 1, c.max_new_tokens, temperature, keys,
                               max_rows=c.rollout_rows)  # fmt: skip
             for sample in (group[0] for group in groups[: len(mine)]):
                 right, question = is_right(sample), sample.prompt.question

@@ -70,23 +70,20 @@ def shared_prefill(policy, prompts, group_size: int, new_tokens: int, temperatur
     cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
     cache.batch_repeat_interleave(group_size)
     hidden = hidden.repeat_interleave(group_size, 0)
-    generator = torch.Generator(policy.device).manual_seed(0)
+    luck = torch.arange(len(hidden), device=policy.device)
     tokens = []
-    for _ in range(new_tokens - 1):
-        tokens.append(sample_token(policy, hidden, temperature, generator)[0])
+    for i in range(new_tokens - 1):
+        tokens.append(sample_token(policy, hidden, temperature, luck, torch.full_like(luck, i))[0])
         out = inner(input_ids=tokens[-1][:, None], past_key_values=cache, use_cache=True)
         hidden = out.last_hidden_state[:, -1]
-    tokens.append(sample_token(policy, hidden, temperature, generator)[0])
+    tokens.append(sample_token(policy, hidden, temperature, luck, torch.full_like(luck, i + 1))[0])
     return torch.stack(tokens, dim=1)
 
 
 def ours(policy, prompts, group_size: int, new_tokens: int, temperature: float):
     """Tokens [N G, R], by rollout.py."""
-    generator = torch.Generator(policy.device).manual_seed(0)
     rows = len(prompts) * group_size
-    groups = generate(
-        policy, prompts, group_size, new_tokens, temperature, generator, max_rows=rows
-    )
+    groups = generate(policy, prompts, group_size, new_tokens, temperature, max_rows=rows)
     return torch.stack([sample.tokens for group in groups for sample in group])
 
 

@@ -206,11 +206,11 @@ def ask_batch(policy, items: list[Item], settings: dict, rows: int, batch: int) 
 
     from model import encode
     from rethink import Rethinking, extender
-    from rollout import generate
+    from rollout import generate, question_keys
 
     templates = [item.template or settings["template"] for item in items]
     prompts = [encode(policy, x.question, t) for x, t in zip(items, templates, strict=True)]
-    random = torch.Generator(policy.device).manual_seed(settings["seed"] * 1_000_003 + batch)
+    keys = question_keys([item.question for item in items], settings["seed"])
     count, length = settings["samples"], settings["max_new_tokens"]
     extend = None
     if settings["force_rethink"]:  # all that leave room; the trigger is drawn blindly
@@ -218,7 +218,7 @@ def ask_batch(policy, items: list[Item], settings: dict, rows: int, batch: int) 
         extend = extender(Rethinking(1.0), policy.tokenizer, None, length, key)
     try:
         return generate(
-            policy, prompts, count, length, settings["temperature"], random, extend, max_rows=rows
+            policy, prompts, count, length, settings["temperature"], keys, extend, max_rows=rows
         )
     except torch.OutOfMemoryError:
         raise UserError(

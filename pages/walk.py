@@ -58,7 +58,9 @@ def find_questions(run: Run, steps) -> tuple[list[Sample], list[Sample]]:
     c, followed, idle = run.config, None, None
     for run.episode in range(EPISODES):
         questions = steps.episode_questions(run)
-        for group in steps.sample_groups(run, [encode(run.policy, q, c.template) for q in questions]):
+        prompts = [encode(run.policy, question, c.template) for question in questions]
+        keys = steps.question_keys(questions, c.seed, run.step)
+        for group in steps.sample_groups(run, prompts, keys):
             right = sum(sample.right for sample in group)
             kept = steps.keep_second_looks(c, [group])[0][0]
             if not followed and 1 < right < len(group) - 1 and helped(group, kept):

@@ -142,8 +142,7 @@ def test_eos_is_trained_and_pad_prompt_and_forced_tokens_are_not(policy, prompts
         fits = 2 <= len(sample.tokens) < 30
         return Extension(len(sample.tokens) - 1, [30, 31], "a kind") if fits else None
 
-    generator = torch.Generator().manual_seed(0)
-    groups = generate(policy, prompts, 4, 40, 1.0, generator, extend)
+    groups = generate(policy, prompts, 4, 40, 1.0, extend=extend)
     samples = [[s.extension or s for s in group] for group in groups]
     trees = [(group[0].prompt, [s.tokens for s in group]) for group in samples]
     flat = [s for group in samples for s in group]

@@ -334,9 +334,8 @@ def test_the_second_loss_is_taken_on_trigger_tokens_always_and_on_y1_by_flag():
 
 
 def test_merged_ids_are_those_that_were_fed(policy, prompts):
-    generator = torch.Generator().manual_seed(0)
     extend = extender(EVERY, policy.tokenizer, None, 60, (0, 0))
-    groups = generate(policy, prompts, 4, 60, 1.0, generator, extend)
+    groups = generate(policy, prompts, 4, 60, 1.0, extend=extend)
     for samples in groups:
         for first in samples:
             if first.extension:

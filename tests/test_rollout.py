@@ -20,13 +20,15 @@ import model
 import rollout
 import toy
 from data import UserError
+from decoding import uniform
 from model import decode, response_logprobs
-from rollout import Extension, generate
+from rollout import Extension, generate, luck_of, question_keys
 from tree import build_trees
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def drawn(prompts, seed: int) -> list[str]:
+    """The keys of another draw."""
+    return question_keys([prompt.question for prompt in prompts], seed)
 
 
 def same(a, b) -> bool:
@@ -97,7 +99,8 @@ def test_nothing_is_taken_from_generation_config(own_policy, policy, prompts):
     config.top_k, config.max_new_tokens = 1, 3
     for temperature in (0, 1.0):
         got, want = (
-            generate(p, prompts, 3, 20, temperature, seeded(0)) for p in (own_policy, policy)
+            generate(p, prompts, 3, 20, temperature, drawn(prompts, 0))
+            for p in (own_policy, policy)
         )
         assert all(same(a, b) for x, y in zip(got, want) for a, b in zip(x, y))
 
@@ -107,7 +110,7 @@ def test_nothing_is_taken_from_generation_config(own_policy, policy, prompts):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_behaviour_logprobs_equal_the_training_forward(policy, prompts, temperature):
-    groups = generate(policy, prompts, 6, 30, temperature, seeded(1))
+    groups = generate(policy, prompts, 6, 30, temperature, drawn(prompts, 1))
     trees = [(group[0].prompt, [s.tokens for s in group]) for group in groups]
     samples = [sample for group in groups for sample in group]
     with torch.no_grad():
@@ -140,7 +143,9 @@ def pooled(counts: Counter, probability: torch.Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampled_frequencies_follow_the_softmax(policy, prompts, temperature):
     """The first token of each response, and the second of those that share the likeliest first."""
-    [group] = generate(policy, [prompts[1]], 12000, 2, temperature, seeded(2), max_rows=12000)
+    [group] = generate(
+        policy, [prompts[1]], 12000, 2, temperature, drawn([prompts[1]], 2), max_rows=12000
+    )
     first = Counter(int(s.tokens[0]) for s in group)
     going_on = [i for i, _ in first.most_common() if i not in policy.eos_ids]
     likeliest = torch.tensor([going_on[0], 0])
@@ -155,9 +160,24 @@ def test_sampled_frequencies_follow_the_softmax(policy, prompts, temperature):
     assert statistic > limit
 
 
-def test_all_randomness_comes_from_the_generator(policy, prompts):
+def test_uniform_numbers_are_those_of_splitmix64_and_are_uniform():
+    """The first numbers that its author's C code draws from the state 1234567."""
+    luck, place = torch.full((3,), 1234567), torch.arange(3)
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    want = torch.tensor([(x >> 11) / 2**53 for x in published], dtype=torch.float64)
+    assert torch.equal(uniform(luck, place), want)
+    luck = torch.tensor([luck_of("a key", g) for g in range(400)])[:, None]
+    drawn = uniform(luck, torch.arange(100)).flatten()
+    statistic, limit = chi_squared(torch.histc(drawn, 50, 0, 1), torch.full((50,), 1 / 50))
+    assert statistic < limit
+    pairs = torch.histogramdd(torch.stack((drawn[:-1], drawn[1:]), 1), 7, range=[0.0, 1, 0, 1]).hist
+    statistic, limit = chi_squared(pairs.flatten(), torch.full((49,), 1 / 49))
+    assert statistic < limit
+
+
+def test_all_randomness_comes_from_the_keys(policy, prompts):
     def sample(seed):
-        groups = generate(policy, prompts, 4, 20, 1.0, seeded(seed))
+        groups = generate(policy, prompts, 4, 20, 1.0, drawn(prompts, seed))
         return [s.tokens.tolist() for group in groups for s in group]
 
     torch.manual_seed(0)
@@ -167,8 +187,28 @@ def test_all_randomness_comes_from_the_generator(policy, prompts):
     assert sample(4) != first
 
 
+def said(group) -> list[list[list[int]]]:
+    """The tokens of each response, and of its second look."""
+    return [[x.tokens.tolist() for x in (s, s.extension) if x] for s in group]
+
+
+@pytest.mark.parametrize("max_rows", [3, 8, 256])
+def test_a_response_is_the_same_whatever_is_sampled_beside_it(own_policy, prompts, max_rows):
+    """In any order, at most so many rows at once, on ranks of their own; second looks included."""
+    policy = own_policy.double()
+    several = [*prompts, prompts[1]]  # a question that comes twice says something else
+    keys = drawn(several, 3)
+    extend = extend_every([30, 31], 25)
+    whole = [said(g) for g in generate(policy, several, 3, 25, 1.0, keys, extend)]
+    assert whole[1] != whole[4] and sum(len(x) == 2 for group in whole for x in group) >= 5
+    for part in ([4, 2, 0, 1, 3], [0, 2, 4], [1, 3]):
+        groups = generate(policy, [several[i] for i in part], 3, 25, 1.0,
+                          [keys[i] for i in part], extend, max_rows)  # fmt: skip
+        assert [said(g) for g in groups] == [whole[i] for i in part]
+
+
 def test_responses_of_a_group_differ(policy, prompts):
-    [group] = generate(policy, [prompts[0]], 8, 10, 1.0, seeded(5))
+    [group] = generate(policy, [prompts[0]], 8, 10, 1.0, drawn([prompts[0]], 5))
     assert len({tuple(s.tokens.tolist()) for s in group}) == 8
 
 
@@ -176,7 +216,7 @@ def test_banned_ids_are_never_sampled_even_when_their_logits_are_the_largest(own
     with torch.no_grad():  # tied: this is the head's weight too
         own_policy.text_model.embed_tokens.weight[own_policy.banned_ids] *= 1000
     for temperature in (0, 1.0):
-        groups = generate(own_policy, prompts, 4, 20, temperature, seeded(6))
+        groups = generate(own_policy, prompts, 4, 20, temperature, drawn(prompts, 6))
         for prompt, group in zip(prompts, groups):
             for sample in group:
                 row = hf_inputs(own_policy, prompt, torch.cat([prompt.input_ids, sample.tokens]))
@@ -195,9 +235,13 @@ def test_an_id_of_chance_0_is_not_drawn_where_rounding_opens_a_gap(policy, monke
     monkeypatch.setattr(
         torch, "searchsorted", lambda table, u, right: torch.full_like(u, banned).long()
     )
-    hidden = torch.randn(5, policy.text_model.config.hidden_size, generator=seeded(0))
+    hidden = torch.randn(
+        5, policy.text_model.config.hidden_size, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
-        token, logprob = rollout.sample_token(policy, hidden, 100.0, seeded(1))
+        token, logprob = rollout.sample_token(
+            policy, hidden, 100.0, torch.arange(5), torch.zeros(5).long()
+        )
     assert banned not in token.tolist() and (logprob > -100).all()
 
 
@@ -242,11 +286,10 @@ def sampled_and_trained(policy, prompts, monkeypatch) -> tuple:
 
 
 @pytest.mark.parametrize("score", [0, 100, 1000, 5000])
-def test_in_bf16_the_policy_that_samples_is_the_policy_that_learns(monkeypatch, score):
+def test_in_bf16_the_policy_that_samples_is_the_policy_that_learns(prompts, monkeypatch, score):
     """Qwen's keys carry biases of hundreds; scores rounded to bf16 gave 2e-3, 3e-3 and 3e-2 here."""
     policy = toy.new_policy(0, hidden=64, layers=2, heads=4)
     add_key_bias(policy, score)
-    prompts = [encode(policy, question, "bare") for question in QUESTIONS]
     exact = copy.deepcopy(policy.bfloat16()).float()
     sampled, trained, tokens = sampled_and_trained(policy, prompts, monkeypatch)
     assert (sampled.exp() * (sampled - trained)).sum(-1).mean() < 2e-4
@@ -262,7 +305,7 @@ def test_in_bf16_the_policy_that_samples_is_the_policy_that_learns(monkeypatch, 
 
 
 def test_a_response_ends_at_its_first_eos_or_at_the_limit(policy, prompts):
-    for group in generate(policy, prompts, 8, 15, 1.0, seeded(7)):
+    for group in generate(policy, prompts, 8, 15, 1.0, drawn(prompts, 7)):
         for s in group:
             *before, last = (i in policy.eos_ids for i in s.tokens.tolist())
             assert not any(before)
@@ -273,7 +316,7 @@ def test_a_response_ends_at_its_first_eos_or_at_the_limit(policy, prompts):
 
 
 def test_a_limit_of_one_token_is_legal(policy, prompts):
-    for group in generate(policy, prompts, 3, 1, 1.0, seeded(8)):
+    for group in generate(policy, prompts, 3, 1, 1.0, drawn(prompts, 8)):
         assert [len(s.tokens) for s in group] == [1, 1, 1]
 
 
@@ -284,7 +327,7 @@ def test_no_prompts_give_no_responses(policy):
 def test_progress_counts_every_response_once(policy, prompts):
     for extend in (None, extend_every([30, 31], 12)):
         finished = []
-        generate(policy, prompts, 5, 12, 1.0, seeded(9), extend, 10, finished.append)
+        generate(policy, prompts, 5, 12, 1.0, drawn(prompts, 9), extend, 10, finished.append)
         assert sum(finished) == 5 * len(prompts)
 
 
@@ -303,7 +346,7 @@ def test_prompts_run_once_whatever_is_sampled_and_extended(own_policy, prompts):
     runs = Counter()
     own_policy.text_model.register_forward_hook(lambda *_: runs.update(["text"]))
     own_policy.model.model.visual.register_forward_hook(lambda *_: runs.update(["pictures"]))
-    generate(own_policy, prompts, 8, 20, 1.0, seeded(10), extend_every([30, 31], 20))
+    generate(own_policy, prompts, 8, 20, 1.0, drawn(prompts, 10), extend_every([30, 31], 20))
     assert runs == {"text": 1, "pictures": 1}
 
 
@@ -317,7 +360,7 @@ def test_a_decoding_step_looks_at_no_value_and_copies_from_no_other_device(
 ):
     """What a CUDA graph needs, seen without a GPU: the step runs where tensors have no values."""
     _, cache = rollout.prefill(own_policy, prompts, 2)
-    rows = rollout.new_rows(prompts, 2, 16, "cpu")
+    rows = rollout.new_rows(prompts, drawn(prompts, 0), 2, 16, "cpu")
     cache.grow(8, 16)
     if some_have_left:
         left = torch.tensor([0, 3, 4])
@@ -330,7 +373,7 @@ def test_a_decoding_step_looks_at_no_value_and_copies_from_no_other_device(
                 setattr(thing, name, value.to("meta"))
             elif isinstance(value, list):
                 setattr(thing, name, [x.to("meta") for x in value])
-    arguments = policy, cache, rows, 8, temperature, None, torch.tensor([1, 2], device="meta"), True
+    arguments = policy, cache, rows, 8, temperature, torch.tensor([1, 2], device="meta"), True
     rollout.next_token(*arguments)  # once as it is, as before recording
     memory = [id(x) for x in vars(rows).values()]
     with StaysOn("meta") as watch:
@@ -350,7 +393,7 @@ def test_a_recorded_step_meets_its_memory_where_it_was(own_policy, prompts, monk
     """With a stand-in for CUDA graphs that looks; and the tokens are those of unrecorded steps."""
     policy = own_policy.double()  # steps of another width round differently
     forced = extend_every([30, 31, 32], 60) if extend else None
-    want = generate(policy, prompts, 4, 60, 1.0, seeded(20), forced)
+    want = generate(policy, prompts, 4, 60, 1.0, drawn(prompts, 20), forced)
     now, records, replays = [], [], []
     real = rollout.next_token
 
@@ -358,7 +401,7 @@ def test_a_recorded_step_meets_its_memory_where_it_was(own_policy, prompts, monk
         now[:] = [addresses(rows, cache), span]
         real(policy, cache, rows, span, *rest)
 
-    def record(step, generator):
+    def record(step):
         recorded = list(now)  # of the step that ran as it is
         records.append(recorded)
 
@@ -372,7 +415,7 @@ def test_a_recorded_step_meets_its_memory_where_it_was(own_policy, prompts, monk
     monkeypatch.setattr(rollout, "next_token", next_token)
     monkeypatch.setattr(rollout, "record", record)
     monkeypatch.setattr(rollout, "recordable", lambda policy: True)
-    got = generate(policy, prompts, 4, 60, 1.0, seeded(20), forced)
+    got = generate(policy, prompts, 4, 60, 1.0, drawn(prompts, 20), forced)
     for ours, theirs in zip(got, want):
         for a, b in zip(ours, theirs):
             assert same(a, b) and (a.extension is None) == (b.extension is None)
@@ -387,7 +430,7 @@ def test_a_step_that_cannot_be_recorded_is_named_with_the_way_around(monkeypatch
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", fail)
     with pytest.raises(UserError, match=r"not permitted.*--cuda_graphs false"):
-        rollout.record(lambda: None, None)
+        rollout.record(lambda: None)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -399,8 +442,7 @@ def test_on_a_gpu_recorded_steps_decode_and_sample_as_they_should(own_policy, pr
         greedy[policy.cuda_graphs] = [g[0] for g in generate(policy, prompts, 1, 300, 0)]
     assert all(map(same, *greedy.values()))
     policy.cuda_graphs, policy.eos_ids = True, ends
-    draw = torch.Generator("cuda").manual_seed(20)
-    groups = generate(policy, prompts, 8, 60, 1.0, draw, extend_every([30, 31], 60))
+    groups = generate(policy, prompts, 8, 60, 1.0, None, extend_every([30, 31], 60))
     for group in groups:
         assert len({tuple(s.tokens.tolist()) for s in group}) > 4
         with torch.no_grad():
@@ -445,7 +487,7 @@ def test_forced_tokens_stand_where_they_were_fed(policy, prompts, temperature):
         asked.append((n, g))
         return extend_every(forced, 39)(n, g, sample)  # room for a second part
 
-    groups = generate(policy, prompts, 8, 40, temperature, seeded(11), extend)
+    groups = generate(policy, prompts, 8, 40, temperature, drawn(prompts, 11), extend)
     assert sorted(asked) == [(n, g) for n in range(len(prompts)) for g in range(8)]
     seen = Counter()
     for prompt, group in zip(prompts, groups):
