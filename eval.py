@@ -48,6 +48,7 @@ class Config:
     out: str = flag("", "directory of the results; default: runs/eval, numbered if taken")
     responses: str = flag("", 'mark this .jsonl of {"id", "response"} instead of running a model')
     compare: tuple = flag(None, "compare two OUT/NAME.jsonl question by question")
+    show: bool = flag(False, "print ten responses in which no answer was found, and why")
     limit: int = flag(0, "only the first so many questions; 0: all", low=0)
     samples: int = flag(1, "responses a question: adds pass@k and maj@k [P: 1]", low=1)
     template: str = flag(
@@ -265,6 +266,8 @@ def evaluate(config: Config) -> dict[str, dict]:
         if (out / f"{name}.run.json").exists():
             others = {id_: found for id_, found in answers.items() if id_ not in marked}
         save(out, name, marked | others, summaries[name])
+        if config.show:
+            print(scores.unanswered([line for lines in marked.values() for line in lines]))
     return summaries
 
 

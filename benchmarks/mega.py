@@ -75,9 +75,15 @@ def parse(found: str, answer: dict, info: dict) -> dict:
     if fenced:
         found = fenced[1]
     elif all("\n" not in str(gold) for gold in answer.values()):
-        # A one-line answer ends with its paragraph; what follows explains it.
-        found = found.split("\n\n")[0]
+        # A one-line answer ends with its line (a list, with its bracket); what follows explains it.
+        lines = found.split("\n")
+        whole = (k for k in range(1, len(lines)) if balanced("\n".join(lines[:k])))
+        found = re.sub(r"(?<=[\])}])\.$", "", "\n".join(lines[: next(whole, None)]).rstrip())
     return dict.fromkeys(answer, found)
+
+
+def balanced(text: str) -> bool:
+    return all(text.count(a) <= text.count(b) for a, b in ("[]", "{}", "()"))
 
 
 # ---------------------------------------------------------------------------- a sample

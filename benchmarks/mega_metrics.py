@@ -61,7 +61,7 @@ def as_list(thing) -> list:
     found = parsed(text)
     if isinstance(found, (list, tuple, set, dict)):
         return list(found)
-    if isinstance(found, (int, float)):
+    if isinstance(found, (int, float)) and not isinstance(found, bool):
         return [found]
     closing = {"(": ")", "[": "]", "{": "}"}.get(text[0])
     if closing:
@@ -121,6 +121,11 @@ def simple(ours, gold) -> bool:
 
 def share(common: set, of: set) -> float:
     return len(common) / len(of) if of else 1.0
+
+
+def precision(ours: set, gold: set) -> float:
+    """0 for an empty answer, as for one that cannot be read, unless nothing is asked for."""
+    return share(ours & gold, ours) if ours else float(not gold)
 
 
 def jaccard(ours: set, gold: set) -> float:
@@ -256,9 +261,13 @@ def keypoints(ours, gold) -> float:
 
 def closeness(ours, gold, worst: float) -> float:
     """1 at no mean difference, 0 at `worst` and beyond."""
-    pairs = list(zip(as_list(ours), as_list(gold), strict=True))
-    difference = sum(abs(float(a) - float(b)) for a, b in pairs) / len(pairs)
-    return max(0.0, 1 - difference / worst)
+    pairs = [
+        (number_of(a), number_of(b)) for a, b in zip(as_list(ours), as_list(gold), strict=True)
+    ]
+    if not pairs or any(None in pair for pair in pairs):
+        return 0.0
+    difference = sum(abs(a - b) for a, b in pairs) / len(pairs)
+    return max(0.0, float(1 - difference / Fraction(worst)))
 
 
 def latex_in_text(ours, gold) -> bool:
@@ -295,7 +304,7 @@ METRICS = {
     "set_equality_case_insensitive": lambda a, b: lower_set(a) == lower_set(b),
     "str_set_equality_line_break": lambda a, b: line_set(a) == line_set(b),
     "str_set_equality_comma": lambda a, b: lower_set(a) == lower_set(b),
-    "set_precision": lambda a, b: share(as_set(a) & as_set(b), as_set(a)),
+    "set_precision": lambda a, b: precision(as_set(a), as_set(b)),
     "jaccard_index": lambda a, b: jaccard(as_set(a), as_set(b)),
     "jaccard_index_case_insensitive": lambda a, b: jaccard(lower_set(a), lower_set(b)),
     "chess_move_list_jaccard_index": lambda a, b: jaccard(chess_moves(a), chess_moves(b)),

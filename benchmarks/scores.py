@@ -74,6 +74,23 @@ def mark_all(item: Item, answers: list[dict], samples: int) -> list[dict]:
     return [line | ({"sample": k} if k else {}) for k, line in enumerate(lines)]
 
 
+def why_unanswered(line: dict) -> str | None:
+    """Why no answer was found in a response that is there; None where one was."""
+    if line["response"] is None or line["extracted"] is not None:
+        return None
+    reasons = {"length": "cut at the limit", "overlong": "prompt too long"}
+    return reasons.get(line["finish"], "no box or phrase")
+
+
+def unanswered(lines: list[dict], most: int = 10) -> str:
+    """The ends of some responses without an answer, to look at."""
+    shown = []
+    for line in [line for line in lines if why_unanswered(line)][:most]:
+        end = printable(" ".join(line["response"][-300:].split()))
+        shown.append(f"{printable(line['id'])} ({why_unanswered(line)}): ...{end}")
+    return "\n".join(shown)
+
+
 def credit(line: dict) -> float:
     return float(line.get("score", line["correct"]))
 
@@ -167,7 +184,11 @@ def summarise(
         "accuracy": round(headline(items, values), 6),
         "n": len(items),
         "ci95": [round(bound, 6) for bound in interval(items, values)],
-        "no_answer": sum(x["response"] is not None and x["extracted"] is None for x in lines),
+        "no_answer": sum(why_unanswered(x) is not None for x in lines),
+        "no_answer_by": {
+            why: round(count / len(lines), 6)
+            for why, count in Counter(filter(None, map(why_unanswered, lines))).most_common()
+        },
         "truncated": sum(x["finish"] == "length" for x in lines),
         "missing": sum(x["response"] is None for x in lines),
         "overlong": sum(x["finish"] == "overlong" for x in lines),
@@ -243,6 +264,7 @@ def label(name: str, items: list[Item], left_out: list[Item]) -> str:
     if name == "megabench":
         tasks, out = ({item.stratum for item in part} for part in (items, left_out))
         words += [f"core ({len(tasks)}/{len(tasks | out)} tasks, {len(items)}/{n} samples)"]
+        words += ["bold and fenced answers count (the official parser misses some)"]
     elif name == "mmmu_pro":
         words += [" + ".join(sorted({item.stratum for item in items}))]
     elif name == "mathverse":
@@ -284,6 +306,8 @@ def table(summaries: dict[str, dict]) -> str:
             (g, f"{100 * v['accuracy']:.1f}", str(v["n"])) for g, v in sorted(s["groups"].items())
         ]
         covers = [f"rules cover {s['rules_cover']}"] if "rules_cover" in s else []
+        reasons = [f"{100 * share:.1f} % {why}" for why, share in s["no_answer_by"].items()]
+        covers += [f"no answer: {', '.join(reasons)}"] if reasons else []
         blocks.append("\n".join([_aligned(rows), *several, *covers]))
     return "\n\n".join(blocks)
 

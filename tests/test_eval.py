@@ -26,12 +26,11 @@ from test_benchmarks import (
     write_parquet,
 )
 
-from benchmarks import asking
-from benchmarks import readers
 import eval as evaluation
 import rollout
-from benchmarks import scores
 import toy
+from benchmarks import asking, readers, scores
+from data import TEMPLATES
 from model import save_policy
 from toy import LEVELS, toy_questions
 
@@ -103,6 +102,33 @@ def test_marking_counts_right_wrong_unanswered_truncated_and_missing(tmp_path, m
     printed = capsys.readouterr().out
     assert "partial: 4 of 900" in printed
     assert "VL-Rethinker-7B" in printed
+
+
+def test_what_was_not_found_is_reported_by_reason_and_shown(tmp_path, mmmu, capsys):
+    finishes = ("stop", "length", "overlong")
+    rows = [
+        {"id": f"validation_Art_{i}", "response": "I am not sure.", "finish": finish}
+        for i, finish in enumerate(finishes)
+    ]
+    responses = write_jsonl(tmp_path / "r.jsonl", rows)
+    flags = ["--benchmark", "mmmu", "--data", mmmu, "--responses", responses, "--show"]
+    assert run(*flags, "--out", tmp_path / "out") == 0
+    shares = summary_of(tmp_path / "out", "mmmu")["no_answer_by"]
+    assert shares == {"no box or phrase": 0.25, "cut at the limit": 0.25, "prompt too long": 0.25}
+    printed = capsys.readouterr().out
+    assert printed.count("...I am not sure.") == 3
+    assert "25.0 % cut at the limit" in printed
+
+
+def test_the_papers_protocol_is_the_default():
+    config = evaluation.parse(["--benchmark", "mathvista", "--model", "any/model"])
+    made = asking.made_with(config, "mathvista")
+    paper = {"temperature": 0, "samples": 1, "max_new_tokens": 8192, "template": "plain",
+             "min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28, "force_rethink": False}  # fmt: skip
+    assert {key: made[key] for key in paper} == paper
+    assert TEMPLATES["plain"].endswith("put your final answer within \\boxed{}.")
+    item = readers.mathvista(mathvista_row())
+    assert item.template == "" and item.question.text.startswith("<image>Hint: ")
 
 
 def test_marking_twice_and_marking_the_result_give_the_same_files(tmp_path, mmmu):
@@ -334,7 +360,10 @@ def test_forced_second_looks_stand_beside_the_first_and_resume_with_them(tmp_pat
 def test_a_second_look_without_an_answer_of_its_own_is_no_answer():
     item = readers.Item(readers.Question("q", "", [], "green"), lambda said: said == "green", [])
     first, trigger = "So \\boxed{green}.", "\n\nWait, does it seem right?"
-    for y2, correct, outcome in (("green}.", False, "no_answer"), ("\\boxed{red}", False, "right_wrong")):
+    for y2, correct, outcome in (
+        ("green}.", False, "no_answer"),
+        ("\\boxed{red}", False, "right_wrong"),
+    ):
         again = {"response": first + trigger + y2, "finish": "stop", "tokens": 9, "trigger": "x"}
         line = scores.mark(item, {"response": first, "again": again})
         assert line["correct"] and line["again"]["correct"] == correct
