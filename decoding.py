@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from data import UserError
-from model import NEVER, Policy, Prompt, id_tensor
+from model import NEVER, Policy, Prompt, masked_logits, product
 from tree import join_pictures
 
 
@@ -166,22 +166,6 @@ def most(count: int, policy: Policy) -> int:
     return int(counts)
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [..., m, k] @ b [..., k, n], summed and kept in fp32 (float64 stays) where a and b are bf16.
-
-    Qwen's keys carry biases of hundreds: scores rounded to bf16 lose what tells two keys apart. So do
-    logits of 16 to 32, which bf16 knows to an eighth.
-    """
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if not a.is_cuda:  # no such kernel there
-        return a.float() @ b.float()
-    if b.dim() == 2:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    flat = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
-    return flat.unflatten(0, a.shape[:-2])
-
-
 def shared_prefix_attention(q, prefix, suffix, bias, slot, group_size: int) -> torch.Tensor:
     """Attention of B rows over their prompt and over themselves, as one softmax. [B, H, g, d]
 
@@ -256,8 +240,7 @@ def sample_token(policy: Policy, hidden, temperature: float, luck, place):
     A uniform number u in [0, 1) per row, of `luck` and `place` alone ([B] each), is looked up in the
     cumulative distribution.
     """
-    logits = product(hidden, policy.head_weight().t())  # [B, V]
-    logits = logits.index_fill_(-1, id_tensor(tuple(policy.banned_ids), logits.device), NEVER)
+    logits = masked_logits(hidden, policy.head_weight(), policy.banned_ids)  # [B, V]
     if temperature == 0:
         logprobs = logits.log_softmax(-1)
         token = logits.argmax(-1, keepdim=True)

@@ -10,7 +10,7 @@ with no optimiser. Four ways to take it, and their log-probabilities must agree:
     rows, full logits     what most trainers do: the model of transformers on G rows of prompt +
                           response, causal attention without a mask (rows of one length need none,
                           so it keeps its fastest kernel), logits of all response tokens at once
-    rows, chunked         the same, with the projection in checkpointed chunks
+    rows, chunked         the same, with the projection in chunks that are computed twice
     tree, full logits     one row [prompt | y_1 | ... | y_G], logits at once
     tree, chunked         `Policy.forward`, as train.py calls it
 
@@ -32,15 +32,22 @@ from unittest import mock
 
 import benching  # first: it puts the repository on the path
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
 
 import model
-from model import CHUNK, token_logprobs
+from model import NEVER, token_logprobs
 from tree import build_trees
 
 # Dense bf16 FLOP/s, from the makers' data sheets.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 WAYS = ["rows, full logits", "rows, chunked", "tree, full logits", "tree, chunked"]
+
+
+def full_logprobs(hidden, weight, targets, banned_ids, temperature) -> tuple:
+    """`token_logprobs` as most trainers have it: by autograd, all logits at once."""
+    logits = F.linear(hidden, weight).float() / temperature
+    logits = logits.index_fill(-1, torch.tensor(banned_ids, device=logits.device), NEVER)
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0], None
 
 
 def rows_logprobs(policy, prompt, responses, chunked: bool) -> torch.Tensor:
@@ -58,12 +65,7 @@ def rows_logprobs(policy, prompt, responses, chunked: bool) -> torch.Tensor:
     ).last_hidden_state
     hidden, y = hidden[:, P - 1 : -1].flatten(0, 1), y.flatten().to(device)
     weight, banned = policy.head_weight(), policy.banned_ids
-    if not chunked:
-        return token_logprobs(hidden, weight, y, banned, 1.0)[0]
-    return torch.cat([
-        checkpoint(token_logprobs, h, weight, t, banned, 1.0, use_reentrant=False)[0]
-        for h, t in zip(hidden.split(CHUNK), y.split(CHUNK))
-    ])  # fmt: skip
+    return (token_logprobs if chunked else full_logprobs)(hidden, weight, y, banned, 1.0)[0]
 
 
 def tree_logprobs(policy, prompt, responses, chunked: bool) -> torch.Tensor:
@@ -72,10 +74,7 @@ def tree_logprobs(policy, prompt, responses, chunked: bool) -> torch.Tensor:
     if chunked:
         return policy(trees)[0]
 
-    def at_once(function, *args, use_reentrant):
-        return function(*args)
-
-    with mock.patch.multiple(model, CHUNK=len(trees.targets), checkpoint=at_once):
+    with mock.patch.object(model, "token_logprobs", full_logprobs):
         return policy(trees)[0]
 
 

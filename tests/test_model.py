@@ -164,6 +164,41 @@ def test_the_vocabulary_projection_equals_full_logits_without_the_banned_ids():
         assert relative_difference(got, wanted) < 1e-5
 
 
+def test_in_bf16_logits_stay_in_fp32_and_so_does_the_sum_of_the_head_s_gradient(monkeypatch):
+    """43 chunks, logits of 16 to 32, where bf16 knows an eighth; against float64.
+
+    With logits in bf16 and the gradient summed in bf16, the errors are 0.15 and 1 % here.
+    """
+    monkeypatch.setattr(model, "CHUNK", 8)
+    generator = torch.Generator().manual_seed(0)
+    K, V, D = 43 * 8, 96, 64
+    hidden, weight = (torch.randn(n, D, generator=generator) for n in (K, V))
+    hidden += weight.sum(0) / V**0.5  # logits that are large for all alike
+    scale, targets = (
+        torch.randn(K, generator=generator),
+        torch.randint(1, V, (K,), generator=generator),
+    )
+
+    def run(dtype, attend):
+        leaves = [x.bfloat16().to(dtype).requires_grad_() for x in (hidden, weight)]
+        logprob, entropy = attend(*leaves)
+        (logprob * scale).sum().backward()
+        return logprob.detach().double(), entropy, *(x.grad.double() for x in leaves)
+
+    def exactly(hidden, weight):
+        table = (hidden @ weight[1:].T).log_softmax(-1)  # without the banned id 0
+        return table.gather(1, targets[:, None] - 1)[:, 0], torch.special.entr(table.exp()).sum(-1)
+
+    got = run(torch.bfloat16, lambda h, w: model.token_logprobs(h, w, targets, [0], 1.0))
+    want = run(torch.float64, exactly)
+    logits = hidden.bfloat16().double() @ weight.bfloat16().double().T
+    assert logits.abs().amax(-1).mean() > 16
+    for a, b in zip(got[:2], want[:2]):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=0)
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(got[2:], want[2:])]
+    assert max(errors) < 0.003, errors
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 4096])
 def test_the_size_of_a_chunk_changes_nothing(own_policy, policy, prompts, monkeypatch, chunk):
     groups = [(prompts[1], responses_of(policy, [9, 4])), (prompts[0], responses_of(policy, [12]))]
