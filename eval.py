@@ -5,6 +5,7 @@
     python eval.py --model DIR --data FILE.jsonl               own questions, laid out as in data.py
     python eval.py --benchmark mmmu --data FOLDER --responses FILE.jsonl      no model
     python eval.py --compare A/mmmu.jsonl B/mmmu.jsonl                        paired test
+    python eval.py --compare A/mmmu.jsonl B/mmmu.jsonl --page                 and the answers, as a page
 
 The paper's protocol (Section 4.2) is the default: greedy, one sample, up to 8192 new tokens,
 pictures between 256 x 28 x 28 and 1280 x 28 x 28 pixels, the plain prompt. Written to --out:
@@ -21,15 +22,19 @@ wait for each other.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 
+import report
 from benchmarks import scores
 from benchmarks.asking import RANK, answers_from_model, made_with, trainer_config
 from benchmarks.readers import BENCHMARKS, Item
 from config import flag, read_flags
-from data import TEMPLATES, UserError, check_images, load_questions, read_json, read_rows
+from data import TEMPLATES, UserError, check_images, load_questions, read_json, read_jsonl, read_rows
 from data import write_atomically
+from pages.transcripts import heldout
+from record import thumbnail
 from reward import extract_answer, is_correct
 from benchmarks.sources import find_data, find_files, load
 
@@ -49,6 +54,7 @@ class Config:
     responses: str = flag("", 'mark this .jsonl of {"id", "response"} instead of running a model')
     compare: tuple = flag(None, "compare two OUT/NAME.jsonl question by question")
     show: bool = flag(False, "print ten responses in which no answer was found, and why")
+    page: bool = flag(False, "with --compare: write the answers side by side, as a page beside B")
     limit: int = flag(0, "only the first so many questions; 0: all", low=0)
     samples: int = flag(1, "responses a question: adds pass@k and maj@k [P: 1]", low=1)
     template: str = flag(
@@ -286,11 +292,48 @@ def read_summary(out: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
+# What the page counts on in a line of OUT/NAME.jsonl.
+RESULT = dict.fromkeys(("response", "extracted"), (str, type(None))) | {"tokens": (int, type(None))}
+
+
+def write_comparison(config: Config, told: str) -> Path:
+    """A page of two results side by side, question by question, in B's folder. Returns where.
+
+    told  what `scores.compare` says of them
+    """
+    paths = [Path(path) for path in config.compare]
+    name, folder = paths[1].stem, paths[1].parent
+    made = read_json(folder / "summary.json", {name: {"settings": dict}})[name]["settings"]
+    again = replace(config, benchmark=name, data=config.data or made["data"], model=made.get("model", ""))
+    items = read_items(name, again)
+    columns = []
+    for path in paths:
+        rows = [row for _, row in read_jsonl(path, RESULT) if not row.get("sample")]
+        columns.append((str(path), {row["id"]: {
+            "text": row["response"] or "", "found": row["extracted"], "right": scores.credit(row),
+            "tokens": row["tokens"],
+        } for row in rows}))  # fmt: skip
+    questions = [vars(item.question) for item in items if item.question.id in columns[1][1]]
+
+    def finish(question: dict) -> dict:
+        return question | {"images": [thumbnail(source) for source in question["images"]]}
+
+    sections = [
+        report.section("summary", "Comparison", f"<pre>{escape(told)}</pre>"),
+        report.section("answers", "Answers", heldout(questions, columns, finish), "filtered"),
+    ]
+    path = folder / f"{name}-compared.html"
+    return report.write_page(path, report.shell(name, " → ".join(config.compare), sections))
+
+
 def main(argv: list[str]) -> int:
     try:
         config = parse(argv)
         if config.compare:
-            print(scores.compare(*config.compare))
+            told = scores.compare(*config.compare)
+            print(told)
+            if config.page:
+                print(write_comparison(config, told))
             return 0
         if config.responses and RANK > 0:
             return 0

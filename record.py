@@ -1,9 +1,12 @@
-"""What a run writes down: metrics.jsonl, samples.jsonl, and tensorboard where it is installed."""
+"""What a run writes: metrics, rollouts, held-out answers and when it was started, as JSON lines; and
+tensorboard's events where that is installed."""
 
 import base64
+import datetime
 import io
 import json
 import math
+import shlex
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +14,8 @@ from pathlib import Path
 from data import open_image, write_atomically
 from rethink import OUTCOMES
 from ssr import effective_sample_size
+
+HELDOUT_KEPT = 256  # questions whose answers are kept
 
 
 class Recorder:
@@ -32,6 +37,13 @@ class Recorder:
         except ImportError:
             pass  # optional: metrics.jsonl has the same numbers
 
+    def start(self, step: int, argv: list[str], ranks: int) -> None:
+        """One line of starts.jsonl per start or resumption: when, and with which command line."""
+        if self.active:
+            date = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+            command = shlex.join(["train.py", *argv]) + (f" ({ranks} ranks)" if ranks > 1 else "")
+            self.append("starts.jsonl", {"step": step, "date": date, "command": command})
+
     def metrics(self, row: dict) -> None:
         """One line of metrics.jsonl. Floats are written exactly: a resumed run can be compared."""
         if not self.active:
@@ -45,25 +57,29 @@ class Recorder:
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(name, value, row["step"])
 
-    def heldout(self, row: dict, answers: list[dict]) -> None:
-        """A measurement: its line of metrics.jsonl, and what was answered, a line of heldout.jsonl each."""
-        self.metrics(row)
-        for answer in answers if self.active else []:
-            self.append("heldout.jsonl", answer)
-
     def samples(self, step: int, groups: list, tokenizer) -> None:
         """Rollouts to look at: question, picture and every response of these groups."""
         for group in groups if self.active else []:
-            question = group[0].prompt.question
-            self.append("samples.jsonl", {
-                "step": step,
-                "question": {
-                    "id": question.id, "text": question.text, "answer": question.answer,
-                    "category": question.category,
-                    "images": [thumbnail(source) for source in question.images],
-                },
-                "responses": [describe(sample, tokenizer) for sample in group],
-            })  # fmt: skip
+            question = show_question(group[0].prompt.question)
+            responses = [describe(sample, tokenizer) for sample in group]
+            self.append("samples.jsonl", {"step": step, "question": question, "responses": responses})
+
+    def heldout(self, questions: list, row: dict, answers: list[dict]) -> None:
+        """A measurement: its line of metrics.jsonl, and a line of heldout.jsonl per greedy answer.
+
+        The questions and their pictures are written once, before the first answers.
+        """
+        self.metrics(row)
+        if not self.active:
+            return
+        path, kept = self.out / "heldout.jsonl", questions[:HELDOUT_KEPT]
+        if not path.exists() or path.stat().st_size == 0:
+            for question in kept:
+                self.append(path.name, {"step": row["step"], "question": show_question(question)})
+        ids = {question.id for question in kept}
+        for answer in answers:
+            if answer["id"] in ids:
+                self.append(path.name, answer)
 
     def summary(self, step: int, total: int, saved: list[Path]) -> str:
         """The last line of a run: what was learnt, where it is, and how to go on."""
@@ -148,7 +164,7 @@ def describe(sample, tokenizer) -> dict:
             pieces.append([tokenizer.decode(sample.tokens[start:i]), not mask[start]])
             start = i
     row = {
-        "text": sample.text, "pieces": pieces, "reward": sample.reward,
+        "text": sample.text, "pieces": pieces, "right": sample.right, "reward": sample.reward,
         "advantage": sample.advantage, "finish": sample.finish, "tokens": len(mask),
         "rethought": sample.rethought,
     }  # fmt: skip
@@ -157,10 +173,21 @@ def describe(sample, tokenizer) -> dict:
     return row
 
 
+def show_question(question) -> dict:
+    """A question as the page needs it, its pictures within."""
+    return {
+        "id": question.id, "text": question.text, "answer": question.answer,
+        "category": question.category, "images": [thumbnail(source) for source in question.images],
+    }  # fmt: skip
+
+
 def thumbnail(source, side: int = 336) -> str:
-    """A picture as a data URI of at most `side` pixels, to be shown in a page."""
-    image = open_image(source)
+    """A picture as a data URI of at most `side` pixels: drawings as PNG, photographs as JPEG."""
+    image = open_image(source).convert("RGB")
     image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    coded = []
+    for kind in ("png", "jpeg"):
+        image.save(buffer := io.BytesIO(), kind)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        coded.append(f"data:image/{kind};base64,{data}")
+    return min(coded, key=len)

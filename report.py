@@ -1,16 +1,17 @@
-"""One page to look at a run: what the numbers did, and what the model said.
+"""One page to look at a run: what the numbers did, and what the policy said.
 
     python report.py RUN [RUN ...]          writes RUN/report.html of the first; the others' curves
                                             are laid over its own
 
-The page needs nothing but itself: no network, no library. Curves answer "does it learn?", rollouts
-"what does it do?", and only the two together tell a policy that thinks from one that found a way
-around the reward. It may be made while a run is going.
+The page needs nothing but itself: no network, no library. Curves show whether the policy learns;
+held-out answers and rollouts show what it learns. Only together do they tell a policy that thinks
+from one that exploits the reward. The page can be written while the run is going.
 
-Whatever a model wrote is escaped. Should that ever be forgotten, the page's security policy still
-names its one script by hash, lets no other run, and fetches nothing.
+Whatever a model wrote is escaped. Should that fail, the page's content security policy still allows
+only its own script, named by hash, and nothing is fetched.
 
-How it looks is in pages/report.html, how curves are drawn in pages/curves.py.
+How the page looks is in pages/report.html; pages/curves.py draws charts, pages/transcripts.py
+shows answers and rollouts.
 """
 
 import argparse
@@ -23,53 +24,88 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from pages.curves import Chart, draw, ends, series, show_number, swatch
+from benchmarks.scores import paired
 from data import NUMBER, UserError, read_json, read_jsonl, write_atomically
-from pages.transcripts import rollouts
+from pages.curves import Chart, draw, ends, looks, series, show_number, swatch
+from pages.transcripts import OUTCOMES, heldout, rollouts
 
 PAGE = Path(__file__).parent / "pages/report.html"
-CHARTS = (
-    Chart("heldout_accuracy", "Held-out accuracy", "greedy answers to questions never trained on",
-          "%", 1.0),
-    Chart("reward", "Reward", "share of sampled responses that are right", "%", 1.0),
-    Chart("effective_queries", "Effective questions",
-          "share whose responses differ in reward: the others teach nothing", "%", 1.0),
-    Chart("replayed", "Replayed", "share of a batch drawn from the replay buffer", "%", 1.0),
-    Chart("rethought", "Forced second looks kept", "share of responses", "%", 1.0),
-    Chart("rethinks", "Rethinking unasked",
-          "share of responses that look again by themselves", "%", 1.0),
-    Chart("response_length", "Response length", "mean, in tokens", "tokens"),
-    Chart("truncated", "Cut off", "share of responses that met the length limit", "%"),
-    Chart("entropy", "Entropy", "of the next token; near 0 nothing is explored any more", "nats"),
-    Chart("clip_fraction", "Clipped", "share of tokens beyond the trust region", "%"),
-    Chart("grad_norm", "Gradient norm", "before clipping", ""),
-    Chart("speed", "Speed", "response tokens a second, sampling and update together", "tokens/s"),
-)  # fmt: skip
+HELDOUT = {"heldout_accuracy": "greedy", "heldout_sampled": "sampled"}
+WAYS = {"heldout_fast": "guesses", "heldout_slow": "reads", "heldout_twice": "guesses, then reads"}
 
 
-# What the page counts on in a line of samples.jsonl and of metrics.jsonl.
+def charts(first: list[dict], graded: bool) -> list[Chart]:
+    """All charts, most important first. Those without numbers are not drawn.
+
+    first   the metrics of the first run: it names the categories
+    graded  rewards are not just 0 and 1
+    """
+    share = "" if graded else "%"
+    categories = dict.fromkeys(key for row in first for key in row if key.startswith("in "))
+    stacked = {f"look_{name}": label for name, label in OUTCOMES.items()}
+    return [
+        Chart("Held-out reward" if graded else "Held-out accuracy",
+              "greedy answers, and one sampled answer per question", share, HELDOUT, wide=True),
+        Chart("What forced second looks did", "share of an episode's forced looks", "%", stacked,
+              "stack", True, (2, 4, 1, 5, 3)),
+        Chart("Held-out by category", "greedy", share, {key: key[3:] for key in categories}
+              if len(categories) > 1 else {}, "first", wide=True),
+        Chart("Ways of answering", "share of sampled held-out answers", "%", WAYS, "stack", wide=True),
+        Chart("Reward", "mean over an episode's responses", share, {"reward": ""}),
+        Chart("Effective questions", "share with responses that differ in reward: only these have a "
+              "gradient", "%", {"effective_queries": ""}),
+        Chart("Replayed", "share of a batch drawn from the replay buffer", "%", {"replayed": ""}),
+        Chart("Forced second looks kept", "share of responses", "%", {"rethought": ""}),
+        Chart("Unforced rethinking", "share of responses with a trigger phrase of their own", "%",
+              {"rethinks": ""}),
+        Chart("Response length", "mean, in tokens", "tokens", {"response_length": ""}),
+        Chart("Cut off", "share of responses that reached the length limit", "%", {"truncated": ""}),
+        Chart("Entropy", "of the next token; near 0 nothing is explored any more", "nats",
+              {"entropy": ""}),
+        Chart("Clipped", "share of tokens outside the clip range", "%", {"clip_fraction": ""}),
+        Chart("SFT loss", "on the second looks that were kept", "nats", {"sft_loss": ""}),
+        Chart("Gradient norm", "before clipping", "", {"grad_norm": ""}),
+        Chart("Learning rate", "after warm-up and decay", "", {"lr": ""}),
+        Chart("Mismatch", "largest difference of a token's log-probability, sampling against training",
+              "nats", {"logp_mismatch": ""}),
+        Chart("Speed", "response tokens per second, sampling and update together", "tokens/s",
+              {"speed": ""}),
+    ]  # fmt: skip
+
+
+# What the page counts on in a line of samples.jsonl, heldout.jsonl and metrics.jsonl.
 RESPONSE = {
     "text": str, "pieces": [[str, bool]], "reward": NUMBER, "advantage": NUMBER, "tokens": int,
     "finish": str, "not_kept?": dict,
 }  # fmt: skip
 RESPONSE["not_kept?"] = RESPONSE
-GROUP = {
-    "step": int,
-    "question": {"text": str, "answer": str, "images": [str], "category?": str},
-    "responses": [RESPONSE],
+QUESTION = {"id": str, "text": str, "answer": str, "images": [str], "category?": str}
+GROUP = {"step": int, "question": QUESTION, "responses": [RESPONSE]}
+ANSWER = {
+    "step": int, "question?": QUESTION, "id?": str, "text?": str, "found?": (str, type(None)),
+    "right?": NUMBER, "tokens?": int,
+}  # fmt: skip
+COUNTS = ("attempted", *OUTCOMES)
+METRICS = {"step": int, "episode?": int, "heldout_categories?": dict} | {
+    f"rethink_{name}?": NUMBER for name in COUNTS
 }
-COUNTS = ("attempted", "wrong_right", "right_right", "right_wrong", "wrong_wrong")
-METRICS = {"step": int, "episode?": int} | {f"rethink_{name}?": NUMBER for name in COUNTS}
 
 
 @dataclass
 class Record:
-    """What a run wrote down."""
+    """What a run wrote."""
 
     name: str
     config: dict
+    starts: list[dict]
     metrics: list[dict]
     samples: list[dict]
+    questions: list[dict]  # held out
+    answers: dict[int, dict[str, dict]]  # step -> question's id -> its greedy answer
+
+    @property
+    def graded(self) -> bool:
+        return bool(self.config.get("reward"))
 
 
 # ---------------------------------------------------------------------------- read
@@ -81,15 +117,39 @@ def read_run(folder: Path, name: str) -> Record:
         raise UserError(f"{folder}: no such run; give the folder that train.py wrote (--out)")
     if not (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder}: no metrics.jsonl; is it a run of train.py, and has it begun?")
-    samples = []
-    if (folder / "samples.jsonl").exists():
-        rows = read_jsonl(folder / "samples.jsonl", GROUP, growing=True)
-        samples = [row for _, row in rows]
-    rows = read_jsonl(folder / "metrics.jsonl", METRICS, growing=True)
-    metrics = [row for _, row in rows]
+
+    def rows(file: str, shape: dict) -> list[dict]:
+        path = folder / file
+        found = read_jsonl(path, shape, growing=True) if path.exists() else []
+        return [row for _, row in found]
+
+    questions, answers = [], {}
+    for row in rows("heldout.jsonl", ANSWER):
+        if "question" in row:
+            questions.append(row["question"])
+        else:
+            answers.setdefault(row["step"], {})[row["id"]] = row
     path = folder / "config.json"
     config = read_json(path, {"steps?": int}) if path.exists() else {}
-    return Record(name, config, metrics, samples)
+    metrics = [derive(row) for row in rows("metrics.jsonl", METRICS)]
+    starts = rows("starts.jsonl", {"step": int, "date": str, "command": str})
+    return Record(name, config, starts, metrics, rows("samples.jsonl", GROUP), questions, answers)
+
+
+def derive(row: dict) -> dict:
+    """A row of metrics.jsonl with what is drawn of it.
+
+    >>> derive({"step": 1, "response_tokens": 300, "step_seconds": 1.5})["speed"]
+    200.0
+    >>> derive({"step": 1, "rethink_attempted": 4, "rethink_wrong_right": 3})["look_wrong_right"]
+    0.75
+    """
+    more = {f"in {name}": value for name, value in row.get("heldout_categories", {}).items()}
+    if row.get("step_seconds") and row.get("response_tokens"):
+        more["speed"] = row["response_tokens"] / row["step_seconds"]
+    if attempted := row.get("rethink_attempted"):
+        more |= {f"look_{name}": row.get(f"rethink_{name}", 0) / attempted for name in OUTCOMES}
+    return row | more
 
 
 def run_names(folders: list[Path]) -> list[str]:
@@ -120,13 +180,10 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
-# ---------------------------------------------------------------------------- tables
-
-
 def table(runs: list[Record], caption: str, rows: list[tuple[str, list[str]]]) -> str:
     """Facts down, runs across. Cells are escaped here."""
     heads = "".join(
-        f'<th scope="col" class="run{i}">{swatch(i)}{escape(run.name)}</th>'
+        f'<th scope="col" class="run{i}">{swatch(looks(i, i, i))}{escape(run.name)}</th>'
         for i, run in enumerate(runs)
     )
     body = "".join(
@@ -148,40 +205,74 @@ def second_looks(metrics: list[dict]) -> str:
 
     >>> row = {"episode": 1, "rethink_attempted": 3, "rethink_wrong_right": 3}
     >>> second_looks([row, row]).replace("\xa0", " ")
-    '3 forced: wrong → right 3, right → right 0, right → wrong 0, wrong → wrong 0'
+    '3 forced: wrong → right 3, right → right 0, right → wrong 0, wrong → wrong 0, no answer 0'
     """
     episodes = {row["episode"]: row for row in metrics if "episode" in row}
     total = {
-        name: sum(row.get(f"rethink_{name}") or 0 for row in episodes.values())
-        for name in COUNTS
+        name: sum(row.get(f"rethink_{name}") or 0 for row in episodes.values()) for name in COUNTS
     }
     if not total["attempted"]:
         return "none forced"
-    told = (f"{name.replace('_', ' → ')} {total[name]:,}" for name in list(total)[1:])
+    told = (f"{label} {total[name]:,}" for name, label in OUTCOMES.items())
     # Non-breaking spaces: an outcome torn at its arrow would be read with its neighbour.
     outcomes = [outcome.replace(" ", "\xa0") for outcome in told]
     return f"{total['attempted']:,} forced: {', '.join(outcomes)}"
 
 
+def learnt(run: Record) -> list[str]:
+    """Held out: the base, the end, and their difference, paired by question where answers are kept."""
+    unit = "" if run.graded else "%"
+    points = series(run.metrics, "heldout_accuracy")
+    values = [show_number(value, unit) for _, value in points]
+    if len(values) < 2:
+        return [*values, *["–"] * 3][:3]
+    last = f"{values[-1]} (step {points[-1][0]:,})"
+    first, final = (run.answers.get(step, {}) for step, _ in (points[0], points[-1]))
+    differences = [final[id_]["right"] - first[id_]["right"] for id_ in first if id_ in final]
+    if not differences:
+        return [values[0], last, f"{points[-1][1] - points[0][1]:+.3f}; answers were not kept"]
+    mean, half = paired(differences)
+    fixed, broken = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    scale, digits = (1, 3) if run.graded else (100, 1)
+    return [
+        values[0], last,
+        f"{scale * mean:+.{digits}f} ± {scale * half:.{digits}f}{'' if run.graded else ' points'} (95 %, paired "
+        f"over {len(differences)} questions: {fixed} fixed, {broken} broken)",
+    ]  # fmt: skip
+
+
 def summary_rows(runs: list[Record]) -> list[tuple[str, list[str]]]:
-    """What became of each run, from its first number to its last."""
+    """What became of each run, and what it was."""
 
     def both_ends(key: str, unit: str) -> list[str]:
-        return [ends(run.metrics, key, unit) for run in runs]
+        return [ends(series(run.metrics, key), unit) for run in runs]
 
     def totals(key: str) -> list[float]:
         return [sum(value for _, value in series(run.metrics, key)) for run in runs]
 
+    def settings(key: str) -> list[str]:
+        return [str(run.config.get(key, "–")) for run in runs]
+
+    def starts(key: str) -> list[str]:
+        found = [[str(start[key]) for start in run.starts] for run in runs]
+        return ["; resumed: ".join(rows) or "–" for rows in found]
+
+    held = [learnt(run) for run in runs]
+    names = ("Held out, base", "Held out, final", "Difference")
     return [
-        ("Held-out accuracy", both_ends("heldout_accuracy", "%")),
-        ("Reward", both_ends("reward", "%")),
+        *((name, [values[i] for values in held]) for i, name in enumerate(names)),
+        ("Reward", [ends(series(r.metrics, "reward"), "" if r.graded else "%") for r in runs]),
         ("Effective questions", both_ends("effective_queries", "%")),
-        ("Rethinking unasked", both_ends("rethinks", "%")),
+        ("Unforced rethinking", both_ends("rethinks", "%")),
         ("Forced second looks", [second_looks(run.metrics) for run in runs]),
         ("Response length", both_ends("response_length", "tokens")),
         ("Steps", [steps_of(run) for run in runs]),
         ("Response tokens", [show_number(total) for total in totals("response_tokens")]),
         ("Time", [duration(total) for total in totals("step_seconds")]),
+        ("Model", settings("model")),
+        ("Data", settings("data")),
+        ("Started", starts("date")),
+        ("Command", starts("command")),
     ]
 
 
@@ -214,51 +305,82 @@ def legend(runs: list[Record]) -> str:
     if len(runs) < 2:
         return ""
     labels = (
-        f'<label><input type="checkbox" id="show{i}" checked>{swatch(i)}{escape(run.name)}</label>'
+        f'<label><input type="checkbox" id="show{i}" checked>{swatch(looks(i, i, i))}{escape(run.name)}</label>'
         for i, run in enumerate(runs)
     )
     return f'<nav class="legend" aria-label="Runs shown">{"".join(labels)}</nav>'
 
 
-def page(runs: list[Record]) -> str:
-    """The whole page, about the first run. The same files give the same page."""
-    first, names, end = runs[0], [run.name for run in runs], last_step(runs)
+def section(name: str, title: str, body: str, extra: str = "") -> str:
+    return (
+        f'<section class="{extra}" aria-labelledby="{name}"><h2 id="{name}">{escape(title)}</h2>'
+        f"{body}</section>"
+    )
+
+
+def shell(title: str, subtitle: str, sections: list[str], runs: list[Record] = ()) -> str:
+    """A whole page. The same arguments give the same page."""
     template = PAGE.read_text(encoding="utf-8")
     script = re.search("<script>(.*)</script>", template, re.DOTALL)[1]
-    differences = ""
-    if rows := differing(runs):
-        differences = "<h3>Where the settings differ</h3>" + table(runs, "Settings", rows)
-    settings = "".join(
-        f"<li>{escape(name)} <strong>{escape(str(value))}</strong></li>"
-        for name, value in first.config.items()
-    )
-    beside = f", beside {' and '.join(names[1:])}" if len(runs) > 1 else ""
     return Template(template).substitute(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        title=escape(first.name),
-        subtitle=escape(f"{steps_of(first)} steps{beside}"),
+        title=escape(title),
+        subtitle=escape(subtitle),
         hide_runs="".join(
             f"body:has(#show{i}:not(:checked)) .run{i} {{ display: none; }}\n"
             for i in range(len(runs))
         ),
         legend=legend(runs),
-        summary=table(runs, "Summary", summary_rows(runs)),
-        differences=differences,
-        charts="".join(draw(chart, names, [run.metrics for run in runs], end) for chart in CHARTS),
-        rollouts=rollouts(first.samples),
-        settings=settings,
+        sections="\n".join(sections),
     )
+
+
+def page(runs: list[Record]) -> str:
+    """The page about the first run."""
+    first, names, end = runs[0], [run.name for run in runs], last_step(runs)
+    summary = table(runs, "Summary", summary_rows(runs))
+    if rows := differing(runs):
+        summary += "<h3>Where the settings differ</h3>" + table(runs, "Settings", rows)
+    metrics = [run.metrics for run in runs]
+    drawn = {True: "", False: ""}
+    for chart in charts(first.metrics, first.graded):
+        drawn[chart.wide] += draw(chart, names, metrics, end)
+    curves = (
+        '<p class="note">Point, touch or use the arrow keys to read a value. Below a title: the first '
+        "value and the last. Where a run has more than 200 points, each drawn is a mean of neighbours."
+        f'</p><div class="charts wide">{drawn[True]}</div><div class="charts">{drawn[False]}</div>'
+    )
+    settings = "".join(
+        f"<li>{escape(name)} <strong>{escape(str(value))}</strong></li>"
+        for name, value in first.config.items()
+    )
+    answers = '<p class="soft">None were written.</p>'
+    if first.questions and first.answers:
+        columns = [(f"step {step:,}", first.answers[step]) for step in sorted(first.answers)]
+        answers = heldout(first.questions, columns)
+    beside = f", beside {' and '.join(names[1:])}" if len(runs) > 1 else ""
+    sections = [
+        section("summary", "Summary", summary),
+        section("curves", "Curves", curves),
+        section("heldout", f"Held-out answers of {first.name}", answers, "filtered"),
+        section("rollouts", f"Rollouts of {first.name}", rollouts(first.samples), "filtered"),
+        section("settings", f"Settings of {first.name}", f'<ul class="settings">{settings}</ul>'),
+    ]
+    return shell(first.name, f"{steps_of(first)} steps{beside}", sections, runs)
+
+
+def write_page(path: Path, html: str) -> Path:
+    try:
+        write_atomically(path, html)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    return path
 
 
 def write_report(folders: list[Path]) -> Path:
     """Write the page into the first folder; returns where."""
     runs = [read_run(folder, name) for folder, name in zip(folders, run_names(folders))]
-    path = folders[0] / "report.html"
-    try:
-        write_atomically(path, page(runs))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    return path
+    return write_page(folders[0] / "report.html", page(runs))
 
 
 def main(argv: list[str]) -> int:

@@ -431,7 +431,7 @@ def train(run: Run, record: Recorder) -> None:
     )
     with bar:
         if is_measured(run):  # before the first step; or where an interruption came between
-            record.heldout(*measure(run))
+            record.heldout(run.heldout, *measure(run))
         while run.step < run.total_steps:
             if not run.fresh:
                 start = time.perf_counter()
@@ -456,7 +456,7 @@ def train(run: Run, record: Recorder) -> None:
             if run.not_finite == 0 and (last or run.step % c.save_every == 0):
                 checkpoint.save_run(run)
             if is_measured(run) and not stop:
-                record.heldout(*measure(run))
+                record.heldout(run.heldout, *measure(run))
             if run.not_finite >= STOP_AFTER:
                 raise UserError(
                     f"step {run.step}: {STOP_AFTER} gradients in a row were not finite; lower --lr, and "

@@ -339,6 +339,19 @@ def read_result(path: str) -> dict[str, tuple[float, str]]:
     return {id_: (sum(c) / len(c), clusters[id_]) for id_, c in credits.items()}
 
 
+def paired(differences: list[float], clusters: list[str] | None = None) -> tuple[float, float]:
+    """Mean difference per question, and half of its 95 % interval.
+
+    >>> paired([1.0, 0.0, 1.0, 0.0])
+    (0.5, 0.49)
+    """
+    n, spread = len(differences), defaultdict(float)
+    mean = sum(differences) / n
+    for cluster, difference in zip(clusters or range(n), differences, strict=True):
+        spread[cluster] += difference - mean
+    return mean, 1.96 * math.sqrt(sum(part * part for part in spread.values())) / n
+
+
 def compare(path_a: str, path_b: str) -> str:
     """A paired comparison of two result files on the questions that both have."""
     a, b = read_result(path_a), read_result(path_b)
@@ -348,14 +361,9 @@ def compare(path_a: str, path_b: str) -> str:
             f"{path_a} and {path_b} have no id in common; compare one benchmark's files"
         )
     n = len(shared)
-    differences = {id_: b[id_][0] - a[id_][0] for id_ in shared}
-    mean = sum(differences.values()) / n
-    spread: dict[str, float] = defaultdict(float)
-    for id_, difference in differences.items():
-        spread[a[id_][1]] += difference - mean
-    half = 1.96 * math.sqrt(sum(part * part for part in spread.values())) / n
-    wins = sum(d > 0 for d in differences.values())
-    losses = sum(d < 0 for d in differences.values())
+    differences = [b[id_][0] - a[id_][0] for id_ in shared]
+    mean, half = paired(differences, [a[id_][1] for id_ in shared])
+    wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     p = sign_test(wins, losses)
     rows = [("", "accuracy", "n")]
     for name, path, result in (("A", path_a, a), ("B", path_b, b)):

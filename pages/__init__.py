@@ -1,5 +1,5 @@
 """Behind report.py and `train.py --explain`.
 
-    curves.py, transcripts.py, report.html    the page of a run
-    walk.py, lesson.py                        one question followed through the method, and its words
+curves.py, transcripts.py, report.html    the page of a run
+walk.py, lesson.py                        one question followed through the method, and its words
 """

@@ -1,37 +1,72 @@
-"""Rollouts to look at, as HTML: a question, its pictures, and what the policy said in its group.
+"""What a policy said, as HTML: held-out questions with an answer per measurement, and rollouts.
 
 A model's words are text, never markup: all of them pass through `escape`. What stands out is what
 the method is about: answers, whether they are right, what was forced, where the policy looks again.
+
+The page stays small whatever a run wrote: texts are cut in their middle, pictures are left out once
+they are too many, and of many steps a few are shown.
 """
 
 import re
+from collections.abc import Callable, Iterable, Iterator
 from html import escape
 
 from data import MARKER, parse_choices
 from rethink import TRIGGERS, before_rethinking, rethinks
-from reward import reward
+from reward import extract_answer, reward
 
-STEPS_SHOWN = 6  # whose groups are in the page, spread evenly over the run
-TICK, CROSS = '<b class="right">✓</b>', '<b class="wrong">✗</b>'
+STEPS_SHOWN = 12  # whose groups of rollouts are in the page, spread evenly over the run
+ANSWERS_SHOWN = 5  # measurements whose held-out answers are in the page in full
+QUESTIONS_SHOWN = 256
+LONGEST = 1500  # characters of a text; its middle is left out
+PICTURES = 3_000_000  # characters of all pictures of a section
+OUTCOMES = {
+    "wrong_right": "wrong → right", "right_right": "right → right", "right_wrong": "right → wrong",
+    "wrong_wrong": "wrong → wrong", "no_answer": "no answer",
+}  # fmt: skip
 
 MARKED = re.compile(
-    rf"(?P<special><\|\w+\|>)|(?P<answer>\\boxed\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})"
+    rf"(?P<end><\|(?:im_end|endoftext)\|>)|(?P<special><\|\w+\|>)"
+    rf"|(?P<answer>\\boxed\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})"
     rf"|(?P<unasked>{'|'.join(re.escape(trigger.strip()) for trigger in TRIGGERS.values())})"
 )
 
 
-def mark_up(text: str) -> str:
-    """Escaped text of the policy, with answers, special tokens and rethinking made visible.
+# ---------------------------------------------------------------------------- texts
 
-    >>> mark_up("3 < 4. Wait, let's double check: \\\\boxed{5}")
+
+def spread(items: list, n: int) -> list:
+    """At most n of the items, evenly spread; the first and the last are among them.
+
+    >>> spread(list(range(10)), 4), spread([1], 4)
+    ([0, 3, 6, 9], [1])
+    """
+    if len(items) <= n:
+        return list(items)
+    return [items[i * (len(items) - 1) // (n - 1)] for i in range(n)]
+
+
+def clip(text: str, longest: int = LONGEST) -> str:
+    """A long text without its middle: what is asked stands first, what is answered last."""
+    if len(text) <= longest:
+        return text
+    head = longest // 3
+    gone = len(text) - longest
+    return f"{text[:head]} […{gone:,} characters left out…] {text[head + gone :]}"
+
+
+def mark_up(text: str) -> str:
+    """Escaped text of the policy: answers and rethinking stand out, the end of a turn is hidden.
+
+    >>> mark_up("3 < 4. Wait, let's double check: \\\\boxed{5}<|im_end|>")
     '3 &lt; 4. <mark>Wait, let&#x27;s double check</mark>: <strong>\\\\boxed{5}</strong>'
     """
     tags = {"special": "small", "answer": "strong", "unasked": "mark"}
     parts, at = [], 0
     for match in MARKED.finditer(text):
-        tag = tags[match.lastgroup]
         parts.append(escape(text[at : match.start()]))
-        parts.append(f"<{tag}>{escape(match[0])}</{tag}>")
+        if tag := tags.get(match.lastgroup):
+            parts.append(f"<{tag}>{escape(match[0])}</{tag}>")
         at = match.end()
     return "".join(parts) + escape(text[at:])
 
@@ -46,35 +81,173 @@ def spoken(pieces: list) -> str:
     for text, forced in pieces:
         body = text.lstrip() if forced else text  # a coloured line break would show as a sliver
         space = text[: len(text) - len(body)]
-        mark = f'<mark class="forced" title="forced">{escape(body)}</mark>'
-        parts.append(space + mark if forced else mark_up(text))
+        mark = f'<mark class="forced" title="forced">{escape(clip(body))}</mark>'
+        parts.append(space + mark if forced else mark_up(clip(text)))
     return "".join(parts)
 
 
-def before_second_look(response: dict) -> str | None:
-    """What stood before the response looked again: before what was forced, else before its first
-    rethinking; None where it did neither.
+def verdict(value: float) -> str:
+    """Right or wrong; a graded reward is a number.
 
-    >>> before_second_look({"text": "5. Wait, let's double check", "pieces": [["", False]]})
-    '5. '
-    >>> before_second_look({"pieces": [["5.", False], ["Wait, so?", True], ["7", False]]})
-    '5.'
+    >>> verdict(1.0), verdict(0.5)
+    ('<b class="right">✓</b>', '<b>0.5</b>')
     """
-    texts = [text for text, _ in response["pieces"]]
-    for i, (_, forced) in enumerate(response["pieces"]):
-        if forced:
-            return "".join(texts[:i])
-    return before_rethinking(response["text"]) if rethinks(response["text"]) else None
+    if value in (0, 1):
+        return '<b class="right">✓</b>' if value else '<b class="wrong">✗</b>'
+    return f"<b>{value:.3g}</b>"
 
 
-def second_look_verdict(response: dict, question: dict) -> str:
-    """ "wrong → right" where looking again helped; "" where the response did not look again."""
-    before = before_second_look(response)
+def fitting(questions: Iterable[dict], room: int = PICTURES) -> Iterator[tuple[dict, str]]:
+    """(question, how it is asked as HTML). Only pictures that are in the page: others would be fetched."""
+    for question in questions:
+        pictures, missing = "", 0
+        for n, source in enumerate(question["images"], 1):
+            if not source.startswith("data:image/") or len(source) > room:
+                missing += 1
+                continue
+            room -= len(source)
+            pictures += f'<img src="{escape(source)}" alt="picture {n}">'
+        if missing:
+            pictures += f'<p class="note">Not in this page: {missing} of its pictures.</p>'
+        yield (
+            question,
+            (
+                f'<div class="asked">{pictures}<div class="text">{escape(clip(wording(question)))}'
+                f'</div><p class="soft">Answer: <strong>{escape(clip(question["answer"]))}</strong></p>'
+                f'<p class="note">{escape(question.get("category") or "")}</p></div>'
+            ),
+        )
+
+
+def wording(question: dict) -> str:
+    """One picture stands above its question; of several the places matter."""
+    marker = "[picture] " if len(question["images"]) > 1 else ""
+    return question["text"].replace(MARKER, marker).strip()
+
+
+def card(
+    question: dict, asked: str, facts: str, shown: str, kinds: str = "", is_open: bool = False
+) -> str:
+    """A question to be unfolded: its facts in one line; then how it was asked, and what was said."""
+    text = wording(question)
+    title = text if len(text) <= 90 else text[:89] + "…"
+    name = escape(question.get("id", ""))
+    return (
+        f'<details class="card group" data-is="{kinds}"{" open" if is_open else ""}><summary>'
+        f'<span class="ask">{escape(title)}</span>{facts}<span class="note id">{name}</span>'
+        f'</summary><div class="body">{asked}<ol class="responses">{shown}</ol></div></details>'
+    )
+
+
+def tools(name: str, kinds: dict[str, str], more: str = "") -> str:
+    """The controls above a list of cards: which to show, what to search for."""
+    radios = "".join(
+        f'<label><input type="radio" name="{name}" value="{kind}"{"" if kind else " checked"}>'
+        f"{escape(label)}</label>"
+        for kind, label in kinds.items()
+    )
+    return (
+        f'<div class="tools"><div class="kinds" role="radiogroup" aria-label="Show">{radios}</div>'
+        f'{more}<input type="search" placeholder="Search" aria-label="Search">'
+        '<button type="button" data-open="true">Open all</button>'
+        '<button type="button" data-open="">Close all</button><output class="note"></output></div>'
+    )
+
+
+# ---------------------------------------------------------------------------- held-out answers
+
+
+def kinds_of(answers: list[dict | None]) -> set[str]:
+    """What became of a held-out question from its first answer to its last.
+
+    >>> sorted(kinds_of([{"right": 0, "text": "2"}, {"right": 1, "text": "Wait, let's double check"}]))
+    ['again', 'fixed']
+    """
+    known = [answer for answer in answers if answer]
+    if not known:
+        return set()
+    first, last = known[0]["right"], known[-1]["right"]
+    kinds = {"fixed"} if last > first else {"broken"} if last < first else set()
+    kinds |= set() if any(answer["right"] > 0 for answer in known) else {"never"}
+    return kinds | ({"again"} if rethinks(known[-1]["text"]) else set())
+
+
+def heldout(
+    questions: list[dict], columns: list[tuple[str, dict[str, dict]]], finish: Callable = dict
+) -> str:
+    """Questions with what was answered to each: a line per question, unfolded a column per measurement.
+
+    columns  (title, {question's id: {"text", "found", "right", "tokens"}}) in order
+    finish   makes a question that is shown ready for the page, where reading all pictures takes long
+    """
+    told = {q["id"]: [answers.get(q["id"]) for _, answers in columns] for q in questions}
+    kinds = {id_: kinds_of(answers) for id_, answers in told.items()}
+    labels = {"fixed": "fixed", "broken": "broken", "never": "never right", "again": "looks again"}
+    counts = {kind: sum(kind in of for of in kinds.values()) for kind in labels}
+    chosen = sorted(questions, key=lambda q: not kinds[q["id"]] & {"fixed", "broken"})
+    chosen = chosen[:QUESTIONS_SHOWN]
+    picked = spread(range(len(columns)), ANSWERS_SHOWN)
+    cards = []
+    for question, asked in fitting(map(finish, chosen)):
+        answers = told[question["id"]]
+        strip = "".join(verdict(a["right"]) if a else "<b>–</b>" for a in spread(answers, 24))
+        ends = [escape(clip(str(a["found"] or "no answer"), 40)) for a in answers if a]
+        facts = " → ".join(dict.fromkeys([ends[0], ends[-1]])) if ends else ""
+        facts = f'<span class="found">{facts}</span><span class="strip">{strip}</span>'
+        shown = "".join(answered(columns[i][0], answers[i]) for i in picked if answers[i])
+        of = " ".join(sorted(kinds[question["id"]]))
+        cards.append(card(question, asked, facts, shown, of, not cards))
+    shown = {"": f"all {len(questions):,}"} | {k: f"{labels[k]} {counts[k]:,}" for k in labels}
+    less = f" {len(chosen):,} of them are in this page." if len(chosen) < len(questions) else ""
+    return (
+        f'<p class="note">From {columns[0][0]} to {columns[-1][0]}: fixed turned right, broken '
+        "turned wrong, never right in any measurement; “looks again” says a trigger phrase unforced in "
+        f"the last.{less}</p>" + tools("heldout", shown) + "".join(cards)
+    )
+
+
+def answered(title: str, answer: dict) -> str:
+    """One answer to a held-out question as a list item."""
+    kind = "is-right" if answer["right"] > 0 else "is-wrong"
+    length = f"<span>{answer['tokens']:,} tokens</span>" if answer.get("tokens") else ""
+    said = f'<div class="said" tabindex="0">{mark_up(clip(answer["text"]))}</div>'
+    head = f"{verdict(answer['right'])}<span>{escape(title)}</span>{length}"
+    return f'<li class="{kind}"><div class="head">{head}</div>{said}</li>'
+
+
+# ---------------------------------------------------------------------------- rollouts
+
+
+def second_look(response: dict, question: dict) -> str:
+    """What looking again did: "wrong → right"; "" where the response did not look again.
+
+    A forced look counts by an answer of its own, and by reward; one unforced by the last answer.
+
+    >>> second_look({"pieces": [["5.", False], ["Wait, so?", True], ["7", False]], "text": "",
+    ...              "reward": 1.0}, {"text": "?", "answer": "7"})
+    'no answer'
+    """
+    pieces, before = response["pieces"], None
+    forced = [i for i, (_, is_forced) in enumerate(pieces) if is_forced]
+    if forced:
+        before = "".join(text for text, _ in pieces[: forced[0]])
+        if extract_answer("".join(text for text, _ in pieces[forced[-1] + 1 :])) is None:
+            return OUTCOMES["no_answer"]
+    elif rethinks(response["text"]):
+        before = before_rethinking(response["text"])
     if before is None:
         return ""
     names = {True: "right", False: "wrong"}
     first = reward(before, question["answer"], parse_choices(question["text"])) > 0
-    return f"<span>looked again: {names[first]} → {names[response['reward'] > 0]}</span>"
+    return f"{names[first]} → {names[response['reward'] > 0]}"
+
+
+def looks_of(response: dict, question: dict) -> list[tuple[str, bool]]:
+    """(outcome, was it forced?) of the second looks at a response: its own, and one not kept."""
+    looks = [(second_look(response, question), bool(response.get("rethought")))]
+    if "not_kept" in response:
+        looks.append((second_look(response["not_kept"], question), True))
+    return [look for look in looks if look[0]]
 
 
 def advantage(value: float) -> str:
@@ -90,47 +263,37 @@ def advantage(value: float) -> str:
 def respond(response: dict, question: dict) -> str:
     """One response as a list item."""
     kind = "right" if response["reward"] > 0 else "wrong"
+    forced = [outcome for outcome, is_forced in looks_of(response, question) if is_forced]
+    is_cut = response["finish"] == "length"
+    kinds = " ".join([kind, *["forced"] * bool(forced), *["cut"] * is_cut])
+    outcome = second_look(response, question)
     facts = [
-        f'<span class="verdict {kind}">{TICK if kind == "right" else CROSS} {kind}</span>',
-        f"<span>reward {response['reward']:g}</span>",
+        f'<span class="verdict">{verdict(response["reward"])} {kind}</span>'
+        if response["reward"] in (0, 1) else f'<span class="verdict">reward {response["reward"]:.3g}</span>',
         advantage(response["advantage"]),
         f"<span>{response['tokens']:,} tokens</span>",
-        "<span>cut off</span>" if response["finish"] == "length" else "",
-        second_look_verdict(response, question),
-    ]
+        "<span>cut off</span>" if is_cut else "",
+        f"<span>looked again: {outcome}</span>" if outcome else "",
+    ]  # fmt: skip
     said = f'<div class="said" tabindex="0">{spoken(response["pieces"])}</div>'
     if "not_kept" in response:  # forced too, and worth reading: what did the second look come to?
         other = respond(response["not_kept"], question)
-        said += '<details><summary class="note">▸ forced to look again, not kept</summary>'
+        said += '<details><summary class="note">forced to look again, not kept</summary>'
         said += f'<ol class="responses">{other}</ol></details>'
-    return f'<li class="is-{kind}"><div class="head">{"".join(facts)}</div>{said}</li>'
-
-
-def rollout(row: dict, is_open: bool) -> str:
-    """A question and its group of responses, to be unfolded."""
-    question, responses = row["question"], row["responses"]
-    right = [response["reward"] > 0 for response in responses]
-    strip = "".join(TICK if r else CROSS for r in right)
-    # One picture stands above the question; of several the places matter.
-    marker = "[picture] " if len(question["images"]) > 1 else ""
-    text = question["text"].replace(MARKER, marker).strip()
-    title = text if len(text) <= 90 else text[:89] + "…"
-    # Only pictures that are in the page: another address would be fetched.
-    pictures = "".join(
-        f'<img src="{escape(source)}" alt="picture {n} of the question">'
-        for n, source in enumerate(question["images"], 1) if source.startswith("data:image/")
-    )  # fmt: skip
     return (
-        f'<details class="card group"{" open" if is_open else ""}><summary>'
-        f'<span class="soft">step {row["step"]:,}</span><span class="ask">{escape(title)}</span>'
-        f'<span class="strip" aria-hidden="true">{strip}</span>'
-        f'<span class="soft">{sum(right)} of {len(right)} right</span></summary>'
-        f'<div class="body"><div class="asked">{pictures}<div class="text">{escape(text)}</div>'
-        f'<p class="soft">Answer: <strong>{escape(question["answer"])}</strong></p>'
-        f'<p class="note">{escape(question.get("category", ""))}</p></div>'
-        f'<ol class="responses">{"".join(respond(r, question) for r in responses)}</ol>'
-        "</div></details>"
+        f'<li class="is-{kind}" data-is="{kinds}" data-advantage="{response["advantage"]}">'
+        f'<div class="head">{"".join(facts)}</div>{said}</li>'
     )
+
+
+def forced_badge(row: dict) -> str:
+    """How many of a group were forced to look again, and what came of it."""
+    looks = [look for r in row["responses"] for look in looks_of(r, row["question"])]
+    forced = [outcome for outcome, is_forced in looks if is_forced]
+    names = {"fixed": "wrong → right", "broken": "right → wrong", "no answer": "no answer"}
+    parts = [f"{n} {name}" for name, outcome in names.items() if (n := forced.count(outcome))]
+    told = f"{len(forced)} forced" + (f": {', '.join(parts)}" if parts else "")
+    return f'<span class="badge">{told}</span>' if forced else ""
 
 
 def rollouts(samples: list[dict]) -> str:
@@ -141,13 +304,33 @@ def rollouts(samples: list[dict]) -> str:
     steps = sorted({row["step"] for row in samples})
     if not steps:
         return '<p class="soft">None were written.</p>'
-    spread = [i * (len(steps) - 1) // max(1, STEPS_SHOWN - 1) for i in range(STEPS_SHOWN)]
-    shown = {steps[i] for i in spread}
+    shown = spread(steps, STEPS_SHOWN)
     rows = [row for row in samples if row["step"] in shown]
-    key = (
-        f'<p class="note">{len(rows)} of the {len(samples)} groups that were written down. '
-        '<mark class="forced">Dashed</mark> is what was forced, to make the policy look again; '
-        "<mark>underlined</mark> is where it does so by itself. The advantage tells how much "
-        "likelier training makes a response; at 0 the policy gradient learns nothing from it.</p>"
+    badges = [forced_badge(row) for row in rows]
+    opened = next((i for i, badge in enumerate(badges) if badge), 0)
+    cards = []
+    for i, (row, (question, asked)) in enumerate(zip(rows, fitting([r["question"] for r in rows]))):
+        responses = row["responses"]
+        right = sum(response["reward"] > 0 for response in responses)
+        facts = (
+            f'{badges[i]}<span class="strip" aria-hidden="true">'
+            f"{''.join(verdict(response['reward']) for response in responses)}</span>"
+            f'<span class="soft">{right} of {len(responses)} right</span>'
+            f'<span class="soft step" data-step="{row["step"]}">step {row["step"]:,}</span>'
+        )
+        said = "".join(respond(response, question) for response in responses)
+        cards.append(card(question, asked, facts, said, is_open=i == opened))
+    options = "".join(f'<option value="{step}">step {step:,}</option>' for step in shown)
+    more = (
+        f'<select class="steps" aria-label="Step"><option value="">every step</option>{options}'
+        '</select><select class="order" aria-label="Order"><option value="">as sampled</option>'
+        '<option value="1">by advantage</option></select>'
     )
-    return key + "".join(rollout(row, i in (0, len(rows) - 1)) for i, row in enumerate(rows))
+    kinds = {"": "all", "right": "right", "wrong": "wrong", "forced": "forced", "cut": "cut off"}
+    return (
+        f'<p class="note">{len(rows)} of the {len(samples)} groups that were written. '
+        '<mark class="forced">Dashed</mark> was forced, to make the policy look again; '
+        "<mark>underlined</mark> is where it does so unforced. The advantage says how much likelier "
+        "training makes a response; at 0 the policy gradient learns nothing from it.</p>"
+        + tools("rollouts", kinds, more) + "".join(cards)
+    )  # fmt: skip

@@ -324,6 +324,25 @@ def test_comparing_two_results_is_paired(tmp_path, capsys):
     assert run("--compare", a, tmp_path / "none.jsonl") == 2
 
 
+def test_two_results_are_shown_side_by_side(tmp_path, capsys):
+    rows = [mathvision_row(str(i), options=[], answer="1") for i in range(4)]
+    data = write_parquet(tmp_path / "test.parquet", rows)
+    for folder, said in (("a", "1222"), ("b", "1112")):
+        answers = [{"id": str(i), "response": f"\\boxed{{{x}}}"} for i, x in enumerate(said)]
+        responses = write_jsonl(tmp_path / f"{folder}.jsonl", answers)
+        flags = ["--benchmark", "mathvision", "--data", data, "--responses", responses]
+        assert run(*flags, "--out", tmp_path / folder) == 0
+    a, b = (tmp_path / folder / "mathvision.jsonl" for folder in "ab")
+    assert run("--compare", a, b, "--page") == 0
+    path = tmp_path / "b/mathvision-compared.html"
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
+    page = path.read_text()
+    assert "fixed 2<" in page and "never right 1<" in page and "2 → 1<" in page
+    assert "B better on 2, A on 0" in page and page.count("<img ") == 4
+    (tmp_path / "b/summary.json").unlink()
+    assert run("--compare", a, b, "--page") == 2
+
+
 # ---------------------------------------------------------------------------- asking
 
 
