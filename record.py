@@ -62,7 +62,9 @@ class Recorder:
         for group in groups if self.active else []:
             question = show_question(group[0].prompt.question)
             responses = [describe(sample, tokenizer) for sample in group]
-            self.append("samples.jsonl", {"step": step, "question": question, "responses": responses})
+            self.append(
+                "samples.jsonl", {"step": step, "question": question, "responses": responses}
+            )
 
     def heldout(self, questions: list, row: dict, answers: list[dict]) -> None:
         """A measurement: its line of metrics.jsonl, and a line of heldout.jsonl per greedy answer.

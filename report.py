@@ -34,24 +34,25 @@ HELDOUT = {"heldout_accuracy": "greedy", "heldout_sampled": "sampled"}
 WAYS = {"heldout_fast": "guesses", "heldout_slow": "reads", "heldout_twice": "guesses, then reads"}
 
 
-def charts(first: list[dict], graded: bool) -> list[Chart]:
-    """All charts, most important first. Those without numbers are not drawn.
+def reward_unit(run: "Record") -> str:
+    """A share where the reward is right or wrong; a plain number where it is the user's own."""
+    return "" if run.config.get("reward") else "%"
 
-    first   the metrics of the first run: it names the categories
-    graded  rewards are not just 0 and 1
-    """
-    share = "" if graded else "%"
-    categories = dict.fromkeys(key for row in first for key in row if key.startswith("in "))
+
+def charts(first: "Record") -> list[Chart]:
+    """All charts, most important first. Those without numbers are not drawn."""
+    rows = first.metrics
+    categories = dict.fromkeys(key for row in rows for key in row if key.startswith("in "))
     stacked = {f"look_{name}": label for name, label in OUTCOMES.items()}
     return [
-        Chart("Held-out reward" if graded else "Held-out accuracy",
-              "greedy answers, and one sampled answer per question", share, HELDOUT, wide=True),
+        Chart("Held-out accuracy", "greedy answers, and one sampled answer per question", "%",
+              HELDOUT, wide=True),
         Chart("What forced second looks did", "share of an episode's forced looks", "%", stacked,
               "stack", True, (2, 4, 1, 5, 3)),
-        Chart("Held-out by category", "greedy", share, {key: key[3:] for key in categories}
+        Chart("Held-out by category", "greedy", "%", {key: key[3:] for key in categories}
               if len(categories) > 1 else {}, "first", wide=True),
         Chart("Ways of answering", "share of sampled held-out answers", "%", WAYS, "stack", wide=True),
-        Chart("Reward", "mean over an episode's responses", share, {"reward": ""}),
+        Chart("Reward", "mean over an episode's responses", reward_unit(first), {"reward": ""}),
         Chart("Effective questions", "share with responses that differ in reward: only these have a "
               "gradient", "%", {"effective_queries": ""}),
         Chart("Replayed", "share of a batch drawn from the replay buffer", "%", {"replayed": ""}),
@@ -75,7 +76,7 @@ def charts(first: list[dict], graded: bool) -> list[Chart]:
 
 # What the page counts on in a line of samples.jsonl, heldout.jsonl and metrics.jsonl.
 RESPONSE = {
-    "text": str, "pieces": [[str, bool]], "reward": NUMBER, "advantage": NUMBER, "tokens": int,
+    "text": str, "pieces": [[str, bool]], "right": bool, "reward": NUMBER, "advantage": NUMBER, "tokens": int,
     "finish": str, "not_kept?": dict,
 }  # fmt: skip
 RESPONSE["not_kept?"] = RESPONSE
@@ -83,7 +84,7 @@ QUESTION = {"id": str, "text": str, "answer": str, "images": [str], "category?":
 GROUP = {"step": int, "question": QUESTION, "responses": [RESPONSE]}
 ANSWER = {
     "step": int, "question?": QUESTION, "id?": str, "text?": str, "found?": (str, type(None)),
-    "right?": NUMBER, "tokens?": int,
+    "right?": bool, "tokens?": int,
 }  # fmt: skip
 COUNTS = ("attempted", *OUTCOMES)
 METRICS = {"step": int, "episode?": int, "heldout_categories?": dict} | {
@@ -102,10 +103,6 @@ class Record:
     samples: list[dict]
     questions: list[dict]  # held out
     answers: dict[int, dict[str, dict]]  # step -> question's id -> its greedy answer
-
-    @property
-    def graded(self) -> bool:
-        return bool(self.config.get("reward"))
 
 
 # ---------------------------------------------------------------------------- read
@@ -221,24 +218,21 @@ def second_looks(metrics: list[dict]) -> str:
 
 def learnt(run: Record) -> list[str]:
     """Held out: the base, the end, and their difference, paired by question where answers are kept."""
-    unit = "" if run.graded else "%"
     points = series(run.metrics, "heldout_accuracy")
-    values = [show_number(value, unit) for _, value in points]
+    values = [show_number(value, "%") for _, value in points]
     if len(values) < 2:
         return [*values, *["–"] * 3][:3]
-    last = f"{values[-1]} (step {points[-1][0]:,})"
     first, final = (run.answers.get(step, {}) for step, _ in (points[0], points[-1]))
     differences = [final[id_]["right"] - first[id_]["right"] for id_ in first if id_ in final]
-    if not differences:
-        return [values[0], last, f"{points[-1][1] - points[0][1]:+.3f}; answers were not kept"]
-    mean, half = paired(differences)
-    fixed, broken = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    scale, digits = (1, 3) if run.graded else (100, 1)
-    return [
-        values[0], last,
-        f"{scale * mean:+.{digits}f} ± {scale * half:.{digits}f}{'' if run.graded else ' points'} (95 %, paired "
-        f"over {len(differences)} questions: {fixed} fixed, {broken} broken)",
-    ]  # fmt: skip
+    difference = f"{100 * (points[-1][1] - points[0][1]):+.1f} points"
+    if differences:
+        mean, half = paired(differences)
+        fixed, broken = differences.count(1), differences.count(-1)
+        difference = (
+            f"{100 * mean:+.1f} ± {100 * half:.1f} points (95 %, paired over {len(differences)} "
+            f"questions: {fixed} fixed, {broken} broken)"
+        )
+    return [values[0], f"{values[-1]} (step {points[-1][0]:,})", difference]
 
 
 def summary_rows(runs: list[Record]) -> list[tuple[str, list[str]]]:
@@ -261,7 +255,7 @@ def summary_rows(runs: list[Record]) -> list[tuple[str, list[str]]]:
     names = ("Held out, base", "Held out, final", "Difference")
     return [
         *((name, [values[i] for values in held]) for i, name in enumerate(names)),
-        ("Reward", [ends(series(r.metrics, "reward"), "" if r.graded else "%") for r in runs]),
+        ("Reward", [ends(series(r.metrics, "reward"), reward_unit(r)) for r in runs]),
         ("Effective questions", both_ends("effective_queries", "%")),
         ("Unforced rethinking", both_ends("rethinks", "%")),
         ("Forced second looks", [second_looks(run.metrics) for run in runs]),
@@ -343,7 +337,7 @@ def page(runs: list[Record]) -> str:
         summary += "<h3>Where the settings differ</h3>" + table(runs, "Settings", rows)
     metrics = [run.metrics for run in runs]
     drawn = {True: "", False: ""}
-    for chart in charts(first.metrics, first.graded):
+    for chart in charts(first):
         drawn[chart.wide] += draw(chart, names, metrics, end)
     curves = (
         '<p class="note">Point, touch or use the arrow keys to read a value. Below a title: the first '

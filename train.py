@@ -480,6 +480,7 @@ def main(argv: list[str], grade: Grade | None = None) -> int:
         run = prepare(config, grade)
         resumed = run.config.resume and checkpoint.resume_run(run)
         record = Recorder(run.out, parallel.rank() == 0, run.step if resumed else None)
+        record.start(run.step, argv, parallel.world())
         run.measured = parallel.from_first(record.measured)
         with gentle_stop(run):
             train(run, record)

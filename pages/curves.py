@@ -145,7 +145,10 @@ def lines_of(chart: Chart, names: list[str], metrics: list[list[dict]]) -> list[
         for j, (key, label) in enumerate(chart.keys.items()):
             colour, dash = (i, j if len(chart.keys) > 1 else i)
             if alone:
-                colour, dash = chart.colours[j % len(chart.colours)], 0 if chart.kind == "stack" else j
+                colour, dash = (
+                    chart.colours[j % len(chart.colours)],
+                    0 if chart.kind == "stack" else j,
+                )
             name = ", ".join(part for part in ("" if alone else names[i], label) if part)
             if points := thin(series(rows, key)):
                 lines.append(Line(name, looks(i, colour, dash), points))
@@ -184,7 +187,7 @@ def draw(chart: Chart, names: list[str], metrics: list[list[dict]], end: int) ->
     lines = lines_of(chart, names, metrics)
     if not lines:
         return ""
-    width, height = (680, 210) if chart.wide else (320, 150)
+    width, height = (460, 190) if chart.wide else (320, 150)
     stacked = chart.kind == "stack"
     values = [value for line in lines for _, value in line.points]
     ticks = [0.0, 0.5, 1.0] if stacked else axis(min(values), max(values))

@@ -87,7 +87,7 @@ def spoken(pieces: list) -> str:
 
 
 def verdict(value: float) -> str:
-    """Right or wrong; a graded reward is a number.
+    """Right or wrong; partial credit is a number.
 
     >>> verdict(1.0), verdict(0.5)
     ('<b class="right">✓</b>', '<b>0.5</b>')
@@ -160,7 +160,7 @@ def tools(name: str, kinds: dict[str, str], more: str = "") -> str:
 def kinds_of(answers: list[dict | None]) -> set[str]:
     """What became of a held-out question from its first answer to its last.
 
-    >>> sorted(kinds_of([{"right": 0, "text": "2"}, {"right": 1, "text": "Wait, let's double check"}]))
+    >>> sorted(kinds_of([{"right": False, "text": ""}, {"right": True, "text": TRIGGERS["self_correction"]}]))
     ['again', 'fixed']
     """
     known = [answer for answer in answers if answer]
@@ -221,10 +221,10 @@ def answered(title: str, answer: dict) -> str:
 def second_look(response: dict, question: dict) -> str:
     """What looking again did: "wrong → right"; "" where the response did not look again.
 
-    A forced look counts by an answer of its own, and by reward; one unforced by the last answer.
+    A forced look counts by an answer of its own; an unforced one by the last answer.
 
     >>> second_look({"pieces": [["5.", False], ["Wait, so?", True], ["7", False]], "text": "",
-    ...              "reward": 1.0}, {"text": "?", "answer": "7"})
+    ...              "right": False}, {"text": "?", "answer": "7"})
     'no answer'
     """
     pieces, before = response["pieces"], None
@@ -239,7 +239,7 @@ def second_look(response: dict, question: dict) -> str:
         return ""
     names = {True: "right", False: "wrong"}
     first = reward(before, question["answer"], parse_choices(question["text"])) > 0
-    return f"{names[first]} → {names[response['reward'] > 0]}"
+    return f"{names[first]} → {names[response['right']]}"
 
 
 def looks_of(response: dict, question: dict) -> list[tuple[str, bool]]:
@@ -252,17 +252,13 @@ def looks_of(response: dict, question: dict) -> list[tuple[str, bool]]:
 
 def advantage(value: float) -> str:
     """The number, and a bar to the left (made less likely) or to the right (more likely)."""
-    length = 21 * min(1.0, abs(value))
-    start, kind = (22 - length, "wrong") if value < 0 else (22, "right")
-    bar = (f'<svg viewBox="0 0 44 9" class="{kind}" aria-hidden="true">'
-           f'<rect x="{start:.1f}" y="2" width="{length:.1f}" height="5"/>'
-           '<line x1="22" x2="22" y1="0" y2="9"/></svg>')  # fmt: skip
+    bar = f'<i class="{"wrong" if value < 0 else ""}" style="--size: {min(1.0, abs(value)):.2f}"></i>'
     return f'<span class="advantage">advantage {value:+.2f}{bar}</span>'
 
 
 def respond(response: dict, question: dict) -> str:
     """One response as a list item."""
-    kind = "right" if response["reward"] > 0 else "wrong"
+    kind = "right" if response["right"] else "wrong"
     forced = [outcome for outcome, is_forced in looks_of(response, question) if is_forced]
     is_cut = response["finish"] == "length"
     kinds = " ".join([kind, *["forced"] * bool(forced), *["cut"] * is_cut])
@@ -311,10 +307,10 @@ def rollouts(samples: list[dict]) -> str:
     cards = []
     for i, (row, (question, asked)) in enumerate(zip(rows, fitting([r["question"] for r in rows]))):
         responses = row["responses"]
-        right = sum(response["reward"] > 0 for response in responses)
+        right = sum(response["right"] for response in responses)
         facts = (
             f'{badges[i]}<span class="strip" aria-hidden="true">'
-            f"{''.join(verdict(response['reward']) for response in responses)}</span>"
+            f"{''.join(verdict(response['right']) for response in responses)}</span>"
             f'<span class="soft">{right} of {len(responses)} right</span>'
             f'<span class="soft step" data-step="{row["step"]}">step {row["step"]:,}</span>'
         )

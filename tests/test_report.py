@@ -35,15 +35,15 @@ def metrics_row(step: int, **changes) -> dict:
         "replayed": 0.25, "rethought": 0.1, "rethinks": 0.2, "response_length": 20.0,
         "truncated": 0.0, "entropy": 0.4, "clip_fraction": 0.001, "grad_norm": 1.5,
         "response_tokens": 300, "step_seconds": 1.5, "rethink_attempted": 3,
-        "rethink_wrong_right": 2, "rethink_right_right": 1,
+        "rethink_wrong_right": 2, "rethink_no_answer": 1,
     } | changes  # fmt: skip
 
 
 def response(pieces: list, **changes) -> dict:
     text = "".join(text for text, _ in pieces)
     return {
-        "text": text, "pieces": pieces, "reward": 1.0, "advantage": 0.5, "finish": "stop",
-        "tokens": 9, "rethought": None,
+        "text": text, "pieces": pieces, "right": True, "reward": 1.0, "advantage": 0.5,
+        "finish": "stop", "tokens": 9, "rethought": None,
     } | changes  # fmt: skip
 
 
@@ -52,20 +52,41 @@ def group(step: int, text: str = "<image>What is 2 + 3?", responses: list | None
     forced = [["\\boxed{4}.", False], [trigger, True], [" \\boxed{5}", False]]
     usual = [
         response(forced, rethought="self_questioning"),
-        response([["\\boxed{4}<|im_end|>", False]], reward=0.0, advantage=-0.5, finish="length"),
+        response(
+            [["\\boxed{4}<|im_end|>", False]],
+            right=False,
+            reward=0.0,
+            advantage=-0.5,
+            finish="length",
+        ),
     ]
-    question = {"id": "1", "text": text, "answer": "5", "images": [PIXEL]}
-    return {"step": step, "question": question, "responses": responses or usual}
+    return {"step": step, "question": question("1", text), "responses": responses or usual}
 
 
-def write_run(folder, metrics=None, samples=None, config=None):
+def question(id_: str, text: str = "<image>What is 2 + 3?") -> dict:
+    return {"id": id_, "text": text, "answer": "5", "images": [PIXEL]}
+
+
+def answers(*said: tuple[str, ...], question=question) -> list[dict]:
+    """heldout.jsonl: one tuple per question, with an answer per measurement; 5 is right."""
+    rows = [{"step": 0, "question": question(f"q{i}")} for i in range(len(said))]
+    for m in range(len(said[0])):
+        for i, found in enumerate(texts[m] for texts in said):
+            text = f"So \\boxed{{{found[0]}}}{found[1:]}"
+            rows.append({"step": 4 * m, "id": f"q{i}", "text": text, "found": found[0],
+                         "right": found[0] == "5", "tokens": 7})  # fmt: skip
+    return rows
+
+
+def write_run(folder, metrics=None, samples=None, config=None, held=()):
     """A run's folder, as train.py leaves it."""
     folder.mkdir(parents=True)
     if metrics is None:
         heldout = [{"step": step, "heldout_accuracy": 0.25 + step / 8} for step in (0, 4)]
         metrics = [heldout[0], *map(metrics_row, range(1, 5)), heldout[1]]
     samples = [group(0), group(2)] if samples is None else samples
-    for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
+    files = {"metrics.jsonl": metrics, "samples.jsonl": samples, "heldout.jsonl": held}
+    for name, rows in files.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "config.json").write_text(json.dumps(config or {"steps": 4, "ssr": "replay"}))
     return folder
@@ -78,6 +99,7 @@ class Elements(HTMLParser):
         super().__init__()
         self.found, self.text = [], ""
         self.feed(page)
+        self.text = self.text.replace("\xa0", " ")
 
     def handle_starttag(self, tag, attributes):
         self.found.append((tag, dict(attributes)))
@@ -104,18 +126,30 @@ def test_the_examples_in_the_docstrings_are_true(module):
 def test_every_curve_of_a_run_is_drawn_with_its_values(tmp_path):
     elements = Elements(page_of(write_run(tmp_path / "run")))
     lines = elements.of("polyline")
-    assert len(lines) == len(report.CHARTS)
     assert lines[0]["data-steps"] == "0|4" and lines[0]["data-values"] == "25 %|75 %"
+    looks = {line["data-name"]: line["data-values"] for line in lines if line["data-name"]}
+    assert looks["wrong → right"] == "66.7 %|66.7 %|66.7 %|66.7 %"
+    assert looks["no answer"] == "33.3 %|33.3 %|33.3 %|33.3 %"
     speed = [line["data-values"] for line in lines if "tokens/s" in line["data-values"]]
     assert speed == ["200 tokens/s|200 tokens/s|200 tokens/s|200 tokens/s"]
     labels = [svg["aria-label"] for svg in elements.of("svg") if svg.get("role") == "img"]
-    assert len(labels) == len(lines) and "Held-out accuracy: run 25 → 75 %" in labels[0]
+    assert (
+        len(labels) == len(elements.of("article")) and "Held-out accuracy: greedy 25" in labels[0]
+    )
+    titles = set(re.findall("<h3>(.*?)</h3>", page_of(tmp_path / "run")))
+    assert {
+        "Reward",
+        "Entropy",
+        "Gradient norm",
+        "Replayed",
+        "What forced second looks did",
+    } <= titles
 
 
 def test_the_summary_counts_an_episode_once(tmp_path):
-    text = Elements(page_of(write_run(tmp_path / "run"))).text.replace("\xa0", " ")
-    assert "25 → 75 %" in text
-    assert "6 forced: wrong → right 4, right → right 2" in text  # 4 steps are 2 episodes
+    text = Elements(page_of(write_run(tmp_path / "run"))).text
+    assert "6 forced: wrong → right 4, right → right 0" in text  # 4 steps are 2 episodes
+    assert "no answer 2" in text
     assert "1,200" in text  # response tokens
 
 
@@ -124,8 +158,10 @@ def test_runs_are_overlaid_and_their_settings_compared(tmp_path):
     other = write_run(tmp_path / "plain", config={"ssr": "off", "seed": 1, "out": "b"})
     page = page_of(first, other)
     elements = Elements(page)
-    assert len(elements.of("polyline")) == 2 * len(report.CHARTS)
-    assert len(elements.of("input")) == 2  # a switch in the legend for each
+    names = [line["data-name"] for line in elements.of("polyline")]
+    assert names.count("replay") == names.count("plain") > 5
+    switches = [x for x in elements.of("input") if x["type"] == "checkbox"]
+    assert len(switches) == 2  # in the legend
     table = page.split("Where the settings differ")[1].split("</table>")[0]
     assert re.findall(r'<th scope="row">(\w+)', table) == ["ssr"]
     assert not (other / "report.html").exists()
@@ -139,20 +175,25 @@ def test_a_rollout_shows_what_was_forced_and_what_came_of_it(tmp_path):
     assert "advantage +0.50" in elements.text and "advantage -0.50" in elements.text
     assert "✓ right" in elements.text and "✗ wrong" in elements.text and "cut off" in elements.text
     assert [picture["src"] for picture in elements.of("img")] == [PIXEL]
+    assert "<|im_end|>" not in elements.text  # the end of a turn is hidden
 
 
 def test_rethinking_that_nobody_forced_is_marked_as_such(tmp_path):
-    said = response([["\\boxed{5}. Wait, let's double check\n\\boxed{7}", False]], reward=0.0)
+    said = response(
+        [["\\boxed{5}. Wait, let's double check\n\\boxed{7}", False]], right=False, reward=0.0
+    )
     page = page_of(write_run(tmp_path / "run", samples=[group(0, responses=[said])]))
     assert "<mark>Wait, let's double check</mark>" in html.unescape(page)
     assert "looked again: right → wrong" in page
 
 
 def test_a_second_look_that_was_not_kept_is_shown_under_the_response_that_stood(tmp_path):
-    second = response([["\\boxed{5}.", False], ["Wait,", True], [HOSTILE, False]], reward=0.0)
+    second = response(
+        [["\\boxed{5}.", False], ["Wait,", True], [HOSTILE, False]], right=False, reward=0.0
+    )
     stood = response([["\\boxed{5}.<|im_end|>", False]], not_kept=second)
     elements = Elements(page_of(write_run(tmp_path / "run", samples=[group(0, responses=[stood])])))
-    assert "not kept" in elements.text and "looked again: right → wrong" in elements.text
+    assert "not kept" in elements.text and "looked again: no answer" in elements.text
     assert [item["class"] for item in elements.of("li") if "class" in item] == [
         "is-right",
         "is-wrong",
@@ -160,32 +201,110 @@ def test_a_second_look_that_was_not_kept_is_shown_under_the_response_that_stood(
     assert len(elements.of("script")) == 1
 
 
+def test_groups_tell_what_their_forced_looks_did_and_the_first_that_has_one_is_open(tmp_path):
+    plain = [response([["\\boxed{5}", False]])] * 2
+    lost = response([["\\boxed{5}", False], ["Wait,", True], ["\\boxed{7}", False]], right=False,
+                    reward=0.0)  # fmt: skip
+    kept = response([["\\boxed{5}", False]], not_kept=lost)
+    samples = [group(0, responses=plain), group(2, responses=[*plain, kept]), group(4)]
+    page = page_of(write_run(tmp_path / "run", samples=samples))
+    folded = re.findall(r"<details class=\"card group\"(.*?)</summary>", page, re.DOTALL)
+    assert [" open>" in card for card in folded] == [False, True, False]
+    badges = [re.findall(r'badge">(.*?)<', card) for card in folded]
+    assert badges == [[], ["1 forced: 1 broken"], ["1 forced: 1 fixed"]]
+
+
+def test_held_out_questions_show_what_became_of_their_answers(tmp_path):
+    again = "5 Wait, let's double check"
+    held = answers(("4", "5"), ("5", "5"), ("5", "6"), ("1", "2"), ("4", again))
+    page = page_of(write_run(tmp_path / "run", held=held))
+    section = page.split('id="heldout"')[1].split("</section>")[0]
+    kinds = re.findall(r'data-is="(.*?)".*?note id">(.*?)<', section)
+    # Those that changed come first.
+    assert kinds == [
+        ("fixed", "q0"),
+        ("broken", "q2"),
+        ("again fixed", "q4"),
+        ("", "q1"),
+        ("never", "q3"),
+    ]
+    for told in ("all 5<", "fixed 2<", "broken 1<", "never right 1<", "looks again 1<", "4 → 5<"):
+        assert told in section
+    assert "2 fixed, 1 broken" in Elements(page).text
+
+
+def test_a_reward_of_ones_own_is_a_number_on_an_axis_that_fits(tmp_path):
+    rows = [metrics_row(1, reward=2.0), metrics_row(2, reward=2.5)]
+    samples = [group(1, responses=[response([["\\boxed{5}", False]], reward=2.25)])]
+    elements = Elements(
+        page_of(write_run(tmp_path / "run", rows, samples, {"steps": 2, "reward": "mine.py:grade"}))
+    )
+    assert "reward 2.25" in elements.text and "2 → 2.5" in elements.text
+
+
 def test_a_long_run_gives_a_page_that_still_opens(tmp_path):
-    rows = [metrics_row(step) for step in range(1, 5001)]
-    page = page_of(write_run(tmp_path / "run", rows, [group(step) for step in range(0, 5000, 5)]))
+    """1,000 steps at the paper's size: 256 photographs, 63 measurements, answers of 2048 tokens."""
+    photo = PIXEL + "A" * 40_000
+    asked = [question(f"q{i}") | {"images": [photo]} for i in range(256)]
+    held = [{"step": 0, "question": q} for q in asked]
+    for step in range(0, 1001, 16):
+        held += [{"step": step, "id": q["id"], "text": "Let us see, 3 < 4. " * 400, "found": None,
+                  "right": False, "tokens": 2048} for q in asked[:: 1 if step in (0, 992) else 64]]  # fmt: skip
+    said = [
+        response([["Look, 3 < 4. " * 600, False], ["Wait,", True], ["so 5. " * 600, False]])
+    ] * 8
+    samples = [group(step, responses=said) for step in range(0, 1000, 8)]
+    for row in samples:
+        row["question"] |= {"images": [photo] * 3}
+    rows = [metrics_row(step) for step in range(1, 1001)]
+    page = page_of(write_run(tmp_path / "run", rows, samples, held=held))
+    assert len(page.encode()) < 10_000_000
     lines = Elements(page).of("polyline")
     assert max(line["points"].count(",") for line in lines) <= curves.MOST_POINTS
-    assert lines[0]["data-steps"].endswith("|5,000")
-    shown = re.findall(r'<span class="soft">step ([\d,]+)</span>', page)
-    assert len(shown) == transcripts.STEPS_SHOWN and (shown[0], shown[-1]) == ("0", "4,995")
+    assert lines[0]["data-steps"].endswith("|1,000")
+    shown = re.findall(r'data-step="(\d+)"', page)
+    assert len(shown) == transcripts.STEPS_SHOWN and (shown[0], shown[-1]) == ("0", "992")
+    assert "Not in this page: 1 of its pictures" in page and "characters left out" in page
 
 
 def test_what_the_recorder_writes_is_what_the_report_reads(tmp_path):
     """The two files meet nowhere else, so a renamed field would go unnoticed."""
     recorder = Recorder(tmp_path, active=True)
-    recorder.metrics({"step": 0, "heldout_accuracy": 0.5})
-    question = SimpleNamespace(id="1", text="How many?", answer="5", images=[], category="counting")
+    recorder.start(0, ["--steps", "4"], ranks=1)
+    asked = SimpleNamespace(id="1", text="How many?", answer="5", images=[], category="counting")
+    for step, right in ((0, False), (4, True)):
+        answer = {"step": step, "id": "1", "text": "so", "found": None, "right": right, "tokens": 2}
+        recorder.heldout([asked], {"step": step, "heldout_accuracy": float(right)}, [answer])
     second = SimpleNamespace(
-        prompt=SimpleNamespace(question=question), tokens=torch.tensor([1, 2, 3]), text="a b c",
-        mask=torch.tensor([True, False, True]), reward=1.0, advantage=0.5, finish="stop",
-        rethought="self_correction", extension=None,
+        prompt=SimpleNamespace(question=asked), tokens=torch.tensor([1, 2, 3]), text="a b c",
+        mask=torch.tensor([True, False, True]), right=True, reward=1.0, advantage=0.5,
+        finish="stop", rethought="self_correction", extension=None,
     )  # fmt: skip
     first = SimpleNamespace(**vars(second) | {"mask": second.mask | True, "extension": second})
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join("?abc"[i] for i in ids))
     recorder.samples(0, [[first]], tokenizer)
     page = page_of(tmp_path)
     assert '<mark class="forced" title="forced">b</mark>' in page.split("not kept")[1]
-    assert "counting" in page
+    assert "counting" in page and "fixed 1<" in page and "train.py --steps 4" in page
+
+
+def test_a_resumed_run_writes_held_out_questions_once_and_answers_again(tmp_path):
+    asked = [SimpleNamespace(id="1", text="?", answer="5", images=[], category="")]
+
+    def measure(recorder, step):
+        answer = {"step": step, "id": "1", "text": "", "found": None, "right": True, "tokens": 1}
+        recorder.heldout(asked, {"step": step, "heldout_accuracy": 1.0}, [answer])
+
+    recorder = Recorder(tmp_path, active=True)
+    for step in (0, 20, 40):
+        measure(recorder, step)
+    measure(Recorder(tmp_path, active=True, resume_step=20), 40)
+    rows = [json.loads(line) for line in open(tmp_path / "heldout.jsonl")]
+    assert [("question" in row, row["step"]) for row in rows] == [
+        (True, 0), (False, 0), (False, 20), (False, 40),
+    ]  # fmt: skip
+    measure(Recorder(tmp_path, active=True), 0)  # from the beginning, where no checkpoint was left
+    assert sum(1 for _ in open(tmp_path / "heldout.jsonl")) == 2
 
 
 # ---------------------------------------------------------------------------- safety
@@ -197,10 +316,15 @@ def test_whatever_a_model_or_a_data_set_wrote_is_shown_as_text(tmp_path):
     row = group(0, text=HOSTILE, responses=[response(pieces)])
     row["question"] |= {"answer": HOSTILE, "images": [PIXEL + '"onload="alert(1)']}
     config = {"steps": 4, HOSTILE: HOSTILE}
-    folder = write_run(tmp_path / '" onload="<script>alert(1)<', samples=[row], config=config)
+    held = answers((HOSTILE, HOSTILE), question=lambda id_: question(HOSTILE, HOSTILE))
+    held += [
+        {"step": 0, "id": HOSTILE, "text": HOSTILE, "found": HOSTILE, "right": True, "tokens": 1}
+    ]
+    folder = tmp_path / '" onload="<script>alert(1)<'
+    write_run(folder, samples=[row], config=config, held=held)
     elements = Elements(page_of(folder, write_run(tmp_path / "other")))
     assert len(elements.of("script")) == 1
-    assert len(elements.of("img")) == 1 and "onload" not in elements.of("img")[0]
+    assert len(elements.of("img")) == 2 and not any("onload" in x for x in elements.of("img"))
     assert not any(name.startswith("on") for _, attributes in elements.found for name in attributes)
     assert elements.text.count("document.title='owned'") >= 6
 
@@ -245,7 +369,7 @@ def test_what_was_not_measured_is_left_out(tmp_path):
 @pytest.mark.parametrize("text", ["", '{"step": 0, "heldout_accuracy": 0.5}\n', '{"step"'])
 def test_a_run_that_has_hardly_begun_has_a_page(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert "None were written" in page_of(tmp_path)
+    assert page_of(tmp_path).count("None were written") == 2
 
 
 def test_the_same_files_give_the_same_page_and_leave_nothing_beside_it(tmp_path):
@@ -339,6 +463,31 @@ onload = () => {{
   seen.key = told();
   send(new PointerEvent("pointerleave"));
   seen.left = told();
+
+  const section = name => page.querySelector("section[aria-labelledby=" + name + "]");
+  const ids = name => [...section(name).querySelectorAll("details.group:not([hidden]) .id")]
+    .map(id => id.textContent);
+  const pick = (name, kind) => section(name).querySelector("input[value='" + kind + "']").click();
+  const fill = (name, field, value) => {{
+    const input = section(name).querySelector(field);
+    input.value = value;
+    input.dispatchEvent(new Event("input", {{bubbles: true}}));
+  }};
+  pick("heldout", "fixed");
+  seen.fixed = ids("heldout");
+  pick("heldout", "");
+  fill("heldout", "[type=search]", "Boxed{{6}}");
+  seen.found = ids("heldout");
+  pick("rollouts", "wrong");
+  seen.wrong = [...section("rollouts").querySelectorAll(".body > ol > li:not([hidden])")].length;
+  pick("rollouts", "");
+  fill("rollouts", ".order", "1");
+  seen.order = [...section("rollouts").querySelectorAll(".body > ol > li")].slice(0, 3)
+    .map(item => item.dataset.advantage + " at " + item.style.order);
+  fill("rollouts", ".steps", "2");
+  section("rollouts").querySelector("button[data-open=true]").click();
+  seen.open = [...section("rollouts").querySelectorAll("details.group[open]:not([hidden]) .step")]
+    .map(step => step.textContent);
   document.body.textContent = "SEEN" + JSON.stringify(seen) + "SEEN";
 }};
 </script>"""
@@ -346,8 +495,11 @@ onload = () => {{
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_in_a_browser_the_page_answers_fits_a_phone_and_runs_no_script_but_its_own(tmp_path):
-    row = group(0, text="unbreakable" * 60, responses=[response([[HOSTILE, False]])])
-    page = page_of(write_run(tmp_path / "run", samples=[row]), write_run(tmp_path / "other"))
+    said = [response([[HOSTILE, False]], advantage=a) for a in (-0.5, 0.5, 0.1)]
+    rows = [group(0, "unbreakable" * 60, said), group(2)]
+    held = answers(("4", "5"), ("5", "6"), ("5", "5"))
+    first = write_run(tmp_path / "run", samples=rows, held=held)
+    page = page_of(first, write_run(tmp_path / "other"))
     # As if escaping had been forgotten: the security policy has to hold by itself.
     page = page.replace("<h1>", f"{HOSTILE}<h1>")
     (tmp_path / "driver.html").write_text(DRIVER.format(page=html.escape(page)), encoding="utf-8")
@@ -361,6 +513,10 @@ def test_in_a_browser_the_page_answers_fits_a_phone_and_runs_no_script_but_its_o
     seen = json.loads(html.unescape(done.stdout.split("SEEN")[1]))
     assert seen["title"] == "run: VL-Rethinker report"
     assert seen["width"] <= 390
-    assert seen["hover"] == ["step 4", "75 %  run", "75 %  other"]
-    assert seen["key"] == ["step 0", "25 %  run"]  # the other run is switched off
+    assert seen["hover"] == ["step 4", "75 %  run, greedy", "75 %  other, greedy"]
+    assert seen["key"] == ["step 0", "25 %  run, greedy"]  # the other run is switched off
     assert seen["left"] == []
+    assert seen["fixed"] == ["q0"] and seen["found"] == ["q1"]
+    assert seen["wrong"] == 1
+    assert seen["order"] == ["-0.5 at 2", "0.5 at 0", "0.1 at 1"]
+    assert seen["open"] == ["step 2"]
