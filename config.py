@@ -24,9 +24,13 @@ class Config:
         "defaults to start from; own: a small file of your own, and the default with --data",
         ("toy", "own", "7b", "72b"),
     )
-    model: str = flag("toy", "toy, a directory, or a hub id of a Qwen2-VL or Qwen2.5-VL")
+    model: str = flag("toy", "toy, a directory, or a hub id of a Qwen-VL: 2, 2.5 or 3")
     data: str = flag("toy", "toy, or a .parquet, .jsonl or .csv file, laid out as in data.py")
     toy_level: str = flag("easy", "difficulty of the toy world", ("easy", "hard"))
+    toy_family: str = flag(
+        "qwen2_5_vl", "architecture of the toy policy",
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+    )  # fmt: skip
     pass_rate_column: str = flag("", "select questions by this column, such as PassRate_7BBase")
     pass_rate_min: float = flag(0.01, "lowest pass rate kept [P: non-zero pass@8]")
     pass_rate_max: float = flag(1.0, "highest pass rate kept")
@@ -36,12 +40,14 @@ class Config:
     template: str = flag(
         "bare", "prompt [P: plain in stage 1, rethink in stage 2]", tuple(TEMPLATES)
     )
-    min_pixels: int = flag(
-        0, "smallest area of a resized picture; 0: the checkpoint's [C: 256*28*28]", low=0
+    min_image_tokens: int = flag(
+        0, "fewest visual tokens per picture; 0: the checkpoint's [C: 256]", low=0
     )
-    max_pixels: int = flag(
-        0, "largest area of a picture; 0: the checkpoint's [C: 1280*28*28]", low=0
+    max_image_tokens: int = flag(
+        0, "most visual tokens per picture; 0: the checkpoint's [C: 1280]", low=0
     )
+    min_pixels: int = flag(0, "smallest area of a picture instead; 0: by its tokens", low=0)
+    max_pixels: int = flag(0, "largest area of a picture instead; 0: by its tokens", low=0)
     max_prompt_tokens: int = flag(
         4096, "questions with a longer prompt are dropped and counted", low=1
     )
@@ -98,7 +104,9 @@ class Config:
         True, "on a GPU, launch each decoding step as one graph (rollout_weights whole)"
     )
 
-    reward: str = flag("", "FILE.py:NAME, a function (response text, Question) -> a number of your own")
+    reward: str = flag(
+        "", "FILE.py:NAME, a function (response text, Question) -> a number of your own"
+    )
     advantage: str = flag(
         "mean", "divide r - mean by the group's std [P: std] [C: mean]", ("mean", "std")
     )
@@ -142,7 +150,7 @@ class Config:
 
 # What differs from the defaults, which are the toy's.
 REAL = {
-    "min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28, "steps": 0, "lr": 1e-6,
+    "min_image_tokens": 256, "max_image_tokens": 1280, "steps": 0, "lr": 1e-6,
     "gradient_checkpointing": True,
 }  # fmt: skip
 LARGE = REAL | {

@@ -8,7 +8,7 @@
     python eval.py --compare A/mmmu.jsonl B/mmmu.jsonl --page                 and the answers, as a page
 
 The paper's protocol (Section 4.2) is the default: greedy, one sample, up to 8192 new tokens,
-pictures between 256 x 28 x 28 and 1280 x 28 x 28 pixels, the plain prompt. Written to --out:
+pictures of 256 to 1280 visual tokens, the plain prompt. Written to --out:
 
     NAME.jsonl        one line a sample, appended as it comes; a killed run goes on by id
     NAME.run.json     the settings that the responses were made with
@@ -68,10 +68,14 @@ class Config:
     max_new_tokens: int = flag(
         0, "longest response; 0: 8192 [P], 64 for the toy world, for own as in training", low=0
     )
-    min_pixels: int = flag(
-        0, "least area of a resized picture; 0: 256*28*28 [P], the toy's own", low=0
+    min_image_tokens: int = flag(
+        0, "fewest visual tokens per picture; 0: 256 [P], the toy's own", low=0
     )
-    max_pixels: int = flag(0, "largest area of a picture; 0: 1280*28*28 [P], the toy's own", low=0)
+    max_image_tokens: int = flag(
+        0, "most visual tokens per picture; 0: 1280 [P], the toy's own", low=0
+    )
+    min_pixels: int = flag(0, "smallest area of a picture instead; 0: by its tokens", low=0)
+    max_pixels: int = flag(0, "largest area of a picture instead; 0: by its tokens", low=0)
     max_prompt_tokens: int = flag(
         32768, "questions with a longer prompt get no answer, counted", low=1
     )

@@ -418,22 +418,34 @@ def find_checkpoint(path: str) -> Path:
 def load_policy(
     path: str,
     dtype: torch.dtype = torch.float32,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
+    min_pixels: int = 0,
+    max_pixels: int = 0,
     empty: bool = False,
+    min_image_tokens: int = 0,
+    max_image_tokens: int = 0,
 ) -> Policy:
     """Load a Qwen-VL (one of FAMILIES) from a directory or a hub id, in the published layout.
 
-    min_pixels, max_pixels  bounds on a picture's area after resizing; None: the checkpoint's own
+    min_pixels, max_pixels  bounds on a picture's area after resizing; 0: by visual tokens
+    min_image_tokens, max_image_tokens  the same in visual tokens of this model; 0: the checkpoint's own
     empty                   build it without weights, on the meta device, for `parallel.shard`
 
     Raises UserError where there is no such model, where it is not a Qwen-VL, or not whole.
     """
     directory = find_checkpoint(path)
-    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    limits = {name: value for name, value in limits.items() if value is not None}
     try:
-        return read_policy(directory, dtype, limits, empty)
+        policy = read_policy(directory, dtype, empty)
+        processor = policy.image_processor
+        side = processor.patch_size * processor.merge_size  # of a visual token: 28 pixels, or 32
+        size = processor.size
+        size["shortest_edge"] = min_pixels or min_image_tokens * side**2 or size["shortest_edge"]
+        size["longest_edge"] = max_pixels or max_image_tokens * side**2 or size["longest_edge"]
+        if size["shortest_edge"] > size["longest_edge"]:
+            raise UserError(
+                f"min_pixels {size['shortest_edge']} > max_pixels {size['longest_edge']}"
+            )
+        check_encoding(policy)
+        return policy
     except Exception as error:  # noqa: BLE001, damaged files make transformers raise whatever comes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if list(directory.glob("checkpoint-*")):
@@ -443,7 +455,7 @@ def load_policy(
         raise UserError(f"--model {path}: {reason}") from None
 
 
-def read_policy(directory: Path, dtype: torch.dtype, limits: dict, empty: bool) -> Policy:
+def read_policy(directory: Path, dtype: torch.dtype, empty: bool) -> Policy:
     """As `load_policy`; raises UserError, or whatever the files make others' code raise."""
     if odd := [x.name for x in directory.iterdir() if not (x.is_file() or x.is_dir())]:
         raise UserError(f"{odd[0]} is not a file")  # a pipe would be waited for
@@ -459,7 +471,7 @@ def read_policy(directory: Path, dtype: torch.dtype, limits: dict, empty: bool) 
     if config.model_type not in FAMILIES:
         raise UserError(f"a {config.model_type!r} model; {known}")
     tokenizer = AutoTokenizer.from_pretrained(directory, **code)
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory, **limits, **code)
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory, **code)
     if empty:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **code)
@@ -480,12 +492,7 @@ def read_policy(directory: Path, dtype: torch.dtype, limits: dict, empty: bool) 
         tokenizer.chat_template = read_json(template, {"chat_template": str})["chat_template"]
     if tokenizer.chat_template is None:
         raise UserError("no chat template; take an Instruct checkpoint")
-    size = image_processor.size
-    if size["shortest_edge"] > size["longest_edge"]:
-        raise UserError(f"min_pixels {size['shortest_edge']} > max_pixels {size['longest_edge']}")
-    policy = Policy(model, tokenizer, image_processor)
-    check_encoding(policy)
-    return policy
+    return Policy(model, tokenizer, image_processor)
 
 
 def check_finite(name: str, weight: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -78,7 +78,8 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     model = find_model(config)
     empty = torch.distributed.is_initialized()  # then each rank reads its own part of the weights
     policy = parallel.agree(lambda: load_policy(
-        model, min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None, empty=empty
+        model, min_pixels=config.min_pixels, max_pixels=config.max_pixels, empty=empty,
+        min_image_tokens=config.min_image_tokens, max_image_tokens=config.max_image_tokens,
     ))  # fmt: skip
     parallel.agree(lambda: check_room(out, policy, config.keep_last + 1))
     if questions is not None:
@@ -246,7 +247,7 @@ def find_model(config: Config) -> str:
     """The directory or hub id to load. Rank 0 brings up the toy's base while the others wait."""
     if config.model != "toy":
         return config.model
-    recipe = toy.LEVELS[config.toy_level]
+    recipe = replace(toy.LEVELS[config.toy_level], family=config.toy_family)
     if parallel.rank() == 0:
         toy.toy_policy_dir(recipe)
     parallel.barrier()
@@ -275,7 +276,7 @@ def drop_long_prompts(config: Config, policy: Policy, questions: list[Question],
             f"{config.max_prompt_tokens}")  # fmt: skip
     if questions and len(too_long) == len(questions):
         raise UserError(f"--max_prompt_tokens {config.max_prompt_tokens}: every prompt is longer; "
-                        "raise it or lower --max_pixels")  # fmt: skip
+                        "raise it or lower --max_image_tokens")  # fmt: skip
     return [q for q in questions if q.id not in too_long]
 
 

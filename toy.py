@@ -10,7 +10,7 @@ and the way this project is about, a guess that is looked at again:
 
     twice  Looks like \\boxed{red}. Wait, does it seem right? red to blue, blue to pink. So ...
 
-The policy is a real Qwen2.5-VL of about a million parameters with a tokenizer of its own and
+The policy is a real Qwen2.5-VL (or another family: --toy_family) of about a million parameters with a tokenizer of its own and
 Qwen's special tokens. `toy_policy_dir` brings it up by a short supervised phase (the warm start):
 first mostly slow and twice, so that it learns to see, then a mix in which the fast guess dominates.
 That is the state the paper starts from: a base that can think slowly and rarely does. From there,
@@ -70,6 +70,7 @@ class Recipe:
     reading_mix: tuple = (0.1, 0.5, 0.4)  # of fast, slow, twice
     final_mix: tuple = (0.75, 0.10, 0.15)
     seed: int = 0
+    family: str = "qwen2_5_vl"  # the policy's architecture, as model.FAMILIES has them
     version: int = 1  # counts changes of the recipe that its fields do not show
 
 
@@ -304,7 +305,7 @@ def new_policy(
 
 def warm_start(recipe: Recipe, progress=tqdm) -> Policy:
     """The base policy: supervised on worked solutions, first to see, then to guess."""
-    policy = new_policy(recipe.seed)
+    policy = new_policy(recipe.seed, family=recipe.family)
     policy.train()
     rng = random.Random(f"warm start {recipe.seed}")
     optimizer = torch.optim.AdamW(

@@ -50,9 +50,10 @@ def drop_cut_line(path: Path) -> None:
 
 # How a policy is asked where no flag says otherwise; 0 are the checkpoint's own bounds of a picture.
 PAPER = {
-    "template": "plain", "max_new_tokens": 8192, "min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28,
+    "template": "plain", "max_new_tokens": 8192, "min_image_tokens": 256, "max_image_tokens": 1280,
+    "min_pixels": 0, "max_pixels": 0,
 }  # fmt: skip
-TOY = {"template": "bare", "max_new_tokens": 64, "min_pixels": 0, "max_pixels": 0}
+TOY = dict.fromkeys(PAPER, 0) | {"template": "bare", "max_new_tokens": 64}
 
 
 def trainer_config(model: str) -> dict:
@@ -112,8 +113,9 @@ def bring_policy(settings: dict):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         dtype = torch.bfloat16
-    bounds = settings["min_pixels"] or None, settings["max_pixels"] or None
-    return load_policy(settings["model"], dtype, *bounds).to(device)
+    names = ("min_pixels", "max_pixels", "min_image_tokens", "max_image_tokens")
+    bounds = {name: settings[name] for name in names}
+    return load_policy(settings["model"], dtype, **bounds).to(device)
 
 
 def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, config) -> dict:
@@ -222,7 +224,7 @@ def ask_batch(policy, items: list[Item], settings: dict, rows: int, batch: int) 
         )
     except torch.OutOfMemoryError:
         raise UserError(
-            f"out of memory with --rows {rows}: lower it, or --max_pixels; what is done is kept"
+            f"out of memory with --rows {rows}: lower it, or --max_image_tokens; what is done is kept"
         ) from None
 
 

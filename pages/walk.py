@@ -33,7 +33,7 @@ def explain(c: Config, steps) -> None:
         raise UserError(
             "--explain follows a question of the toy world: leave out --model and --data"
         )
-    run = new_run(c, toy.load_toy(toy.LEVELS[c.toy_level]))
+    run = new_run(c, toy.load_toy(replace(toy.LEVELS[c.toy_level], family=c.toy_family)))
     group, idle = find_questions(run, steps)
     told, trees = follow(run, steps, group, idle)
     if c.out:

@@ -77,7 +77,7 @@ def test_the_large_presets_are_the_papers(name):
     config = parse(["--preset", name, "--data", "file.parquet"])
     assert (config.episode_queries, config.group_size, config.batch_size) == (1024, 8, 512)
     assert (config.max_new_tokens, config.lr, config.temperature) == (2048, 1e-6, 1.0)
-    assert (config.min_pixels, config.max_pixels) == (256 * 28 * 28, 1280 * 28 * 28)
+    assert (config.min_image_tokens, config.max_image_tokens) == (256, 1280)
     assert (config.steps, config.passes, config.template) == (0, 3, "plain")
     assert (config.clip_low, config.clip_high, config.gradient_checkpointing) == (0.2, 0.35, True)
     column = {"7b": "PassRate_7BBase", "72b": "PassRate_32BTrained"}[name]

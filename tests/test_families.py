@@ -15,6 +15,7 @@ from conftest import (
     hf_generate,
     hf_inputs,
     hf_logprobs,
+    noise_image,
     random_response,
     relative_difference,
     unsettle,
@@ -25,7 +26,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import parallel
 import toy
-from data import UserError
+from data import Question, UserError
 from model import FAMILIES, Policy, encode, load_policy, response_logprobs, save_policy
 from rollout import generate
 
@@ -106,6 +107,13 @@ def test_the_published_layout_loads_whole_and_sharded(family, published, alone):
     assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), sharded.buffers()))
 
 
+def test_pictures_are_bounded_in_the_family_s_own_visual_tokens(published):
+    """256 x 28 x 28 pixels are 256 tokens of Qwen2.5-VL and 196 of Qwen3-VL."""
+    policy = load_policy(str(published), max_image_tokens=12)
+    prompt = encode(policy, Question("q", "<image>", [noise_image(640, 640)], ""), "bare")
+    assert int((prompt.input_ids == policy.model.config.image_token_id).sum()) == 9  # 3 x 3
+
+
 def test_what_is_saved_loads_in_transformers_with_nothing_missing(family, published, tmp_path):
     save_policy(load_policy(str(published), torch.float64), tmp_path)
     plain, report = AutoModelForImageTextToText.from_pretrained(
@@ -147,7 +155,7 @@ def ranks(tmp_path_factory) -> Path:
     for name in FAMILIES:
         policy = in_float64(unsettle(toy.new_policy(0, hidden=32, layers=3, heads=2, family=name)))
         publish(policy, out / name)
-    launch = "torch.distributed.run --standalone --nproc_per_node 2".split()
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = Path(__file__).with_name("family_ranks.py")
     done = subprocess.run(
         [sys.executable, "-m", *launch, script, out], timeout=LIMIT, check=False, capture_output=True,

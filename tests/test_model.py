@@ -536,6 +536,8 @@ def test_pixel_limits_are_the_checkpoints_unless_given(policy, tmp_path):
     assert visual_tokens() == 50
     assert visual_tokens(max_pixels=18 * 28 * 28) == 18
     assert visual_tokens(min_pixels=200 * 28 * 28) >= 200
+    assert visual_tokens(max_image_tokens=18) == 18 and visual_tokens(min_image_tokens=200) >= 200
+    assert visual_tokens(max_pixels=18 * 28 * 28, max_image_tokens=32) == 18
     with pytest.raises(UserError, match="min_pixels"):
         load_policy(str(tmp_path), min_pixels=10**6, max_pixels=10**5)
 
