@@ -38,6 +38,7 @@ _AFTER = re.compile(r"(.+?)\s?[(\[]([A-Z])[)\]]")
 _ONE = r"[(\[]?[A-Z][)\]]?"
 _SEVERAL = re.compile(rf"(?:both )?{_ONE}(?:(?:\s*[,;&]\s*(?:and )?|\s+and\s+|\s*){_ONE})+")
 _LABELS = re.compile(r"(?:^|[,;]\s*(?:and )?|\sand )[(\[]?([A-Z])[)\].:]+(?=\s)")
+_STARTS = {*LETTERS, *LETTERS.lower(), "(", "["}
 _MIXED = re.compile(r"[A-Z](?:\s*[,;&]\s*(?:and )?[A-Za-z])+")
 
 
@@ -54,7 +55,7 @@ def read_label(tidied: str) -> Label | None:
     (Label(letter='B', text='', sure=True), Label(letter='B', text='12', sure=True), \
 Label(letter='A', text='circle', sure=False))
     """
-    if not tidied or not (tidied[0].isalpha() or tidied[0] in "(["):
+    if tidied[:1] not in _STARTS:
         return None
     match = _LONE.fullmatch(tidied)
     if match:
@@ -80,15 +81,11 @@ def read_letters(tidied: str) -> frozenset[str]:
         found.append(re.findall("[A-Z]", tidied))
     elif _MIXED.fullmatch(tidied):
         found.append(re.findall("[A-Z]", tidied.replace("and ", "").upper()))
-    if tidied[:1] in _STARTS:
-        found.append(_LABELS.findall(tidied))
+    found.append(_LABELS.findall(tidied))
     for letters in found:
         if 1 < len(letters) == len(set(letters)):
             return frozenset(letters)
     return frozenset()
-
-
-_STARTS = {*LETTERS, "(", "["}
 
 
 def named(text: str, choices: Sequence[str], strict: bool = True) -> frozenset[str] | None:
@@ -148,17 +145,26 @@ def same_text(a: str, b: str) -> bool:
     tidy_a, tidy_b = tidy(a), tidy(b)
     if tidy_a == tidy_b:
         return bool(tidy_a)
-    letters = read_letters(tidy_a), read_letters(tidy_b)
-    if letters[0] and letters[0] == letters[1] and not (tidy_a.isalpha() and tidy_b.isalpha()):
+    if tidy_a[:1] in _STARTS or tidy_b[:1] in _STARTS:
+        verdict = _same_letters(tidy_a, tidy_b)
+        if verdict is not None:
+            return verdict
+    return any(same(x, y) for x in readings(a) for y in readings(b))
+
+
+def _same_letters(a: str, b: str) -> bool | None:
+    """The verdict on two tidied texts of which one is labelled or a list of letters, else None."""
+    letters = read_letters(a), read_letters(b)
+    if letters[0] and letters[0] == letters[1] and not (a.isalpha() and b.isalpha()):
         return True
-    labels = [None if several else read_label(x) for several, x in zip(letters, (tidy_a, tidy_b))]
+    labels = [None if several else read_label(x) for several, x in zip(letters, (a, b))]
     if all(label and label.sure for label in labels):
         (letter_a, text_a, _), (letter_b, text_b, _) = labels
         return letter_a == letter_b and (not text_a or not text_b or same_text(text_a, text_b))
     for label, other in zip(labels, (b, a)):
         if label and label.sure and label.text and label.letter.isupper():
             return same_text(label.text, other)
-    return any(same(x, y) for x in readings(a) for y in readings(b))
+    return None
 
 
 def _equal(tidied: str, choices: Sequence[str]) -> frozenset[str]:

@@ -43,12 +43,12 @@ END = Token("end", "", False)
 
 # [0-9] and not \d: other scripts' digits are not numbers here.
 _TOKEN = re.compile(
-    r"(?P<space>\s+)"
-    r"|(?P<number>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![A-Za-z0-9]))?)"
+    r"(?P<space>\s*)(?:"
+    r"(?P<number>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![A-Za-z0-9]))?)"
     r"|(?P<word>(?:sin|cos|tan|cot|sec|csc|ln|log)(?=[xy](?![A-Za-z]))|[A-Za-z]+"
     r"|[^\x00-\x7f\W\d_]+)"  # of another script: a unit, or unreadable
     r"|(?P<command>\\[A-Za-z]+|\\[{}])"
-    r"|(?P<op>\*\*|[-+*/^_!%°'|(){}\[\],$€£¥₹¢])"
+    r"|(?P<op>\*\*|[-+*/^_!%°'|(){}\[\],$€£¥₹¢]))"
 )
 
 
@@ -58,17 +58,15 @@ def scan(text: str) -> list[Token]:
     >>> [token.text for token in scan(r"2x^{10}\pi")]
     ['2', 'x', '^', '{', '10', '}', '\\pi']
     """
-    tokens, at, spaced = [], 0, False
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None or len(tokens) > MAX_TOKENS:
-            raise Unreadable(text[at : at + 10])
-        at = match.end()
-        if match.lastgroup == "space":
-            spaced = True
-            continue
-        tokens.append(Token(match.lastgroup, match.group().replace("**", "^"), spaced))
-        spaced = False
+    text, tokens, at = text.strip(), [], 0
+    for match in _TOKEN.finditer(text):
+        if match.start() != at or len(tokens) > MAX_TOKENS:
+            break
+        at, kind = match.end(), match.lastgroup
+        word = match[kind]
+        tokens.append(Token(kind, "^" if word == "**" else word, match[1] != ""))
+    if at < len(text):
+        raise Unreadable(text[at : at + 10])
     return tokens
 
 
@@ -109,6 +107,8 @@ def parse(text: str) -> Tree:
 
 def parse_tokens(tokens: list[Token]) -> Tree:
     """The tree of a whole list of tokens, or Unreadable."""
+    if len(tokens) == 1 and tokens[0].kind == "number":
+        return _number(tokens[0].text)
     rest = spell(tokens)[::-1]  # a stack: the next token is the last element
     tree = _sum(rest, 0)
     if rest:
@@ -276,7 +276,7 @@ def _number(text: str) -> Fraction:
     # int() refuses long digit strings with an error of its own, and 1e999999 is a bomb.
     if len(text) > MAX_DIGITS:
         raise Unreadable("too many digits")
-    return Fraction(text)
+    return Fraction(int(text) if text.isdigit() else text)  # the parser of Fraction is slow
 
 
 def _mixed(text: str, rest: list[Token]) -> Fraction:

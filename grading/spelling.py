@@ -57,6 +57,7 @@ _COMMANDS = {
 }  # fmt: skip
 _COMMANDS[" "] = " "
 _COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
+_LEADING_SIGN = re.compile(r"[=≈] ?(?![=<>])")
 _STYLED = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox"
     r"|operatorname\*?|boldsymbol|bm|emph|underline|ce)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
@@ -106,7 +107,6 @@ _SMALL_RULES = [
         ("real", r"^(?:[Aa]ll )?(?:real numbers|reals)$", r"(-\\infty,\\infty)"),
         ("\\mathbb", r"\\mathbb ?\{?R\}?$", r"(-\\infty,\\infty)"),
         ("°", r"° ?([CF])\b", r" ° \1"),
-        ("", r"^([`'\"])(.*)\1$", r"\2"),
         ("  ", r" +", " "),
     )
 ]
@@ -120,11 +120,9 @@ def tidy(text: str) -> str:
     ('\\frac{1}{2} cm', '1234', '1234', '12,34')
     """
     text = ungrouped(text)
-    return _SPACED.sub(lambda m: m[0].replace(" ", ""), _GROUPED.sub(_without_commas, text))
-
-
-def _without_commas(match: re.Match) -> str:
-    return match[0].replace(",", "")
+    if "," in text:
+        text = _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
+    return _SPACED.sub(lambda match: match[0].replace(" ", ""), text) if " " in text else text
 
 
 @lru_cache(maxsize=4096)
@@ -135,7 +133,7 @@ def ungrouped(text: str) -> str:
     if "$" in text:
         text = _DOLLARS[1].sub(r"\1", _DOLLARS[0].sub(r"\1", text))
     if not text.isascii():
-        text = re.sub("³√", r"\\sqrt[3]", text)
+        text = text.replace("³√", r"\sqrt[3]")
         text = re.sub(f"[{_RAISED}]+", lambda m: f"^{{{m[0].translate(_PLAIN)}}}", text)
         text = re.sub(f"[{_LOWERED}]+", lambda m: f"_{{{m[0].translate(_PLAIN)}}}", text)
         text = re.sub("[µμ](?=[mgsLAFCV])", "u", text).translate(_TABLE)
@@ -143,29 +141,38 @@ def ungrouped(text: str) -> str:
         text = _BLANKS.sub("", text).replace(r"\left.", "").replace(r"\right.", "")
         text = _CIRCLE.sub("°", text)
         for _ in range(3):
-            text = _STYLED.sub(_unstyled, text)
+            if (plainer := _STYLED.sub(_unstyled, text)) == text:
+                break
+            text = plainer
         text = _RECURRING.sub(_recurring, text)
         text = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), text)
     text = text.replace("{,}", ",").replace("~", " ").strip()
     if "\n" in text and "\\begin" not in text:
         text = re.sub(r"(?<=[\w)}\]])\s*\n\s*(?=[\w\\({\[])", "; ", text)
     text = _bare(text)
+    if text.isdigit():
+        return text
+    spelled = text
     for needed, pattern, replacement in _SMALL_RULES:
-        if needed in text:
-            text = pattern.sub(replacement, text)
-    return re.sub(r"^[=≈] ?(?![=<>])", "", _bare(text))
+        if needed in spelled:
+            spelled = pattern.sub(replacement, spelled)
+    if text[:1] in ("'", '"', "`") and text[:1] == text[-1:]:
+        spelled = spelled[1:-1]
+    spelled = spelled if spelled == text else _bare(spelled)
+    return _LEADING_SIGN.sub("", spelled) if spelled[:1] in ("=", "≈") else spelled
 
 
 def _bare(text: str) -> str:
     """Without final punctuation, 'The answer is' and braces around all of it."""
-    text = " ".join(text.split())
+    text = " ".join(text.split()).rstrip(".,; ")
     for _ in range(2):
-        text = text.strip(" ").rstrip(".,; ")
         if text[:1] == "{" and text[-1:] == "}" and enclosed(text):
-            text = text[1:-1]
+            text = text[1:-1].strip(" ").rstrip(".,; ")
         match = _ANSWER_IS.match(text) if len(text) > 5 else None
-        text = text[match.end() :] if match else text
-    return text.strip(" ").rstrip(".,; ")
+        if match is None:
+            break
+        text = text[match.end() :]
+    return text
 
 
 def _unstyled(match: re.Match) -> str:
@@ -184,6 +191,7 @@ def _recurring(match: re.Match) -> str:
     return rf"(\frac{{{above}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}})"
 
 
+_WORD = re.compile(r"[^\W\d_]\.?[^\W\d_]")
 _SUBSCRIPT = re.compile(r"(?<=[A-Za-z)\]])[_^] ?\{?([0-9]*[A-Za-z0-9+-])\}?")
 
 
@@ -193,7 +201,7 @@ def words(text: str) -> str:
     >>> words('"The Eiffel  Tower."')
     'eiffel tower'
     """
-    if not re.search(r"[^\W\d_]\.?[^\W\d_]", text):
+    if not _WORD.search(text):
         return text
     text = re.sub(r"(\\[A-Za-z]+)", r" \1 ", text)
     text = re.sub(r"\{([^{}]*)\}", r"\1", _SUBSCRIPT.sub(r"\1", text)).casefold()

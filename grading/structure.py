@@ -29,6 +29,8 @@ MAX_LIST, MAX_NESTING = 50, 8
 # ------------------------------------------------------------------------------ read
 
 _DIGIT, _NUMBER = re.compile("[0-9]"), re.compile(r"-?[0-9]{1,60}(?:\.[0-9]{1,60})?")
+# Without one of these a text is no list, relation or ratio, and nothing has to be split.
+_JOINT, _JOINT_WORD = re.compile("[,;=<>≤≥≠≈:]"), re.compile(r"and|or|U|\\cup|\\in|\\pm| to ")
 _COMMA = splitter(r",? *(?<![A-Za-z\\-])(?:and|or)(?![A-Za-z-]) *|[,;]")
 _CUP = splitter(r"\\cup(?![A-Za-z])|(?<=[)\]]) ?U ?(?=[(\[])")
 _RELATION = splitter(r"<=|>=|!=|[=<>≤≥≠≈]|\\in(?![A-Za-z])")
@@ -42,6 +44,7 @@ _ENVIRONMENT = re.compile(
 _NEW_ROW = re.compile(r"\\\\(?:\[[^\]]*\])?")
 _COMPOUND_PART = re.compile(r"[0-9.]+ ?[A-Za-z]+")
 _COMPOUND = re.compile(r"[0-9.]+ ?[A-Za-z]+(?: ?[0-9.]+ ?[A-Za-z]+){1,2}")
+_POINT = re.compile(r"([A-Z]'?) ?(\(.+,.+\))")
 _CHAIN = re.compile(r"[A-Z][a-z]?(?:-[A-Z][a-z]?)+")  # H-O-H, and not a difference
 _BUILDER = re.compile(r"[a-z] ?(?:\\in ?\\mathbb ?\{R\} ?)?(?:\\mid|\||:)(.+)")
 _NAME = r"(?:[A-Za-z]+|\\[A-Za-z]+(?:\{[A-Za-z ]*\})?)(?: ?_ ?(?:\{[^{}]*\}|[0-9A-Za-z])|[0-9])?'*"
@@ -70,11 +73,11 @@ def read(text: str, nesting: int = 0) -> tuple:
     if nesting > MAX_NESTING:
         raise Unreadable("too deep")
     if _NUMBER.fullmatch(text):
-        return ("value", Fraction(text), ())
+        return ("value", Fraction(int(text) if text.isdigit() else text), ())
     moment = clock(text) or date(text) if _DIGIT.search(text) else None
     if moment:
         return moment
-    if _CHAIN.fullmatch(text):
+    if "-" in text and _CHAIN.fullmatch(text):
         return ("words", text)
     try:
         return _structure(text, nesting) or ("value", *measure(text))
@@ -85,6 +88,19 @@ def read(text: str, nesting: int = 0) -> tuple:
 def _structure(text: str, nesting: int) -> tuple | None:
     """Whatever is more than one expression, or None."""
     below = nesting + 1
+    joint = _JOINT.search(text) or _JOINT_WORD.search(text)
+    found = _joined(text, below) if joint else None
+    if found:
+        return found
+    bracketed = enclosed(text)
+    if bracketed:
+        return _bracketed(*bracketed, below)
+    found = _environment(text, below) or (_ratio(text) if joint else None)
+    return found or _named_or_compound(text, below)
+
+
+def _joined(text: str, below: int) -> tuple | None:
+    """A list, a relation or a union, joined outside all brackets."""
     pieces, separators = split(text, _COMMA)
     if separators and all(pieces):
         joiners = {s.strip(", ") or "," for s in separators}
@@ -92,23 +108,18 @@ def _structure(text: str, nesting: int) -> tuple | None:
         joiner = next((j for j in ("or", "and") if j in joiners), ",")
         return _list([read(piece, below) for piece in pieces], joiner)
     pieces, separators = split(text, _RELATION)
-    if separators and all(pieces):
-        signs = tuple(_SIGNS.get(s, s) for s in separators)
-        if r"\pm" not in text:
-            return _relation(signs, pieces, below)
+    if separators and all(pieces) and r"\pm" not in text:
+        return _relation(tuple(_SIGNS.get(s, s) for s in separators), pieces, below)
     pieces, separators = split(text, _CUP)
     if separators:
         return _list([read(piece, below) for piece in pieces], ",")
     if r"\pm" in text:
         return _list([read(t, below) for t in _both_signs(text)], ",")
-    bracketed = enclosed(text)
-    if bracketed:
-        return _bracketed(*bracketed, below)
-    return _environment(text, below) or _ratio(text) or _named_or_compound(text, below)
+    return None
 
 
 def _environment(text: str, nesting: int) -> tuple | None:
-    match = _ENVIRONMENT.fullmatch(text)
+    match = _ENVIRONMENT.fullmatch(text) if text.startswith("\\begin") else None
     if match is None:
         return None
     rows = [row.strip(" ,") for row in _NEW_ROW.split(match[2]) if row.strip()]
@@ -127,10 +138,10 @@ def _ratio(text: str) -> tuple | None:
 
 def _named_or_compound(text: str, nesting: int) -> tuple | None:
     """A(1,2) is a point with its name; 2 hours 30 minutes is a list of two quantities."""
-    point = re.fullmatch(r"([A-Z]'?) ?(\(.+,.+\))", text)
+    point = _POINT.fullmatch(text) if text[-1:] == ")" else None
     if point:
         return _relation(("=",), [point[1], point[2]], nesting)
-    if not _COMPOUND.fullmatch(text):
+    if not (text[-1:].isalpha() and _COMPOUND.fullmatch(text)):
         return None
     parts = [("value", *measure(part)) for part in _COMPOUND_PART.findall(text)]
     return _list(parts, ",") if all(part[2] for part in parts) else None

@@ -262,6 +262,7 @@ _DATES = [  # pattern, and which group holds year, month, day
     (re.compile(f"{_MONTH},? {_YEAR}"), (2, 1, None)),
     (re.compile(r"([0-9]{4})[-/.]([0-9]{1,2})[-/.]([0-9]{1,2})"), (1, 2, 3)),
 ]
+_MAYBE_DATE = re.compile(r"[0-9][-/.][0-9]{1,2}[-/.][0-9]|[A-Za-z]{3}")
 _SLASHED = re.compile(r"([0-9]{1,2})([-/.])([0-9]{1,2})\2([0-9]{4}|[0-9]{2})")
 
 
@@ -271,7 +272,7 @@ def clock(text: str) -> tuple | None:
     >>> clock("3:45 p.m."), clock("3:45")
     (('clock', 3, 45, 0, 'p'), None)
     """
-    match = _CLOCK.fullmatch(text.lower())
+    match = _CLOCK.fullmatch(text.lower()) if text[-1] in "mM.kK" else None
     if match is None:
         return None
     hour, minute, second, half = match.groups()
@@ -298,6 +299,8 @@ def date(text: str) -> tuple | None:
     >>> date("March 5th, 2020") == date("5 March 2020") == date("2020-03-05")
     True
     """
+    if not _MAYBE_DATE.search(text):
+        return None
     lower = text.lower().removeprefix("the ")
     slashed = _SLASHED.fullmatch(lower)
     if slashed:

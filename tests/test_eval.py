@@ -184,7 +184,9 @@ def test_own_questions_are_asked_as_in_training(tmp_path, own, model):
     (checkpoint / "trainer.json").write_text(json.dumps({"config": trained | {"lr": 1.0}}))
     config = evaluation.parse(["--model", str(checkpoint), "--data", str(own)])
     assert trained.items() <= asking.made_with(config, "own").items()
-    config = evaluation.parse(["--model", str(checkpoint), "--data", str(own), "--template", "bare"])
+    config = evaluation.parse(
+        ["--model", str(checkpoint), "--data", str(own), "--template", "bare"]
+    )
     assert asking.made_with(config, "own")["template"] == "bare"
     assert asking.made_with(config, "mmmu") | asking.PAPER == asking.made_with(config, "mmmu") | {
         "template": "plain"
