@@ -15,8 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rethink import OUTCOMES  # noqa: E402
+
 # Two-sided 95 % quantile of Student's t by number of seeds.
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+T_95 = {
+    2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262,
+    11: 2.228, 12: 2.201, 13: 2.179, 14: 2.160, 15: 2.145, 16: 2.131, 17: 2.120, 18: 2.110, 19: 2.101,
+    20: 2.093,
+}  # fmt: skip
 LONG = ("5 steps", "7 steps")  # chains the base has not seen
 FIXED = 0.86  # the accuracy that "steps to" asks for
 MAIN = ("plain", "filter", "ssr", "ssr_rethink", "rethink")
@@ -45,7 +52,7 @@ def read_run(folder: Path) -> dict:
         "long": np.array([np.mean([row["heldout_categories"][k] for k in LONG]) for row in held]),
         "twice": np.array([row["heldout_rethinks"] for row in held]),
         "outcomes": {k: sum(row[f"rethink_{k}"] for row in episodes.values()) for k in
-                     ("attempted", "kept", "wrong_right", "right_right", "right_wrong", "wrong_wrong")},
+                     ("attempted", "kept", *OUTCOMES)},
     }  # fmt: skip
 
 
@@ -111,8 +118,8 @@ def tables(runs: list[dict], budget: float) -> str:
             f"{show(column['sampled'])} | {show(column['steps_to'], 0)} | {show(column['effective'])} | "
             f"{show(column['twice'], 2)} | {show(column['length'], 1)} |"
         )
-    lines += ["", "| arm | attempted | kept | wrong→right | right→right | right→wrong | wrong→wrong |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += ["", "| arm | attempted | kept | wrong→right | right→right | right→wrong | wrong→wrong | no answer |",
+              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for arm in arms:
         totals = {
             k: sum(r["outcomes"][k] for r in runs if r["arm"] == arm) for k in runs[0]["outcomes"]
