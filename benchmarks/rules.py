@@ -31,13 +31,13 @@ from reward import MAX_LENGTH, extract_answer, is_correct
 _BEST = "(?:correct|right|best|final|closest|nearest|(?:most )?appropriate|available)"
 # "Answer: B", "**Answer**: B", "the correct option letter is B"; but not "the answer isn't B".
 ANSWER = re.compile(
-    rf"\b(?:answer|答案|(?:{_BEST}\s+)+(?:option|choice))(?:\s+(?:option|choice|letter))*"
-    r"(?:\s+(?:to|for)\s[^.:\n]{1,40}?)?[*_\"']*\s*"
+    rf"(?:^[#*_ ]*(?:final )?answer[*_ ]*\n|\b(?:answer|答案|(?:{_BEST}\s+)+(?:option|choice))"
+    r"(?:\s+(?:option|choice|letter))*(?:\s+to\s(?:\"[^\"\n]*\"|[^.:\n\"]){1,60}?)?[*_\"']*\s*"
     r"(?:[:：=是为]|\b(?:is|are|would be|should be|must be|will be)\b"
-    r"|(?=\(?[A-Z]\)?\s+is\s+(?:the\s+)?(?:correct|right|best)))"
-    r"(?:\s*(?:therefore|thus|then|most|likely|probably|approximately|about|roughly|given by"
-    r"|(?:option|choice|letter)(?=\W+[A-Z]\b))\b)*[\s:：*_#>]*",
-    re.IGNORECASE,
+    r"|(?=\(?[A-Z]\)?\s+is\s+(?:the\s+)?(?:correct|right|best))))"
+    r"(?:\s*(?:therefore|thus|then|most|likely|probably|definitely|clearly|indeed|still|approximately"
+    r"|about|roughly|given by|(?:option|choice|letter)(?=\W+[A-Z]\b))\b)*[\s:：*_#>]*",
+    re.IGNORECASE | re.MULTILINE,
 )
 FENCE = re.compile(r"```\w*[ \t]*\n?(.*?)\s*```", re.DOTALL)
 # What may hold the answer in the place of a line.
@@ -50,8 +50,12 @@ _FRAMES = [
         r"[\"'“]([^\n]{1,80}?)[.,]?[\"'”]",
     )
 ]
-# The end of a sentence that another follows: "60. Therefore", and not "D. South".
-_SENTENCE = re.compile(r"(?:(?<=[^\s.(][^\s.(])|(?<=[)\]}$*%°]))[.!?]\s+(?=[A-Z(\\\"*])")
+# The end of a sentence that another follows: "60. Therefore", and not "D. South"; or a reason.
+_SENTENCE = re.compile(
+    r"(?:(?<=[^\s.(][^\s.(])|(?<=[)\]}$*%°]))[.!?]\s+(?=[A-Z(\\\"*])"
+    r"|(?<=[0-9)\]}$*%°]),?\s+(?=(?:because|since|as|with|which|where|when)\b)"
+)
+_SPECIAL = re.compile(r"(?:</s>|<\|[a-z_]+\|>)\s*$")  # tokens that some decoders leave
 _PROSE = re.compile(
     r"\b(?:i|we|you|they|it|there|this|that|is|are|am|was|were|has|have|had|do|does|did|can|cannot|could"
     r"|will|would|should|seems?|appears?|shows?|sorry|please)\b|n't\b|'m\b",
@@ -67,7 +71,7 @@ def extract(response: str, choices: Sequence[str] = ()) -> str | None:
     >>> extract("<think>The answer is A.</think> Hence **Answer: (B)**"), extract("14 cm")
     ('(B)', '14 cm')
     """
-    final = response.rpartition("</think>")[2].strip()
+    final = _SPECIAL.sub("", response.rpartition("</think>")[2].strip()).strip()
     boxed = extract_answer(final)
     if boxed:
         return boxed
@@ -77,7 +81,7 @@ def extract(response: str, choices: Sequence[str] = ()) -> str | None:
         return final[start + 8 : end].strip()
     for phrase in reversed(list(ANSWER.finditer(final))):
         found = _after(final[phrase.end() :])
-        if found:
+        if re.search(r"\w", found):
             return found
     return _whole(final, choices)
 

@@ -35,6 +35,7 @@ _LABELLED = re.compile(
 )
 _REASON = re.compile(rf"(?:because|since|as|which|for|due|given|so|is (?:the )?{_RIGHT})\b")
 _AFTER = re.compile(r"(.+?)\s?[(\[]([A-Z])[)\]]")
+_SAID = re.compile(r"(yes|no|true|false)[,.;:-]", re.IGNORECASE)  # No, it is not
 _ONE = r"[(\[]?[A-Z][)\]]?"
 _SEVERAL = re.compile(rf"(?:both )?{_ONE}(?:(?:\s*[,;&]\s*(?:and )?|\s+and\s+|\s*){_ONE})+")
 _LABELS = re.compile(r"(?:^|[,;]\s*(?:and )?|\sand )[(\[]?([A-Z])[)\].:]+(?=\s)")
@@ -123,6 +124,9 @@ def named(text: str, choices: Sequence[str], strict: bool = True) -> frozenset[s
             return frozenset() if strict else letter
         if not meant and (found.sure or _REASON.match(found.text)):
             return letter
+    said = None if strict else _SAID.match(tidied)
+    if said and (equal := _equal(said[1], choices)):
+        return equal
     after = _AFTER.fullmatch(tidied)
     if after and after[2] in letters and after[2] in (_by_text(after[1], choices) or ""):
         return frozenset(after[2])
