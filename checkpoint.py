@@ -5,16 +5,19 @@
         trainer.json                                step, episode, settings: everything but tensors
         samples.json                                what is left of the episode, and the replay buffer
         state-PART-of-PARTS.safetensors             each part's fp32 weights and Adam moments
+        SHA256SUMS                                  of all these files, as sha256sum writes and checks it
 
 A checkpoint is written under another name and renamed when it is whole, so one that can be seen is
-complete. Nothing is pickled: a checkpoint from elsewhere can do no harm by being read.
+complete. Nothing is pickled: a checkpoint from elsewhere can do no harm by being read. What the disk
+did to it meanwhile shows in the checksums: without them a flipped bit resumes, with other numbers.
 
 Parameters are split over ranks along their first dimension, in order. A run with another number of
 ranks therefore finds any row it needs by counting through the old files (`read_rows`).
 """
 
-import errno
+import hashlib
 import json
+import re
 import shutil
 import zlib
 from dataclasses import asdict, replace
@@ -28,12 +31,16 @@ from tqdm import tqdm
 import parallel
 import record
 import toy
-from data import UserError
-from model import Policy, Prompt, Sample, encode, save_policy
+from data import NUMBER, UserError, read_json
+from model import Policy, Prompt, Sample, encode, find_checkpoint, is_finite, save_policy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SUMS = "SHA256SUMS"
 # What a Run counts, beside its settings, weights and samples.
 COUNTERS = ("step", "episode", "counts", "not_finite", "logp_mismatch")
+TRAINER = {"step": int, "episode": int, "counts": dict, "not_finite": int, "logp_mismatch": NUMBER,
+           "draws": int, "config": dict}  # fmt: skip
+SAMPLES = {"fresh": [dict], "buffer": [dict]}
 
 
 def pack_sample(sample: Sample) -> dict:
@@ -112,29 +119,79 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
         save_policy(policy, unfinished, whole)
         packed = {name: [pack_sample(s) for s in part] for name, part in samples.items()}
         (unfinished / "samples.json").write_text(json.dumps(packed))
-        (unfinished / "trainer.json").write_text(json.dumps(trainer | {"shards": count}, indent=1))
+        (unfinished / "trainer.json").write_text(json.dumps(trainer, indent=1))
     parallel.barrier()
+    sums = digests(unfinished)
     if first:
+        lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
+        (unfinished / SUMS).write_text("".join(lines))
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         for old in list_checkpoints(directory)[:-keep_last]:
-            shutil.rmtree(old)
+            if not old.is_symlink():
+                shutil.rmtree(old)
     parallel.barrier()
 
 
+def digests(directory: Path) -> dict[str, str]:
+    """{file: SHA-256 of what it holds}; each rank reads a share of the files."""
+    names = sorted(p.name for p in directory.iterdir() if p.name != SUMS and p.is_file())
+    found = []
+    for name in names[parallel.rank() :: parallel.world()]:
+        try:
+            with open(directory / name, "rb") as file:
+                found.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
+        except OSError as error:
+            found.append((name, error.strerror))
+    return dict(parallel.gather(found))
+
+
+def find_damage(directory: Path) -> str | None:
+    """What is not as `save` wrote it, in words; all ranks must ask."""
+    if not (directory / SUMS).is_file():
+        return f"{directory / SUMS} is missing"
+    lines = (directory / SUMS).read_text(errors="replace").splitlines()
+    found = digests(directory)
+    for digest, _, name in (line.partition("  ") for line in lines):
+        if found.get(name) != digest:
+            return f"{directory / name} {'was changed' if name in found else 'is missing'}"
+    return None
+
+
+def check_model(path: str) -> None:
+    """Raise UserError where --model is a checkpoint of ours and not as it was written; all ranks must ask."""
+    directory = find_checkpoint(path)
+    if (directory / SUMS).exists() and (damage := find_damage(directory)):
+        raise UserError(f"--model: {damage}; if that was meant, delete {directory / SUMS}")
+
+
 def save_run(run) -> None:
-    """Write OUT/checkpoint-STEP, on all ranks together."""
+    """Write OUT/checkpoint-STEP, on all ranks together. Raises UserError where weights are not finite."""
+    names = [n for n, p in run.policy.named_parameters() if not is_finite(parallel.local(p))]
+    if ruined := parallel.gather(names):
+        raise UserError(f"step {run.step}: {ruined[0]} is not finite, and not saved; lower --lr, and "
+                        f"go on from an earlier checkpoint in {run.out}")  # fmt: skip
+    # While gradients are not finite, what may be ruined soon does not push out what was sound.
+    keep = run.config.keep_last + (run.not_finite > 0)
     trainer = {name: getattr(run, name) for name in COUNTERS}
     trainer |= {"draws": run.buffer.draws, "config": asdict(run.config)}
     # At an episode's end nothing will be drawn from the buffer any more.
     samples = {"fresh": run.fresh, "buffer": run.buffer.samples if run.fresh else []}
-    save(run.out, run.policy, run.optimizer, trainer, samples, run.config.keep_last)
+    save(run.out, run.policy, run.optimizer, trainer, samples, keep)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """OUT's checkpoints, oldest first."""
-    found = [p for p in directory.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+    """OUT's checkpoints, oldest first. Any other name is somebody else's."""
+    found = [p for p in directory.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", p.name)]
+    return sorted(found, key=number_of)
+
+
+def number_of(path: Path) -> int:
+    """
+    >>> number_of(Path("checkpoint-12")), number_of(Path("state-3-of-8.safetensors"))
+    (12, 3)
+    """
+    return int(path.name.split("-")[1])
 
 
 def read_rows(files: list, name: str, start: int, stop: int) -> torch.Tensor:
@@ -155,18 +212,9 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
 
     Raises UserError where the checkpoint is of another model or lacks a file.
     """
-    trainer = read_json(directory / "trainer.json")
-    paths = [
-        directory / f"state-{r}-of-{trainer['shards']}.safetensors"
-        for r in range(trainer["shards"])
-    ]
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        raise UserError(f"{missing[0]}: missing; the checkpoint is not whole, resume an older one")
-    try:
-        files = [safe_open(path, framework="pt") for path in paths]
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory}: cannot be read ({error}); resume an older one") from None
+    trainer = read_json(directory / "trainer.json", TRAINER)
+    paths = sorted(directory.glob("state-*-of-*.safetensors"), key=number_of)
+    files = [safe_open(path, framework="pt") for path in paths]
     names = set(files[0].keys())
     for name, parameter in policy.named_parameters():
         mine = parallel.local(parameter)
@@ -191,20 +239,6 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
             parallel.local(state[moment]).copy_(values)
         optimizer.state[parameter] = state
     return trainer
-
-
-def read_json(path: Path) -> dict:
-    """A checkpoint's .json file. Raises UserError where it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(
-            f"{path}: missing or damaged; delete {path.parent} to resume from the one before"
-        ) from None
-
-
-def read_samples(directory: Path) -> dict[str, list[dict]]:
-    return read_json(directory / "samples.json")
 
 
 def rows_of(parameter: torch.Tensor) -> tuple[int, int]:
@@ -253,19 +287,22 @@ def load_weights(directory: Path, policy: Policy) -> None:
             if shape != wanted and not turned:
                 raise UserError(f"{path}: {key} has shape {shape}, not {wanted}")
             rows = piece[slice(*rows_of(parameter))]
+            if not is_finite(rows):
+                raise UserError(f"{path}: {key} holds values that are not finite")
             with torch.no_grad():
                 parallel.local(parameter).copy_(rows.mT if turned else rows)
 
 
-def undamaged(directory: Path, action):
-    """Do what reads a checkpoint; what it trips over is said in one line."""
+SURPRISES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
+def readable(directory: Path, action):
+    """Do what reads a checkpoint; one of another version is refused in one line."""
     try:
         return action()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"{directory}: damaged, or of another version ({type(error).__name__}: {error}); delete it to "
-            "resume from the one before"
-        ) from None
+    except (*SURPRISES, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{directory}: of another version ({reason}); delete it") from None
 
 
 def resume_run(run) -> bool:
@@ -274,14 +311,12 @@ def resume_run(run) -> bool:
     if not found:
         return False
     directory = Path(found[-1])
-
-    def load() -> dict:
-        trainer = load_state(directory, run.policy, run.optimizer)
-        if missing := sorted({*COUNTERS, "draws", "config"} - trainer.keys()):
-            raise KeyError(f"trainer.json has no {missing[0]}")
-        return trainer
-
-    trainer = parallel.agree(lambda: undamaged(directory, load))
+    if damage := find_damage(directory):
+        older = f"to go on from {Path(found[-2]).name}" if found[1:] else "to begin again"
+        raise UserError(f"{damage} since it was written; delete {directory} {older}")
+    trainer = parallel.agree(
+        lambda: readable(directory, lambda: load_state(directory, run.policy, run.optimizer))
+    )
     before = trainer["config"]
     for name in ("data", "toy_level"):
         now, then = getattr(run.config, name), before.get(name)
@@ -305,7 +340,7 @@ def resume_run(run) -> bool:
     for name in COUNTERS:
         setattr(run, name, trainer[name])
     run.buffer.draws = trainer["draws"]
-    packed = parallel.agree(lambda: read_samples(directory))
+    packed = parallel.agree(lambda: read_json(directory / "samples.json", SAMPLES))
     known = {q.id: q for q in run.questions or []}
 
     def unpack() -> tuple[list[Sample], list[Sample]]:
@@ -320,11 +355,10 @@ def resume_run(run) -> bool:
             # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.
             prompts[qid] = replace(prompt, pixel_values=None) if parallel.world() > 1 else prompt
         return tuple(
-            [unpack_sample(row, prompts) for row in packed[part]]
-            for part in ("fresh", "buffer")
+            [unpack_sample(row, prompts) for row in packed[part]] for part in ("fresh", "buffer")
         )
 
-    run.fresh, run.buffer.samples = parallel.agree(lambda: undamaged(directory, unpack))
+    run.fresh, run.buffer.samples = parallel.agree(lambda: readable(directory, unpack))
     if run.step > run.total_steps:
         raise UserError(f"--steps {run.total_steps}: {directory} is further already; raise it")
     if parallel.rank() == 0:
@@ -334,10 +368,7 @@ def resume_run(run) -> bool:
 
 def explain_os_error(error: OSError | SafetensorError, directory: Path) -> UserError:
     """A full or read-only disk, said in one line."""
-    if not isinstance(error, OSError):
-        return UserError(f"--out {directory}: {error}; choose another place or make room")
-    reasons = {errno.ENOSPC: "no space left", errno.EACCES: "no right to write",
-               errno.EROFS: "read-only file system", errno.ENOTDIR: "not a directory",
-               errno.EEXIST: "a file stands in the way"}  # fmt: skip
-    reason = reasons.get(error.errno, error.strerror or str(error))
+    reason = str(error)
+    if isinstance(error, OSError):
+        reason = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
     return UserError(f"--out {directory}: {reason}; choose another place or make room")

@@ -21,10 +21,12 @@ is never skipped.
 """
 
 import csv
+import fcntl
 import io
 import json
 import os
 import re
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -232,6 +234,27 @@ def check_images(questions: list[Question], seen: bool = True, progress=iter) ->
 
 
 # ---------------------------------------------------------------------------- files
+
+
+def hold(folder: Path):
+    """Take a folder for this process alone, or raise UserError naming who has it.
+
+    Returns the locked file, to be kept open: the system lets go of it when the process ends, whatever ends it.
+    """
+    file = open(folder / "lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"{folder}: in use by {file.read(200)}; wait for it, end it, or give another --out"
+        ) from None
+    except OSError:
+        return file  # a file system that knows no locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -243,6 +243,7 @@ def answers_from_file(config: Config, name: str, ids: set[str]) -> dict[str, lis
 def evaluate(config: Config) -> dict[str, dict]:
     """All benchmarks asked for; each one's files are written before the next begins."""
     out, summaries = choose_out(config), {}
+    read_summary(out)  # what is wrong with it is said now, not after hours of work
     for name in names(config):
         items, left_out, ids = items_of(name, config)
         made = {"responses": config.responses} if config.responses else made_with(config, name)

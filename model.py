@@ -485,7 +485,8 @@ def read_policy(directory: Path, dtype: torch.dtype, empty: bool) -> Policy:
         if report["missing_keys"]:  # transformers would fill them with random numbers
             raise UserError(f"no weights for {min(report['missing_keys'])} in its safetensors")
         for name, parameter in model.named_parameters():
-            check_finite(name, parameter)
+            if not is_finite(parameter):
+                raise UserError(f"{name} holds values that are not finite")
     # The processor's template (chat_template.json) knows pictures; a tokenizer's may not.
     template = directory / "chat_template.json"
     if template.is_file():
@@ -495,10 +496,9 @@ def read_policy(directory: Path, dtype: torch.dtype, empty: bool) -> Policy:
     return Policy(model, tokenizer, image_processor)
 
 
-def check_finite(name: str, weight: torch.Tensor) -> None:
-    """Raise UserError where a weight holds nan or infinity: it would train, and score 0, in silence."""
-    if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
-        raise UserError(f"{name} holds values that are not finite")
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether no value is nan or infinite: such weights would train, and score 0, in silence."""
+    return not weight.numel() or bool(torch.stack(weight.detach().aminmax()).isfinite().all())
 
 
 def check_encoding(policy: Policy) -> None:
@@ -507,6 +507,10 @@ def check_encoding(policy: Policy) -> None:
     prompt = encode(policy, Question("for a trial", f"{MARKER}Is it red?", [picture], ""), "plain")
     if prompt.input_ids.max() >= policy.head_weight().shape[0]:
         raise UserError("its tokenizer has more tokens than the model")
+    vision, processor = policy.model.config.vision_config, policy.image_processor
+    sizes = processor.merge_size, processor.patch_size, processor.temporal_patch_size
+    if sizes != (vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size):
+        raise UserError(f"its preprocessor cuts pictures as {sizes}, other than its vision tower")
     if not policy.eos_ids or not all(type(i) is int for i in policy.eos_ids):
         raise UserError(f"no token ends a turn: eos_token_id is {policy.eos_ids}")
 

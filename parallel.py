@@ -11,7 +11,10 @@ one rank alone knows: samples are exchanged (`gather`), and every rank then comp
 
 import contextlib
 import os
+import sys
+import threading
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -47,6 +50,71 @@ def start() -> torch.device:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """End the process. Beside other ranks without C++'s clean-up at exit: gloo's threads outlive their group,
+    and one that is met there ends the process by std::terminate, after all work was done."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def is_broken(error: RuntimeError) -> bool:
+    """Whether an error says that another rank has gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+PULSE = 2.0  # seconds between two signs of life
+SILENT = 90  # pulses missed, three minutes, and a rank is lost; what holds Python may take one
+
+
+@contextlib.contextmanager
+def watch(advice: Callable[[], str]):
+    """Inside, a thread ends this process where torchrun is gone, or another rank: a collective with a rank
+    that is stopped, or on a lost node, would wait for half an hour and then not say for whom.
+
+    advice  what to do then; said by the first rank that is left
+    """
+    if world() == 1:
+        yield
+        return
+    over, parent = threading.Event(), os.getppid()
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    others = [r for r in range(world()) if r != rank()]
+
+    def pulse() -> None:
+        store, me, missed = dist.TCPStore(*address, is_master=False), f"alive {rank()}", Counter()
+        seen: dict[int, int] = {}
+        while not over.wait(PULSE):
+            if os.getppid() != parent:
+                os._exit(1)
+            try:
+                store.add(me, 1)
+                now = {r: store.add(f"alive {r}", 0) for r in others}
+            except RuntimeError:  # its host is gone, or done: then each misses it
+                now = seen
+            for r in others:
+                missed[r] = missed[r] + 1 if seen.get(r) == now.get(r) else 0
+            seen = now
+            lost = [r for r in others if missed[r] >= SILENT]
+            if lost and rank() == min({*others, rank()} - {*lost}):
+                names = f"rank {', '.join(map(str, lost))} of {world()}"
+                seconds = round(PULSE * SILENT)
+                print(f"error: {names} did not answer for {seconds} s; {advice()}", file=sys.stderr)
+            if lost:
+                sys.stderr.flush()
+                os._exit(1)
+
+    thread = threading.Thread(target=pulse, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def rank() -> int:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -24,11 +25,10 @@ import parallel
 import record
 import toy
 from config import Config, sources
-from data import Question, UserError, check_images, load_questions
+from data import Question, UserError, check_images, hold, load_questions
 from model import Policy, Sample, find_checkpoint, load_policy, prompt_length
 from rethink import Rethinking
 from ssr import ReplayBuffer
-
 
 # Your own reward: (text of the response, its Question) -> a number. Of a second look, the text is y2.
 Grade = Callable[[str, Question], float]
@@ -47,6 +47,7 @@ class Run:
     total_steps: int
     buffer: ReplayBuffer
     grade: Grade | None = None  # None: the rule's verdict, 1 or 0
+    lock: TextIO | None = None  # on `out`, held while the file is open; rank 0's
     step: int = 0  # optimiser steps done, skipped ones included
     episode: int = 0  # episodes sampled
     fresh: list[Sample] = field(default_factory=list)  # of this episode, not yet trained on
@@ -70,12 +71,14 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     device = parallel.start()
     check_share(config)
     grade = own_reward(config, grade)
-    out = choose_out(config)
+    out, lock = choose_out(config)
     say(sources(config))
     questions, heldout = load_data(config)
     # Before the model is loaded, which takes minutes.
     pictures = check_pictures(questions + heldout) if questions else {}
     model = find_model(config)
+    parallel.agree(lambda: find_checkpoint(model))
+    checkpoint.check_model(model)
     empty = torch.distributed.is_initialized()  # then each rank reads its own part of the weights
     policy = parallel.agree(lambda: load_policy(
         model, min_pixels=config.min_pixels, max_pixels=config.max_pixels, empty=empty,
@@ -101,7 +104,7 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     if parallel.rank() == 0 and not checkpoint.list_checkpoints(out):
         record.write_config(out, config)  # with the sizes that fit
     buffer = ReplayBuffer(config.ssr_alpha, config.seed, config.ssr_replacement)
-    return Run(config, out, policy, optimizer, questions, heldout, total, buffer, grade)
+    return Run(config, out, policy, optimizer, questions, heldout, total, buffer, grade, lock)
 
 
 def say(line: str) -> None:
@@ -144,7 +147,7 @@ def load_reward(place: str) -> Grade | None:
         raise UserError(f"--reward {place}: must be FILE.py:NAME")
     try:
         grade = runpy.run_path(path).get(name)
-    except Exception as error:  # whatever the user's file does wrong
+    except Exception as error:  # noqa: BLE001, whatever the user's file does wrong
         raise UserError(f"--reward {place}: {type(error).__name__}: {error}") from None
     if not callable(grade):
         raise UserError(f"--reward {place}: {path} has no function {name}")
@@ -161,15 +164,15 @@ def check_room(out: Path, policy: Policy, checkpoints: int) -> None:
                         f"{needed >> 20} MiB; make room or lower --keep_last")  # fmt: skip
 
 
-def choose_out(config: Config) -> Path:
-    """The run's directory, writable, and not another run's. Rank 0 chooses."""
+def choose_out(config: Config):
+    """The run's directory, writable and not another run's, and the lock on it. Rank 0 chooses."""
 
     def is_taken(out: Path) -> bool:
         return (out / "metrics.jsonl").exists() or bool(checkpoint.list_checkpoints(out))
 
-    def choose() -> Path | None:
+    def choose():
         if parallel.rank() > 0:
-            return None
+            return None, None
         out = Path(config.out or f"runs/{config.preset}")
         if config.resume:
             if not config.out:
@@ -186,14 +189,15 @@ def choose_out(config: Config) -> Path:
             out = Path(f"{out}-{number}")
         try:
             out.mkdir(parents=True, exist_ok=True)
+            lock = hold(out)
             if not is_taken(out):  # else when it has been resumed: that may fail
                 record.write_config(out, config)
         except OSError as error:
             raise checkpoint.explain_os_error(error, out) from None
-        return out
+        return out, lock
 
-    out = parallel.agree(choose)
-    return Path(parallel.from_first(out))
+    out, lock = parallel.agree(choose)
+    return Path(parallel.from_first(out)), lock
 
 
 def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:

@@ -4,18 +4,24 @@ tensorboard's events where that is installed."""
 import base64
 import datetime
 import io
+import itertools
 import json
 import math
 import shlex
+import shutil
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from data import open_image, write_atomically
+from tqdm import tqdm
+
+from data import NUMBER, UserError, open_image, parse_json, read_bytes, read_jsonl, write_atomically
 from rethink import OUTCOMES
 from ssr import effective_sample_size
 
 HELDOUT_KEPT = 256  # questions whose answers are kept
+# What is counted on in a line of metrics.jsonl, samples.jsonl and heldout.jsonl.
+LINE = {"step": int, "heldout_accuracy?": NUMBER}
 
 
 class Recorder:
@@ -85,11 +91,12 @@ class Recorder:
 
     def summary(self, step: int, total: int, saved: list[Path]) -> str:
         """The last line of a run: what was learnt, where it is, and how to go on."""
-        with open(self.out / "metrics.jsonl", encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
+        if self.board:
+            self.board.flush()
+        rows = [row for _, row in read_jsonl(self.out / "metrics.jsonl", LINE)]
         heldout = [row["heldout_accuracy"] for row in rows if "heldout_accuracy" in row]
         learnt = f"held-out accuracy {heldout[0]:.2f} -> {heldout[-1]:.2f}; " if heldout else ""
-        where = f"checkpoint: {saved[-1]}" if saved else "no checkpoint: gradients were not finite"
+        where = f"checkpoint: {saved[-1]}"
         if step < total:
             how = f"go on with --resume --out {self.out} and the flags of before"
             return f"stopped after step {step} of {total}; {where}; {how}"
@@ -140,18 +147,28 @@ def step_metrics(run, branches: list, numbers: Counter) -> dict:
 
 
 def forget_after(path: Path, step: int) -> list[dict]:
-    """Drop the lines of later steps: the run that is resumed writes them again. Returns what is kept."""
+    """Drop the lines of later steps: the run that is resumed writes them again. Returns what is kept.
+
+    The last line may have been cut by a kill. Where another cannot be read, a copy of the file is kept.
+    """
     if not path.exists():
         return []
-    kept, rows = [], []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    kept, rows, damaged = [], [], []
+    lines = read_bytes(path).splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            if row["step"] <= step:
-                kept.append(line + "\n")
-                rows.append(row)
-        except (ValueError, KeyError, TypeError):
-            pass  # the last line of a run that was killed while it wrote
+            row = parse_json(line, f"{path}:{number}", LINE)
+        except UserError:
+            damaged.append(number)
+            continue
+        if row["step"] <= step:
+            kept.append(line.decode().rstrip("\n") + "\n")
+            rows.append(row)
+    if damaged and damaged != [len(lines)]:
+        names = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count(1))
+        copy = shutil.copyfile(path, next(name for name in names if not name.exists()))
+        numbers = ", ".join(map(str, damaged))
+        tqdm.write(f"{path}: lines that cannot be read are left out: {numbers}; kept in {copy}")
     write_atomically(path, "".join(kept))
     return rows
 

@@ -35,7 +35,7 @@ import checkpoint
 import parallel
 import toy
 from config import Config, parse
-from data import Question, UserError
+from data import Question, UserError, printable
 from grpo import group_advantages, group_baseline, is_clipped, policy_loss, token_weights
 from model import Prompt, Sample, answering_text, encode, response_logprobs, with_pixels
 from pages.walk import explain
@@ -250,10 +250,10 @@ def micro_batches(run: Run, branches: list[Branch]):
     mine = [[[branches[i] for i in tree] for tree in micro] for micro in plan[parallel.rank()]]
     spare = [[Branch(branches[0].sample)]] if branches else []
     for micro in mine + [spare] * (max(map(len, plan)) - len(mine)):
-        groups = [
-            (with_pixels(run.policy, tree[0].sample.prompt), [b.sample.tokens for b in tree])
-            for tree in micro
-        ]
+        prompts = parallel.agree(
+            lambda: [with_pixels(run.policy, tree[0].sample.prompt) for tree in micro]  # noqa: B023
+        )
+        groups = [(p, [b.sample.tokens for b in tree]) for p, tree in zip(prompts, micro)]
         yield [b for tree in micro for b in tree], build_trees(groups).to(run.policy.device)
 
 
@@ -451,9 +451,8 @@ def train(run: Run, record: Recorder) -> None:
                             replayed=f"{row['replayed']:.0%}", length=f"{row['response_length']:.0f}")  # fmt: skip
             stop = any(parallel.gather([run.interrupted])) or run.not_finite >= STOP_AFTER
             last = run.step == run.total_steps or stop
-            # Not while gradients are not finite: what is kept must not be pushed out by what may be ruined.
             # Before measuring: should that fail, nothing computed is lost.
-            if run.not_finite == 0 and (last or run.step % c.save_every == 0):
+            if last or (run.not_finite == 0 and run.step % c.save_every == 0):
                 checkpoint.save_run(run)
             if is_measured(run) and not stop:
                 record.heldout(run.heldout, *measure(run))
@@ -472,42 +471,53 @@ def main(argv: list[str], grade: Grade | None = None) -> int:
     grade  your own reward, in place of --reward: (text of the response, Question) -> a number
     """
     run = None
+
+    def advice() -> str:
+        if run is None:
+            return "nothing to resume: start it again"
+        return f"go on with --resume --out {run.out} and the flags of before"
+
     try:
         config = parse(argv)
         if config.explain:
             explain(config, sys.modules[__name__])
             return 0
         run = prepare(config, grade)
-        resumed = run.config.resume and checkpoint.resume_run(run)
-        record = Recorder(run.out, parallel.rank() == 0, run.step if resumed else None)
-        record.start(run.step, argv, parallel.world())
-        run.measured = parallel.from_first(record.measured)
-        with gentle_stop(run):
-            train(run, record)
-        parallel.barrier()
+        with parallel.watch(advice):
+            resumed = run.config.resume and checkpoint.resume_run(run)
+            step = run.step if resumed else None
+            record = parallel.agree(lambda: Recorder(run.out, parallel.rank() == 0, step))
+            record.start(run.step, argv, parallel.world())
+            run.measured = parallel.from_first(record.measured)
+            with gentle_stop(run):
+                train(run, record)
+            parallel.barrier()
         if parallel.rank() == 0:
             saved = checkpoint.list_checkpoints(run.out)
-            print(record.summary(run.step, run.total_steps, saved))
-    except UserError as error:
-        if parallel.rank() == 0 or run is not None:  # after set-up, one rank may be alone with it
+            print(printable(record.summary(run.step, run.total_steps, saved)))
+    except UserError as error:  # all ranks have met it: see `parallel.agree`
+        if parallel.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:
-        if run is None:
-            raise
-        print(f"error: {checkpoint.explain_os_error(error, run.out)}", file=sys.stderr)
+        out = run.out if run else config.out
+        print(f"error: {checkpoint.explain_os_error(error, out)}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not parallel.is_broken(error):
+            raise
+        print(f"error: rank {parallel.rank()} lost another rank; {advice()}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # the second one, or one before training
         if parallel.rank() == 0:
-            how = "nothing to resume: start it again"
-            if run:
-                how = f"go on with --resume --out {run.out} and the flags of before"
-            print(f"stopped at once; {how}", file=sys.stderr)
+            print(f"stopped at once; {advice()}", file=sys.stderr)
         return 130
     finally:
         parallel.stop()
+        if run and run.lock:
+            run.lock.close()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parallel.leave(main(sys.argv[1:]))

@@ -35,6 +35,7 @@ import train
 from checkpoint import list_checkpoints, pack_sample, read_rows, rows_of, unpack_sample
 from data import write_atomically
 from model import Sample, encode
+from record import forget_after
 
 # Two episodes of four steps with both ideas of the paper.
 BOTH = {"steps": 8, "batch_size": 8, "rethink_fraction": 0.5, "save_every": 3, "keep_last": 9}
@@ -128,13 +129,40 @@ def test_a_second_ctrl_c_stops_at_once(base, tmp_path, monkeypatch, capsys):
     assert len(steps_of(tmp_path)) == 1
 
 
-def test_a_damaged_checkpoint_is_named_with_what_to_do(base, tmp_path, capsys):
-    run_training(base, tmp_path, steps=2, heldout=0)
-    damaged = list_checkpoints(tmp_path)[-1] / "trainer.json"
-    damaged.write_text(damaged.read_text()[:20])
-    assert train.main([*flags(base, tmp_path), "--resume"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert str(damaged) in error and "delete" in error
+def flip(path: Path, place: int) -> None:
+    """One bit, as a disk does it."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer.json", "samples.json", "state-0-of-1.safetensors", "tokenizer.json"]
+)
+def test_a_bit_that_flipped_is_found_and_the_checkpoint_before_offered(
+    base, whole, tmp_path, capsys, name
+):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    flip(out / "checkpoint-8" / name, -10)
+    line = refused(capsys, base, out)
+    assert str(out / "checkpoint-8" / name) in line and line.endswith("go on from checkpoint-6")
+    shutil.rmtree(out / "checkpoint-8")
+    run_training(base, out, **BOTH, resume="true")
+    assert_same_run(out, whole)
+
+
+def refused(capsys, base, out: Path, **changes) -> str:
+    """Resume a run that cannot be; returns the one line that says so."""
+    assert train.main(flags(base, out, **BOTH | {"resume": "true"} | changes)) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def sign(directory: Path) -> None:
+    """Make the checksums those of the files, whatever has been done to them."""
+    sums = checkpoint.digests(directory)
+    (directory / checkpoint.SUMS).write_text("".join(f"{s}  {name}\n" for name, s in sums.items()))
 
 
 @pytest.mark.parametrize(
@@ -154,9 +182,8 @@ def test_a_checkpoint_of_wrong_types_is_named_with_what_to_do(
     shutil.rmtree(out / "checkpoint-8")
     path = out / "checkpoint-6" / name
     path.write_text(json.dumps(damage(json.loads(path.read_text()))))
-    assert train.main(flags(base, out, **BOTH, resume="true")) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "checkpoint-6" in error and "delete it" in error
+    sign(path.parent)
+    assert "checkpoint-6" in refused(capsys, base, out)
 
 
 KILLED_WHILE_IT_SAVES = """
@@ -353,7 +380,7 @@ def test_a_checkpoint_is_a_model_to_train_on(base, whole, tmp_path):
 
 def test_nothing_is_pickled(base, whole, tmp_path, monkeypatch):
     names = {p.suffix for p in (whole / "checkpoint-8").iterdir()}
-    assert names == {".json", ".jinja", ".safetensors"}
+    assert names == {".json", ".jinja", ".safetensors", ""}  # SHA256SUMS
 
     def refuse(*args, **kwargs):
         raise AssertionError("unpickled")
@@ -365,23 +392,83 @@ def test_nothing_is_pickled(base, whole, tmp_path, monkeypatch):
     run_training(base, out, **BOTH | {"steps": 9}, resume="true")
 
 
-def test_a_checkpoint_that_lacks_a_part_is_named(base, whole, tmp_path, capsys):
-    out = shutil.copytree(whole, tmp_path / "copy")
-    (out / "checkpoint-8" / "state-0-of-1.safetensors").unlink()
-    assert train.main(flags(base, out, **BOTH, resume="true")) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert "checkpoint-8/state-0-of-1.safetensors: missing" in line
-
-
-def test_a_checkpoint_of_another_model_is_named(base, whole, tmp_path, capsys):
+def test_a_checkpoint_that_lacks_a_part_or_is_another_model_s_is_named(
+    base, whole, tmp_path, capsys
+):
     out = shutil.copytree(whole, tmp_path / "copy")
     state = out / "checkpoint-8" / "state-0-of-1.safetensors"
     with safe_open(state, framework="pt") as file:
         names = [name for name in list(file.keys()) if "layers.1." not in name]
         tensors = {name: file.get_tensor(name) for name in names}
+    state.unlink()
+    assert f"{state} is missing" in refused(capsys, base, out)
     save_file(tensors, state)
-    assert train.main(flags(base, out, **BOTH, resume="true")) == 2
-    assert "another model" in capsys.readouterr().err.splitlines()[-1]
+    sign(state.parent)
+    assert "another model" in refused(capsys, base, out)
+
+
+def test_what_others_put_beside_checkpoints_is_neither_removed_nor_resumed(base, tmp_path):
+    names = ("checkpoint-best-1", "checkpoint-old-99", "checkpoint-\u00b2", "checkpoint-2.bak")
+    for name in names:
+        (tmp_path / name).mkdir()
+    run_training(base, tmp_path, steps=4, save_every=1, keep_last=1, heldout=0)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+    assert all((tmp_path / name).is_dir() for name in names)
+    run_training(base, tmp_path, steps=5, heldout=0, resume="true")
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(base, tmp_path, capsys):
+    tmp_path.joinpath("run").mkdir()
+    code = "import data, pathlib, sys; kept = data.hold(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    root = Path(train.__file__).parent
+    with subprocess.Popen(
+        command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        assert f"in use by process {other.pid}" in refused(capsys, base, tmp_path / "run", steps=1)
+        other.kill()
+    run_training(base, tmp_path / "run", steps=1)
+
+
+def test_a_run_whose_last_gradient_is_not_finite_is_saved_and_ruined_weights_are_not(
+    base, tmp_path, monkeypatch, capsys
+):
+    real_loss, real_choice, steps, ruin = train.policy_loss, train.choose_batch, [], []
+
+    def choose_batch(run):
+        steps.append(run.step)
+        if ruin and run.step == 3:
+            with torch.no_grad():
+                run.policy.text_model.norm.weight[0] = torch.nan
+        return real_choice(run)
+
+    def policy_loss(*arguments):
+        return real_loss(*arguments) * (torch.nan if steps[-1] == 3 else 1.0)
+
+    monkeypatch.setattr(train, "choose_batch", choose_batch)
+    monkeypatch.setattr(train, "policy_loss", policy_loss)
+    run_training(base, tmp_path / "sound", heldout=0)
+    assert [p.name for p in list_checkpoints(tmp_path / "sound")] == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    ruin.append(True)
+    assert train.main(flags(base, tmp_path / "ruined", heldout=0)) == 2
+    assert "norm.weight is not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert [p.name for p in list_checkpoints(tmp_path / "ruined")] == ["checkpoint-2"]
+
+
+def test_lines_that_cannot_be_read_are_kept_in_a_copy(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1}\n', '{"step": "2"}\n', "\x00\n", '{"step": 3}\n', '{"step": 4}\n', '{"st']
+    path.write_text("".join(lines))
+    assert [row["step"] for row in forget_after(path, 3)] == [1, 3]
+    assert path.read_text() == lines[0] + lines[3]
+    assert (tmp_path / "metrics.jsonl.damaged-1").read_text() == "".join(lines)
+    assert "2, 3, 6" in capsys.readouterr().out
+    path.write_text(lines[0] + lines[-1])  # cut by a kill: no damage
+    assert len(forget_after(path, 3)) == 1 and not (tmp_path / "metrics.jsonl.damaged-2").exists()
 
 
 # ---------------------------------------------------------------------------- its parts
@@ -439,12 +526,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [(errno.ENOSPC, "no space left"), (errno.EACCES, "no right to write")],
-)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
 def test_a_disk_that_fails_while_a_run_writes_is_one_line(
-    base, tmp_path, monkeypatch, capsys, number, words
+    base, tmp_path, monkeypatch, capsys, number
 ):
     real = checkpoint.save
 
@@ -456,5 +540,5 @@ def test_a_disk_that_fails_while_a_run_writes_is_one_line(
     monkeypatch.setattr(checkpoint, "save", save)
     assert train.main(flags(base, tmp_path)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ") and words in line and str(tmp_path) in line
+    assert line.startswith("error: ") and os.strerror(number) in line and str(tmp_path) in line
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2"]

@@ -636,7 +636,7 @@ def test_an_out_that_cannot_be_written_is_named(base, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(record, "write_atomically", refuse)
     line = user_error(capsys, flags(base, tmp_path / "out"))
-    assert str(tmp_path / "out") in line and "read-only" in line
+    assert str(tmp_path / "out") in line and "Read-only" in line
 
 
 def test_an_out_that_holds_a_run_is_left_alone(base, finished, capsys):

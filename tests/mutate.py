@@ -1,0 +1,547 @@
+"""What a hostile day does to a run, from a seed: damaged files, absurd flags, kills.
+
+    python tests/mutate.py files 1000        damage a file that a command reads, and run the command
+    python tests/mutate.py flags 500         give a flag a value that nobody should
+    python tests/mutate.py kills 200         SIGKILL at a random moment, then the same line again
+    python tests/mutate.py soak 2000         one long run with a kill every 100 steps
+
+Every trial runs in a process of its own (forked, so that torch is there already). What may become of it:
+
+    same       the result is the undamaged one's, to the bit
+    refused    exit 2, and one line that says what is wrong
+    accepted   a damaged input that is as good as any other: a flipped letter in a question
+
+What may not: a traceback, a hang, or "wrong": exit 0 with another result where the damaged file is one
+that we wrote ourselves. tests/test_errors.py runs a minute of it.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import torch
+from PIL import Image
+from tiny import SECONDS, flags, lucky, make_base
+
+import eval as evaluation
+import report
+import train
+
+LIMIT = 90  # seconds that a trial may take; each needs one or two on an idle machine
+FAILURES = ("traceback", "hang", "wrong")
+
+# ---------------------------------------------------------------------------- processes
+
+
+def start(
+    action: Callable[[], int], log: Path, rank: int = 0, world: int = 1, port: int = 0
+) -> int:
+    """Fork; the child runs `action`, all it says goes to `log`. Returns its process id."""
+    if pid := os.fork():
+        return pid
+    code = 70
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        torch.set_num_threads(1)
+        if world > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        train.grade = lambda sample, text=None: float(lucky(sample))
+        code = action()
+    except BaseException:  # noqa: BLE001, a child must never return into its parent's work
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pid: int, seconds: float = LIMIT) -> int | None:
+    """The exit status, negative where a signal ended it; None where the time was up."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def run(action, log: Path) -> tuple[str, str]:
+    """("done", "refused", "traceback" or "hang", what was said)."""
+    code = wait(start(action, log))
+    said = log.read_text(errors="replace")
+    if code is None:
+        return "hang", said
+    lines = [line for line in said.splitlines() if line.startswith(("error: ", "eval.py: "))]
+    if code == 0 and "Traceback" not in said:
+        return "done", said
+    good = code == 2 and "Traceback" not in said and len(lines) == 1 and lines[0].isprintable()
+    return ("refused" if good else "traceback"), said
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+STRANGE = (None, [], {}, "", "x", "\x1b[2J\n", True, -1, 0, 2**31, 2**63, 10**400, 1e308, float("nan"),
+           float("-inf"), [[]], [None], {"a": None}, "9" * 400)  # fmt: skip
+
+
+def places(value, path=()) -> list[tuple]:
+    """The paths to all values in a JSON value; of a long list, to the first few."""
+    found = [path]
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:4])
+        if isinstance(value, list)
+        else ()
+    )
+    for key, part in items:
+        found += places(part, (*path, key))
+    return found
+
+
+def replaced(value, path: tuple, new):
+    """The value with `new` at the path; `new` may be a function of what stood there."""
+    if not path:
+        return new
+    value = dict(value) if isinstance(value, dict) else list(value)
+    value[path[0]] = replaced(value[path[0]], path[1:], new)
+    return value
+
+
+def in_json(data: bytes, rng: random.Random, how: str) -> bytes:
+    """Damage within a JSON file, or within one line of a .jsonl."""
+    lines = data.splitlines(keepends=True)
+    try:
+        json.loads(data)
+        lines, i = [data], 0
+    except ValueError:
+        i = rng.randrange(len(lines))
+    value = json.loads(lines[i])
+    path = rng.choice(places(value)[1:] or [()])
+    if how == "swap":
+        other = rng.choice(places(value)[1:] or [()])
+        get = lambda p: reduce(lambda v, k: v[k], p, value)
+        value = replaced(value, path, get(other))
+    elif how == "drop" and path and isinstance(path[-1], str):
+        parent = value
+        for key in path[:-1]:
+            parent = parent[key]
+        del parent[path[-1]]
+    else:
+        value = replaced(value, path, "@" if how == "deepen" else rng.choice(STRANGE))
+    text = json.dumps(value).encode()
+    if how == "deepen":
+        depth = rng.choice((50, 500, 950, 100_000))
+        text = text.replace(b'"@"', b"[" * depth + b"]" * depth)
+    lines[i] = text + (b"\n" if lines[i].endswith(b"\n") else b"")
+    return b"".join(lines)
+
+
+def damage(path: Path, rng: random.Random) -> str:
+    """Damage a file in one of these ways; returns which."""
+    data = path.read_bytes()
+    kinds = ["truncate", "flip", "empty", "swap", "zeros", "doubled", "gone", "folder", "pipe"]
+    if path.suffix in (".json", ".jsonl"):
+        kinds += ["retype", "deepen", "drop", "swap within"] * 3
+    how = rng.choice(kinds)
+    n = len(data)
+    if how in ("gone", "folder", "pipe"):
+        path.unlink()
+        if how != "gone":
+            (path.mkdir if how == "folder" else lambda: os.mkfifo(path))()
+        return how
+    if how == "truncate":
+        data = data[: rng.randrange(n)]
+    elif how == "flip":
+        i = rng.randrange(min(n, 4096) if rng.random() < 0.5 else n)  # headers more often
+        data = data[:i] + bytes([data[i] ^ 1 << rng.randrange(8)]) + data[i + 1 :]
+    elif how == "empty":
+        data = b""
+    elif how == "swap":
+        i, j = sorted((rng.randrange(n), rng.randrange(n)))
+        size = max(1, min(16, j - i, n - j))
+        data = (
+            data[:i]
+            + data[j : j + size]
+            + data[i + size : j]
+            + data[i : i + size]
+            + data[j + size :]
+        )
+    elif how == "zeros":
+        i = rng.randrange(n)
+        data = data[:i] + bytes(min(64, n - i)) + data[i + 64 :]
+    elif how == "doubled":
+        data = data + data
+    else:
+        data = in_json(data, rng, how.removesuffix(" within"))
+    path.write_bytes(data)
+    return how
+
+
+# ---------------------------------------------------------------------------- scenes
+
+
+@dataclass
+class Scene:
+    """A folder, a command that reads it, and what the command leaves when nothing is damaged."""
+
+    name: str
+    folder: Path
+    command: Callable[[Path], int]  # in a copy of the folder
+    result: Callable[[Path], object]
+    wanted: Callable[[Path], bool]  # which files the command reads
+    ours: bool  # written by us: another result with exit 0 is wrong
+    expected: object = None
+
+
+def tensors(directory: Path):
+    return sorted((p.name, p.read_bytes()) for p in directory.glob("*.safetensors"))
+
+
+def steps(out: Path, after: int = 0):
+    rows = [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_bytes().splitlines()
+        if line[:1] == b"{"
+    ]
+    return [{k: v for k, v in r.items() if k not in SECONDS} for r in rows if r["step"] > after]
+
+
+def training(base: Path, **changes):
+    settings = {"steps": 5, "save_every": 2, "rethink_fraction": 0.5, "keep_last": 9} | changes
+    return lambda out: train.main(flags(base, out / "run", **settings))
+
+
+def scenes(root: Path) -> list[Scene]:
+    base, found = make_base(), []
+
+    def add(name, prepare, command, result, wanted, ours):
+        folder = root / name
+        folder.mkdir()
+        prepare(folder)
+        found.append(Scene(name, folder, command, result, wanted, ours))
+
+    def must(action, log=root / "log"):
+        how, said = run(action, log)
+        assert how == "done", said
+
+    resume = training(base, resume="true", heldout=0)
+    add("resume", lambda d: must(lambda: training(base, steps=3, heldout=0)(d)), resume,
+        lambda d: (tensors(d / "run/checkpoint-5"), steps(d / "run", after=3)),
+        lambda p: "checkpoint-3" in p.parts or p.name in ("metrics.jsonl", "samples.jsonl"), ours=True)  # fmt: skip
+    from_a_run = root / "resume/run/checkpoint-3"
+    for name, model, ours in (("model", base, False), ("checkpoint", from_a_run, True)):
+        add(name, lambda d, model=model: shutil.copytree(model, d / "model"),
+            lambda d: training(d / "model", steps=1, heldout=2)(d),
+            lambda d: tensors(d / "run/checkpoint-1"),
+            lambda p: "model" in p.parts and not p.name.startswith(("state-", "samples")), ours)  # fmt: skip
+
+    def questions(d: Path) -> list[dict]:
+        Image.new("RGB", (56, 56), "red").save(d / "a.png")
+        Image.effect_noise((60, 40), 90).save(d / "b.jpg")
+        rows = [{"qid": f"q{i}", "question": f"{i} + {i}?", "answer": str(2 * i), "category": "sums",
+                 "PassRate_7BBase": 0.5} for i in range(6)]  # fmt: skip
+        rows[0]["image"], rows[1]["image"] = ["a.png"], ["b.jpg", "a.png"]
+        return rows
+
+    def as_jsonl(d: Path):
+        (d / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions(d)))
+
+    def as_parquet(d: Path):
+        import pyarrow.parquet
+
+        rows = [row | {"image": row.get("image", [])} for row in questions(d)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), d / "data.parquet")
+
+    for form, write in (("jsonl", as_jsonl), ("parquet", as_parquet)):
+        add(form, write,
+            lambda d, form=form: training(base, steps=1, data=d / f"data.{form}", heldout=2,
+                                          pass_rate_column="PassRate_7BBase")(d),
+            lambda d: tensors(d / "run/checkpoint-1"), lambda p: True, ours=False)  # fmt: skip
+
+    from test_benchmarks import mathvista_row, write_jsonl
+
+    def asked(d: Path):
+        os.chdir(d)  # a result notes where its model was
+        return evaluation.main(
+            ["--model", "model", "--out", "out", "--limit", "3", "--max_new_tokens", "4"]
+        )
+
+    def half_asked(d: Path):
+        shutil.copytree(from_a_run, d / "model")
+        must(lambda: asked(d))
+        path = d / "out/toy.jsonl"
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+
+    def summary(d: Path):
+        found = json.loads((d / "out/summary.json").read_bytes())
+        for entry in found.values():
+            entry.pop("settings")
+        return found
+
+    add("eval", half_asked, asked, summary,
+        lambda p: "out" in p.parts or p.name == "trainer.json", ours=True)  # fmt: skip
+
+    def marked(d: Path):
+        rows = [mathvista_row() | {"pid": str(i)} for i in range(5)]
+        write_jsonl(
+            d / "test.jsonl", [{k: v for k, v in r.items() if k != "decoded_image"} for r in rows]
+        )
+        write_jsonl(
+            d / "r.jsonl", [{"id": str(i), "response": f"\\boxed{{{i}}}"} for i in range(5)]
+        )
+
+    add("mark", marked,
+        lambda d: evaluation.main(["--benchmark", "mathvista", "--data", str(d / "test.jsonl"), "--out",
+                                   str(d / "out"), "--responses", str(d / "r.jsonl")]),
+        summary, lambda p: True, ours=False)  # fmt: skip
+
+    def results(d: Path):
+        for name, right in (("a", 2), ("b", 3)):
+            rows = [{"id": str(i), "correct": i < right, "cluster": "c"} for i in range(5)]
+            write_jsonl(d / f"{name}.jsonl", rows)
+
+    add("compare", results,
+        lambda d: evaluation.main(["--compare", str(d / "a.jsonl"), str(d / "b.jsonl")]),
+        lambda d: None, lambda p: True, ours=False)  # fmt: skip
+    add("report", lambda d: shutil.copytree(root / "resume/run", d / "run"),
+        lambda d: report.main([str(d / "run")]),
+        lambda d: (d / "run/report.html").stat().st_size > 0,
+        lambda p: p.name in ("metrics.jsonl", "samples.jsonl", "config.json") and p.parts[-2] == "run",
+        ours=False)  # fmt: skip
+    for scene in found:
+        trial = shutil.copytree(scene.folder, root / "trial")
+        must(partial(scene.command, trial))
+        scene.expected = scene.result(trial)
+        shutil.rmtree(trial)
+    return found
+
+
+def damaged_files(root: Path, count: int, seed: int) -> Counter:
+    """Damage files one after the other, each scene's in turn."""
+    known, counts = scenes(root), Counter()
+    for number in range(count):
+        rng, scene = random.Random(f"{seed} {number}"), known[number % len(known)]
+        trial = shutil.copytree(scene.folder, root / "trial")
+        files = sorted(
+            p for p in trial.rglob("*") if p.is_file() and scene.wanted(p.relative_to(trial))
+        )
+        path = rng.choice(files)
+        how = damage(path, rng)
+        outcome, said = run(partial(scene.command, trial), root / "log")
+        if outcome == "done":
+            try:
+                same = scene.result(trial) == scene.expected
+            except (OSError, ValueError, KeyError) as error:
+                same, said = False, said + repr(error)
+            outcome = "same" if same else "wrong" if scene.ours else "accepted"
+        counts[outcome] += 1
+        note(counts, outcome, f"{number} {scene.name}: {how} {path.relative_to(trial)}", said)
+        shutil.rmtree(trial)
+    return counts
+
+
+def note(counts: Counter, outcome: str, what: str, said: str) -> None:
+    if outcome in FAILURES:
+        print(f"{outcome}: {what}\n" + "\n".join(said.splitlines()[-12:]), flush=True)
+    if counts.total() % 100 == 0:
+        print(dict(counts), flush=True)
+
+
+# ---------------------------------------------------------------------------- flags
+
+ABSURD = ("-1", "0", "-0", "1", "2147483647", "2147483648", "-2147483649", "9223372036854775808", "9" * 5000,
+          "1e308", "-1e308", "1e-308", "nan", "inf", "-inf", "0.5", "1e3", "0x10", "", " ", "x", "true",
+          "\x1b[2J", "a\nb", "\udcff", "/", "..", "/dev/null", "x" * 300, "a/" * 3000)  # fmt: skip
+
+
+def in_folder(folder: Path, program, argv: list[str]) -> int:
+    os.chdir(folder)
+    return program.main(argv)
+
+
+def absurd_flags(root: Path, count: int, seed: int) -> Counter:
+    """Give each flag of train.py and eval.py each value, in an order drawn from the seed."""
+    base, counts, log = make_base(), Counter(), root / "log"
+    pairs = [(train, f, v) for f in train.Config.__dataclass_fields__ for v in ABSURD]
+    pairs += [(evaluation, f, v) for f in evaluation.Config.__dataclass_fields__ for v in ABSURD]
+    random.Random(seed).shuffle(pairs)
+    for program, name, value in pairs[:count]:
+        trial = root / "trial"
+        trial.mkdir()
+        if program is train:
+            known = flags(base, trial / "run", steps=1, heldout=2)
+        else:
+            known = [
+                "--model",
+                str(base),
+                "--out",
+                str(trial / "run"),
+                "--limit",
+                "2",
+                "--max_new_tokens",
+                "4",
+            ]
+
+        outcome, said = run(partial(in_folder, trial, program, [*known, f"--{name}={value}"]), log)
+        outcome = "accepted" if outcome == "done" else outcome
+        counts[outcome] += 1
+        note(counts, outcome, f"{program.__name__} --{name}={value[:40]!r}", said)
+        shutil.rmtree(trial)
+    return counts
+
+
+# ---------------------------------------------------------------------------- kills
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(action, log: Path, world: int) -> list[int]:
+    port = free_port()
+    return [start(action, log.with_suffix(f".{rank}"), rank, world, port) for rank in range(world)]
+
+
+def finish(action, log: Path, world: int) -> float:
+    """Run on `world` processes to the end; returns the seconds it took. Raises where one fails."""
+    begin = time.monotonic()
+    codes = [wait(pid, 3 * LIMIT) for pid in launch(action, log, world)]
+    said = "".join(log.with_suffix(f".{rank}").read_text(errors="replace") for rank in range(world))
+    if codes != [0] * world or "Traceback" in said:
+        raise RuntimeError(f"{codes}: {said}")
+    return time.monotonic() - begin
+
+
+def kills(root: Path, count: int, seed: int) -> Counter:
+    """Kill a run at a random moment, once or twice, and let it finish: the result is the whole run's."""
+    counts, log = Counter(), root / "log"
+    shutil.copytree(make_base(), root / "model")
+
+    def asking(out: Path):
+        argv = ["--model", root / "model", "--out", out / "run", "--limit", 40, "--rows", 4,
+                "--max_new_tokens", 8, "--temperature", 1]  # fmt: skip
+        return evaluation.main([*map(str, argv)])
+
+    def trained(out: Path):
+        return training(root / "model", steps=6, save_every=2, heldout=2, resume="true")(out)
+
+    def answers(out: Path):
+        return (out / "run/toy.jsonl").read_bytes()
+
+    def learnt(out: Path):
+        return tensors(out / "run/checkpoint-6"), steps(out / "run")
+
+    jobs = []
+    for name, action, result, world in (
+        ("train", trained, learnt, 1), ("eval", asking, answers, 1), ("train on 2", trained, learnt, 2)
+    ):  # fmt: skip
+        whole = root / f"whole {name}"
+        whole.mkdir()
+        seconds = finish(partial(action, whole), log, world)
+        jobs.append((name, action, result, world, seconds, result(whole)))
+    for number in range(count):
+        rng = random.Random(f"{seed} {number}")
+        name, action, result, world, seconds, expected = jobs[number % len(jobs)]
+        trial = root / "trial"
+        trial.mkdir()
+        try:
+            for _ in range(rng.choice((1, 2))):
+                pids = launch(partial(action, trial), log, world)
+                time.sleep(rng.uniform(0.05, seconds))
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+            finish(partial(action, trial), log, world)
+            outcome, said = ("same" if result(trial) == expected else "wrong"), ""
+        except (RuntimeError, OSError) as error:
+            outcome, said = "traceback", str(error)
+        counts[outcome] += 1
+        note(counts, outcome, f"{number} {name}", said)
+        shutil.rmtree(trial)
+    return counts
+
+
+def soak(root: Path, length: int, seed: int) -> Counter:
+    """`length` steps of the tiny policy with a kill every 100: what the process holds on to must stay flat."""
+    base, out, counts = make_base(), root / "soak", Counter()
+    rng = random.Random(seed)
+
+    def action():
+        return training(base, steps=length, save_every=20, eval_every=200, heldout=4, resume="true",
+                        keep_last=2)(out)  # fmt: skip
+
+    def done() -> int:
+        path = out / "run/metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return max((json.loads(x)["step"] for x in lines[-3:] if x.endswith(b"}")), default=0)
+
+    def held(pid: int) -> tuple[int, int, int]:
+        status = dict(
+            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        )
+        files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        return int(status["VmRSS"].split()[0]) // 1024, files, int(status["Threads"])
+
+    while True:
+        pid = start(action, root / "log")
+        goal = min(length, (done() // 100 + 1) * 100 + rng.randrange(15))
+        early = None
+        while done() < goal and os.waitpid(pid, os.WNOHANG) == (0, 0):
+            time.sleep(0.2)
+            early = early or (held(pid) if done() > goal - 70 else None)
+        late = held(pid)
+        if goal >= length:
+            code = wait(pid, 60)
+            break
+        print(f"step {done()}: MiB, files, threads {early} -> {late}", flush=True)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        counts["kills"] += 1
+    rows = [row["step"] for row in steps(out / "run") if "heldout_accuracy" not in row]
+    counts["steps"] = len(rows)
+    counts["wrong"] += rows != list(range(1, length + 1)) or code != 0
+    counts["report"] += report.main([str(out / "run")]) == 0
+    return counts
+
+
+TASKS = {"files": damaged_files, "flags": absurd_flags, "kills": kills, "soak": soak}
+
+
+def main(argv: list[str]) -> int:
+    task, count = argv[0], int(argv[1])
+    seed = int(argv[2]) if len(argv) > 2 else 0
+    with tempfile.TemporaryDirectory() as root:
+        counts = TASKS[task](Path(root), count, seed)
+    print(f"{task} {count}, seed {seed}: {dict(counts)}")
+    return int(any(counts[name] for name in FAILURES))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
