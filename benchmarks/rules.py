@@ -32,7 +32,7 @@ _BEST = "(?:correct|right|best|final|closest|nearest|(?:most )?appropriate|avail
 # "Answer: B", "**Answer**: B", "the correct option letter is B"; but not "the answer isn't B".
 ANSWER = re.compile(
     rf"(?:^[#*_ ]*(?:final )?answer[*_ ]*\n|\b(?:answer|答案|(?:{_BEST}\s+)+(?:option|choice))"
-    r"(?:\s+(?:option|choice|letter))*(?:\s+to\s(?:\"[^\"\n]*\"|[^.:\n\"]){1,60}?)?[*_\"']*\s*"
+    r"(?:\s+(?:option|choice|letter))*(?:\s+to\s(?:\"[^\"\n]*\"|[^.:\n\"]){1,40}?)?[*_\"']*\s*"
     r"(?:[:：=是为]|\b(?:is|are|would be|should be|must be|will be)\b"
     r"|(?=\(?[A-Z]\)?\s+is\s+(?:the\s+)?(?:correct|right|best))))"
     r"(?:\s*(?:therefore|thus|then|most|likely|probably|definitely|clearly|indeed|still|approximately"
@@ -80,7 +80,7 @@ def extract(response: str, choices: Sequence[str] = ()) -> str | None:
     if start >= 0 and final[start + 8 : end].strip():
         return final[start + 8 : end].strip()
     for phrase in reversed(list(ANSWER.finditer(final))):
-        found = _after(final[phrase.end() :])
+        found = _after(final[phrase.end() : phrase.end() + 2000])
         if re.search(r"\w", found):
             return found
     return _whole(final, choices)

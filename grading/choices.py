@@ -30,7 +30,7 @@ _LONE = re.compile(
 )
 _LABELLED = re.compile(
     rf"{_LEAD}(?:[(\[]\s*(?P<framed>[A-Z])\s*[)\]][.:,]*|(?P<bare>[A-Z])"
-    r"(?:\s?[.:)]+|\s(?=[(\[])|(?P<weak>,|\s-|(?=[\s\d(-]))))\s*(?![\s,;&]|and\b|or\b)(?P<text>.+)",
+    r"(?:\s?[.:)]+|\s(?=[(\[])|(?P<weak>,|\s-|(?=[\s\d(-]))))\s*(?![\s,;&]|and\b|or\b|[(\[][A-Z][)\]])(?P<text>.+)",
     re.IGNORECASE,
 )
 _REASON = re.compile(rf"(?:because|since|as|which|for|due|given|so|is (?:the )?{_RIGHT})\b")
@@ -128,8 +128,8 @@ def named(text: str, choices: Sequence[str], strict: bool = True) -> frozenset[s
     if said and (equal := _equal(said[1], choices)):
         return equal
     after = _AFTER.fullmatch(tidied)
-    if after and after[2] in letters and after[2] in (_by_text(after[1], choices) or ""):
-        return frozenset(after[2])
+    if after and after[2] in letters and (meant := _by_text(after[1], choices)):
+        return frozenset(after[2]) if after[2] in meant or not strict else frozenset()
     return _by_text(text, choices)
 
 
@@ -153,7 +153,11 @@ def same_text(a: str, b: str) -> bool:
         verdict = _same_letters(tidy_a, tidy_b)
         if verdict is not None:
             return verdict
-    return any(same(x, y) for x in readings(a) for y in readings(b))
+    return _same_structure(a, b)
+
+
+def _same_structure(a: str, b: str) -> bool:
+    return tidy(a) == tidy(b) != "" or any(same(x, y) for x in readings(a) for y in readings(b))
 
 
 def _same_letters(a: str, b: str) -> bool | None:
@@ -164,10 +168,12 @@ def _same_letters(a: str, b: str) -> bool | None:
     labels = [None if several else read_label(x) for several, x in zip(letters, (a, b))]
     if all(label and label.sure for label in labels):
         (letter_a, text_a, _), (letter_b, text_b, _) = labels
-        return letter_a == letter_b and (not text_a or not text_b or same_text(text_a, text_b))
+        return letter_a == letter_b and (
+            not text_a or not text_b or _same_structure(text_a, text_b)
+        )
     for label, other in zip(labels, (b, a)):
         if label and label.sure and label.text and label.letter.isupper():
-            return same_text(label.text, other)
+            return _same_structure(label.text, other)
     return None
 
 
