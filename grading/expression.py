@@ -30,9 +30,6 @@ class Unreadable(ValueError):
     """The text is no expression of the grammar above, or exceeds one of the caps."""
 
 
-# ---------------------------------------------------------------------------- tokens
-
-
 class Token(NamedTuple):
     kind: str  # "number", "word" (a run of letters), "command" (\name), "op", "end"
     text: str
@@ -69,8 +66,6 @@ def scan(text: str) -> list[Token]:
         raise Unreadable(text[at : at + 10])
     return tokens
 
-
-# ---------------------------------------------------------------------------- parser
 
 # Our name -> mpmath's. The keys are the whole vocabulary of functions.
 FUNCTIONS = {

@@ -18,12 +18,11 @@ _CHARACTERS = {
     "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "⩽": "≤", "⩾": "≥",
     "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "∠": " angle ", "△": " triangle ", "⊥": r"\perp ",
-    "∥": r"\parallel ", "≧": "≥", "≦": "≤", "＞": ">", "＜": "<", "。": ".", "、": ",", "∴": " ",
-    "掳": "°",  # how GBK shows the two bytes of a degree sign, in golds of MathVerse
-    "℃": "° C", "℉": "° F", "％": "%", "（": "(", "）": ")", "，": ",",
-    "：": ":", "∶": ":", "≅": r"\cong ", "∼": r"\sim ",
-    "；": ";", "＝": "=", "＋": "+", "″": "''", "⟨": r"\langle ", "⟩": r"\rangle ",
-    "Δ": r"\Delta ", "\u03a9": r"\Omega ", "\u2126": r"\Omega ", "Φ": r"\Phi ", "ϕ": r"\phi ",
+    "∥": r"\parallel ", "≅": r"\cong ", "∼": r"\sim ", "⟨": r"\langle ", "⟩": r"\rangle ",
+    "℃": "° C", "℉": "° F", "″": "''", "Φ": r"\Phi ", "ϕ": r"\phi ",
+    "Δ": r"\Delta ", "\u03a9": r"\Omega ", "\u2126": r"\Omega ",
+    # The last is how GBK shows the two bytes of a degree sign, in golds of MathVerse.
+    **dict(zip("≧≦＞＜。、∴％（），：∶；＝＋掳", "≥≤><., %(),::;=+°")),
 }  # fmt: skip
 _GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi _ _ rho _ sigma"
 _GREEK += " tau upsilon phi chi psi omega"
@@ -217,8 +216,6 @@ def compact(text: str) -> str:
     """
     return words(text).replace(" ", "")
 
-
-# --------------------------------------------------------------------------- brackets
 
 _BRACKET = (
     r"(?P<open>\\\{|\\langle|\\begin(?=\{)|[(\[{])|(?P<close>\\\}|\\rangle|\\end(?=\{)|[)\]}])"

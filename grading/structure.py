@@ -26,8 +26,6 @@ from grading.value import near, proportional, same_value, symbols
 
 MAX_LIST, MAX_NESTING = 50, 8
 
-# ------------------------------------------------------------------------------ read
-
 _DIGIT, _NUMBER = re.compile("[0-9]"), re.compile(r"-?[0-9]{1,60}(?:\.[0-9]{1,60})?")
 # Without one of these a text is no list, relation or ratio, and nothing has to be split.
 _JOINT, _JOINT_WORD = re.compile("[,;=<>≤≥≠≈:]"), re.compile(r"and|or|U|\\cup|\\in|\\pm| to ")
@@ -159,9 +157,7 @@ def _list(items: list[tuple], joiner: str) -> tuple:
 def _bracketed(opening: str, inside: str, closing: str, nesting: int) -> tuple | None:
     if opening == "\\begin" or not inside:
         return None
-    if (opening, closing) in (("{", "}"), ("(", ")")) and not split(inside, _COMMA)[1]:
-        return read(inside, nesting)
-    if opening == "{":
+    if opening == "{" or (opening + closing == "()" and not split(inside, _COMMA)[1]):
         return read(inside, nesting)
     if (opening, closing) not in _PAIRS:
         raise Unreadable("no such brackets")
@@ -208,9 +204,6 @@ def _relation(signs: tuple, pieces: list[str], nesting: int) -> tuple:
 def _is_rounding(exact: tuple, rounded: tuple) -> bool:
     """Is the second value the first, rounded? So that 5 ≈ 6 does not name two answers."""
     return exact[0] == rounded[0] == "value" and near(exact[1], rounded[1])
-
-
-# ------------------------------------------------------------------------------ same
 
 
 def same(a: tuple, b: tuple) -> bool:

@@ -34,66 +34,20 @@ def _table() -> dict[str, str]:
             word = prefixes.get(prefix, "")
             for spelling in (prefix + short, word + name, word + other):
                 table[spelling] = prefix + short
-    for line in _SYNONYMS.split("\n"):
-        for spelling in line.split():
-            table[spelling] = line.split()[0]
+    for group in _SYNONYMS.split(";"):
+        table |= dict.fromkeys(group.split(), group.split()[0])
     return {**table, "l": "L", "ml": "mL", "cl": "cL", "dl": "dL"}
 
 
-_SYNONYMS = """in inch inches
-m 米 м
-cm 厘米 см
-mm 毫米 мм
-km 千米 公里 км
-nmi 海里
-g 克 г
-kg 千克 公斤 кг
-L 升 л
-mL 毫升 мл
-s 秒
-ft foot feet
-yd yard
-mi mile
-lb pound lbs £ GBP gbp
-oz ounce
-t ton tonne
-min minute 分钟
-h hr hour 小时
-day 天
-week wk
-month
-year yr 年 岁
-gal gallon
-ha hectare
-acre
-K kelvin Kelvin
-F farad
-T tesla
-rad radian
-deg degree ° 度
-celsius
-fahrenheit
-% percent percentage pct
-eV
-MeV
-MW megawatt
-MHz megahertz
-GHz gigahertz
-MPa megapascal
-kWh
-dB decibel
-GB gigabyte
-MB megabyte
-M molar
-Bq
-mph
-kph kmph kmh
-dollar $ USD usd US$
-cent ¢
-euro € EUR eur
-yen ¥ JPY
-yuan RMB CNY 元
-rupee ₹ Rs INR"""
+# The first of each group is its canonical name.
+_SYNONYMS = """
+in inch inches; m 米 м; cm 厘米 см; mm 毫米 мм; km 千米 公里 км; nmi 海里; g 克 г; kg 千克 公斤 кг; L 升 л; mL 毫升
+мл; s 秒; ft foot feet; yd yard; mi mile; lb pound lbs £ GBP gbp; oz ounce; t ton tonne; min
+minute 分钟; h hr hour 小时; day 天; week wk; month; year yr 年 岁; gal gallon; ha hectare; acre; K
+kelvin Kelvin; F farad; T tesla; rad radian; deg degree ° 度; celsius; fahrenheit; % percent
+percentage pct; eV; MeV; MW megawatt; MHz megahertz; GHz gigahertz; MPa megapascal; kWh; dB
+decibel; GB gigabyte; MB megabyte; M molar; Bq; mph; kph kmph kmh; dollar $ USD usd US$; cent ¢;
+euro € EUR eur; yen ¥ JPY; yuan RMB CNY 元; rupee ₹ Rs INR"""
 UNITS = _table()
 CURRENCIES = {UNITS[c] for c in "$€£¥₹¢"} | {"yuan"}
 COMPOUND = {"mph": (("h", -1), ("mi", 1)), "kph": (("h", -1), ("km", 1))}
@@ -232,21 +186,18 @@ def _unit_name(word: str) -> str | None:
     return "unit" if lower in ("unit", "units") else UNITS.get(word.removeprefix("\\"))
 
 
+_EXPONENT = re.compile(r"(?:\^-[1-3]|\^[1-4]|[23])(?![0-9])|squared|cubed")
+
+
 def _unit_exponent(words: list[str], k: int) -> tuple[int, int]:
     """The exponent written at position k, if any, and the position after it."""
-    following = words[k : k + 3]
-    if following[:2] == ["^", "-"] and following[2:] in (["1"], ["2"], ["3"]):
-        return -int(following[2]), k + 3
-    if following[:1] == ["^"] and following[1:2] in (["1"], ["2"], ["3"], ["4"]):
-        return int(following[1]), k + 2
-    if following[:1] in (["2"], ["3"]):
-        return int(following[0]), k + 1
-    if following[:1] in (["squared"], ["cubed"]):
-        return POWERS[following[0]], k + 1
-    return 1, k
+    match = _EXPONENT.match("".join(words[k : k + 3]))
+    if match is None:
+        return 1, k
+    if match[0] in POWERS:
+        return POWERS[match[0]], k + 1
+    return int(match[0].lstrip("^")), k + len(match[0])  # each of its characters is a token
 
-
-# --------------------------------------------------------------------- times and dates
 
 _CLOCK = re.compile(r"([0-9]{1,2})(?::([0-9]{2}))?(?::([0-9]{2}))? ?(?:([ap])\.? ?m\.?|o'? ?clock)")
 _MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
@@ -281,14 +232,11 @@ def clock(text: str) -> tuple | None:
 
 def same_clock(a: tuple, b: tuple) -> bool:
     """Equal times; a missing a.m. or p.m. agrees with either, and 15:45 is 3:45 p.m."""
-    if a[2:4] != b[2:4]:
-        return False
-    if a[4] and b[4]:
-        return a[1] == b[1] and a[4] == b[4]
-    if not a[4] and not b[4]:
-        return a[1] == b[1]
+    if bool(a[4]) == bool(b[4]):
+        return a == b
     said, bare = (a, b) if a[4] else (b, a)
-    return bare[1] in (said[1], said[1] % 12 + (12 if said[4] == "p" else 0))
+    hours = said[1], said[1] % 12 + (12 if said[4] == "p" else 0)
+    return said[2:4] == bare[2:4] and bare[1] in hours
 
 
 def date(text: str) -> tuple | None:

@@ -14,6 +14,7 @@ import math
 import threading
 from fractions import Fraction
 from functools import lru_cache
+from operator import add, mul, sub, truediv
 from typing import NamedTuple
 
 import mpmath
@@ -87,6 +88,9 @@ def _coordinate(k: int, at: Point) -> Fraction:
     return _BASES[(at.index + 2 * k) % 6] + Fraction(k, 19)
 
 
+_ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
+
+
 def _apply(operation: str, values: list, at: Point):
     if operation == "^":
         return _raise(*values, at)
@@ -100,16 +104,10 @@ def _apply(operation: str, values: list, at: Point):
         return Fraction(getattr(math, operation)(values[0]))
     if operation == "abs" and isinstance(values[0], Fraction):
         return abs(values[0])
-    if operation not in ("+", "-", "*", "/") or not all(isinstance(v, Fraction) for v in values):
+    if operation not in _ARITHMETIC or not all(isinstance(v, Fraction) for v in values):
         values = [_inexact(v, at) for v in values]
-    if operation == "+":
-        return values[0] + values[1]
-    if operation == "-":
-        return values[0] - values[1]
-    if operation == "*":
-        return values[0] * values[1]
-    if operation == "/":
-        return values[0] / values[1]
+    if operation in _ARITHMETIC:
+        return _ARITHMETIC[operation](*values)
     if abs(values[0]) > 10**6:  # sin(10^4000) needs pi to 4000 digits
         raise Undefined("too large for a function")
     return getattr(at.mp, FUNCTIONS.get(operation, operation))(values[0])
@@ -191,9 +189,6 @@ def _count(operation: str, values: list) -> Fraction:
         raise Undefined("too large")
     count = math.factorial if operation == "factorial" else math.comb
     return Fraction(count(*map(int, values)))
-
-
-# --------------------------------------------------------------------------- equality
 
 
 def symbols(tree: Tree) -> set[str]:
