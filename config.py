@@ -94,15 +94,11 @@ class Config:
         "shard weights over all ranks, or within a node with a copy on each node",
         ("world", "node"),
     )
-    rollout_weights: str = flag(
-        "whole",
-        "while sampling, a rank holds the whole model, or one layer at a time",
-        ("whole", "layer"),
+    tensor: int = flag(
+        1, "ranks of a node that sample together, each with 1/N of every layer; 1: whole", low=1
     )
     offload: bool = flag(False, "keep weights and optimiser state in host memory between uses")
-    cuda_graphs: bool = flag(
-        True, "on a GPU, launch each decoding step as one graph (rollout_weights whole)"
-    )
+    cuda_graphs: bool = flag(True, "on a GPU, launch each decoding step as one graph")
 
     reward: str = flag(
         "", "FILE.py:NAME, a function (response text, Question) -> a number of your own"
@@ -167,7 +163,7 @@ PRESETS = {
     "7b": LARGE | {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "pass_rate_column": "PassRate_7BBase"},
     "72b": LARGE | {
         "model": "Qwen/Qwen2.5-VL-72B-Instruct", "pass_rate_column": "PassRate_32BTrained",
-        "rollout_rows": 48, "rollout_weights": "layer", "micro_batch_tokens": 12288,
+        "rollout_rows": 48, "tensor": 8, "micro_batch_tokens": 12288,
     },
 }  # fmt: skip
 

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 from data import UserError
@@ -113,9 +112,7 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) 
     at         [B] where in the suffix the token stands
     span       at least 1 + the largest `at`, known to the host: attention reads no further
     """
-    model = policy.text_model
-    x = model.embed_tokens(tokens)[:, None]  # [B, 1, D]
-    angles = model.rotary_emb(x, positions.expand(3, 1, -1).mT)
+    x = policy.text_model.embed_tokens(tokens)[:, None]  # [B, 1, D]
     row = torch.arange(len(tokens), device=x.device)
     unseen = torch.arange(span, device=x.device) > at[:, None]  # [B, S]
     bias = torch.cat((cache.prefix_bias[cache.slot // cache.group_size], unseen * NEVER), dim=-1)
@@ -136,34 +133,7 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) 
         )
         return mixed.flatten(1, 2)[:, None]
 
-    for layer in layers_in_turn(policy):
-        # `forward` and not a call: FSDP would gather the layer.
-        x = layer.forward(x, position_embeddings=angles, attention_mask=None, attend=attend)
-    return model.norm(x)[:, 0]
-
-
-def layers_in_turn(policy: Policy):
-    """The decoder layers. In lockstep each is gathered while the one before computes, then let go."""
-    layers = policy.text_model.layers
-    if not policy.lockstep:
-        yield from layers
-        return
-    layers[0].unshard(async_op=True)
-    for layer, following in zip(layers, [*layers[1:], None]):
-        layer.unshard()
-        if following is not None:
-            following.unshard(async_op=True)
-        yield layer
-        layer.reshard()
-
-
-def most(count: int, policy: Policy) -> int:
-    """The largest `count` of all ranks where they decode in lockstep; else one's own."""
-    if not policy.lockstep:
-        return count
-    counts = torch.tensor([count], device=policy.device)
-    dist.all_reduce(counts, dist.ReduceOp.MAX)
-    return int(counts)
+    return policy.decoder(x, positions.expand(3, 1, -1).mT, attend)[:, 0]
 
 
 def shared_prefix_attention(q, prefix, suffix, bias, slot, group_size: int) -> torch.Tensor:
@@ -207,8 +177,8 @@ def by_row(x: torch.Tensor, slot, group_size: int) -> torch.Tensor:
 
 
 def recordable(policy: Policy) -> bool:
-    """Whether decoding steps can be CUDA graphs: in lockstep, layers come and go in memory."""
-    return policy.device.type == "cuda" and policy.cuda_graphs and not policy.lockstep
+    """Whether decoding steps are to be CUDA graphs."""
+    return policy.device.type == "cuda" and policy.cuda_graphs
 
 
 def record(step: Callable) -> Callable:

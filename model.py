@@ -104,7 +104,10 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.compute_device: torch.device | None = None
-        self.lockstep = False  # layers are gathered as they decode, on all ranks together
+        self.sampling = False  # weights are whole or in slices, to be used directly
+        self.slices = (
+            None  # parallel.Slices: ranks that sample together, each a part of every layer
+        )
         self.cuda_graphs = True  # on a GPU a decoding step is launched as a whole
         self.text_model.config._attn_implementation = "carried"  # tree.carried_attention
         pack_pictures(model.model.visual)
@@ -144,9 +147,9 @@ class Policy(nn.Module):
         tied = self.model.config.tie_word_embeddings
         return (self.text_model.embed_tokens if tied else self.model.lm_head).weight
 
-    def embed(self, input_ids, pixel_values, image_grid_thw) -> dict:
-        """What the text model takes: token embeddings [N, T, D] with the vision tower's features at the
-        image tokens, and the features that DeepStack (Qwen3-VL) adds there after the first layers.
+    def embed(self, input_ids, pixel_values, image_grid_thw) -> tuple[torch.Tensor, list]:
+        """Token embeddings [N, T, D] with the vision tower's features at the image tokens, and what
+        DeepStack (Qwen3-VL) adds after the first layers, [N, T, D] each.
 
         image_grid_thw is on the host: it decides shapes, and reading it would wait for a GPU.
         """
@@ -154,22 +157,22 @@ class Policy(nn.Module):
         blank = pixel_values is None
         if blank:
             if not torch.distributed.is_initialized():
-                return {"inputs_embeds": embeds}
+                return embeds, []
             # Another rank may hold pictures, and the tower's parameters are gathered and reduced
             # by all ranks or by none: look at one blank picture and use nothing of it.
             pixel_values, image_grid_thw = self.blank_picture(embeds)
         visual = self.model.model.visual
         layout = vision_layout(visual, image_grid_thw, embeds.device)
         seen = visual(pixel_values, grid_thw=image_grid_thw, return_dict=True, **layout)
-        features = seen.pooler_output.to(embeds.dtype)  # [image tokens, D]
-        deeper = seen.get("deepstack_features") or []  # [image tokens, D] each
+        levels = [seen.pooler_output, *(seen.get("deepstack_features") or [])]  # [image tokens, D]
         if blank:
-            return {"inputs_embeds": embeds + 0.0 * sum(x.sum() for x in (features, *deeper))}
-        at_image = input_ids == self.model.config.image_token_id
-        inputs = {"inputs_embeds": embeds.masked_scatter(at_image[..., None], features)}
-        if deeper:
-            inputs |= {"visual_pos_masks": at_image, "deepstack_visual_embeds": deeper}
-        return inputs
+            return embeds + 0.0 * sum(level.sum() for level in levels), []
+        at_image = (input_ids == self.model.config.image_token_id)[..., None]
+        first, *deeper = (level.to(embeds.dtype) for level in levels)
+        zeros = torch.zeros_like(embeds)
+        return embeds.masked_scatter(at_image, first), [
+            zeros.masked_scatter(at_image, level) for level in deeper
+        ]
 
     def blank_picture(self, like: torch.Tensor):
         merge = self.image_processor.merge_size
@@ -177,18 +180,43 @@ class Policy(nn.Module):
         grid = torch.tensor([[1, merge, merge]])
         return torch.zeros(merge * merge, width, device=like.device), grid
 
+    def decoder(self, x, position_ids, attend, deeper=()) -> torch.Tensor:
+        """The checkpoint's own decoder layers, attending as `attend` does: [N, T, D] -> [N, T, D].
+
+        position_ids [3, N, T];  deeper  what is added after the first layers (`embed`)
+        """
+        angles = self.text_model.rotary_emb(x, position_ids)
+        for i, layer in enumerate(self.text_model.layers):
+            # While weights are there to be used, `forward` and not a call: FSDP would gather the layer.
+            run = layer.forward if self.sampling else layer
+            x = run(x, position_embeddings=angles, attention_mask=None, attend=attend)
+            if i < len(deeper):
+                x = x + deeper[i]
+        return self.agreed(self.text_model.norm(x))
+
+    def agreed(self, x: torch.Tensor) -> torch.Tensor:
+        """The same on all ranks that sample one response together: the first one's."""
+        if self.sampling and self.slices:
+            torch.distributed.broadcast(x, group=self.slices.group, group_src=0)
+        return x
+
     def prefill(self, input_ids, position_ids, pixel_values, image_grid_thw):
         """Hidden states [N, P, D] of right-padded prompts and each layer's keys and values, [N, H, P, d].
 
         No mask: attention is causal, and padding on the right is seen by padding alone.
         """
-        out = self.text_model(
-            **self.embed(input_ids, pixel_values, image_grid_thw),
-            position_ids=position_ids,
-            use_cache=True,
-        )
-        layers = out.past_key_values.layers
-        return out.last_hidden_state, [x.keys for x in layers], [x.values for x in layers]
+        keys, values = [], []
+
+        def attend(module, q, k, v, scaling, **_):
+            keys.append(k)
+            values.append(v)
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+            )
+            return mixed.transpose(1, 2)
+
+        x, deeper = self.embed(input_ids, pixel_values, image_grid_thw)
+        return self.decoder(x, position_ids, attend, deeper), keys, values
 
     def forward(self, trees: Trees, temperature: float = 1.0):
         """Log-probability and entropy of every response token: ([K], [K]), fp32.
@@ -196,14 +224,9 @@ class Policy(nn.Module):
         Both are of the distribution that was sampled from: softmax(logits / temperature) without
         the banned ids.
         """
-        hidden = self.text_model(
-            **self.embed(trees.input_ids, trees.pixel_values, trees.image_grid_thw),
-            position_ids=trees.position_ids,
-            # Four dimensions, so that transformers makes none of its own: `attend` uses another.
-            attention_mask=trees.responses[0].mask,
-            attend=partial(tree_attention, trees),
-            use_cache=False,
-        ).last_hidden_state  # [N, T, D]
+        x, deeper = self.embed(trees.input_ids, trees.pixel_values, trees.image_grid_thw)
+        attend = partial(tree_attention, trees)
+        hidden = self.decoder(x, trees.position_ids, attend, deeper)  # [N, T, D]
         hidden = hidden.flatten(0, 1)[trees.predictor]  # [K, D]
         return token_logprobs(
             hidden, self.head_weight(), trees.targets, self.banned_ids, temperature

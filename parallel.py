@@ -1,9 +1,16 @@
-"""One policy on many ranks: processes, sharding (FSDP2), and whole weights for sampling.
+"""One policy on many ranks: processes, sharding (FSDP2), and weights for sampling.
 
-torchrun starts one process per GPU (gloo on CPUs). `shard` splits every parameter over them; a layer
-is gathered just before it runs and freed afterwards. Sampling would gather all layers for every token, so
-for a rollout `whole_weights` gathers everything once, and decoding then uses no collective at all:
-ranks may decode different lengths without waiting for each other.
+torchrun starts one process a GPU (gloo on CPUs). `shard` splits every parameter over them; a layer
+is gathered just before it runs and let go after. Sampling would gather all layers once per token, so
+for a rollout `weights_to_sample` gathers each once. A model that fits is kept whole, and decoding then uses no
+collective at all: ranks may decode different lengths without waiting for each other. Of one that does not
+fit, the ranks of a node (`--tensor N` of them) keep a *slice* of every layer each:
+
+    attention  o_proj(mix(x)) = sum over ranks of  O[:, mine] mix of my heads
+    MLP        down(act(gate x) * up x) = sum over ranks of  down[:, mine] (act(gate[mine] x) * up[mine] x)
+
+so heads and MLP columns never leave their rank, and a token costs two sums over the ranks per layer
+(Megatron-LM, arXiv 1909.08053) instead of moving all weights. These ranks sample the same responses together.
 
 Collectives must be called by all ranks alike, or the run hangs. So nothing here decides by what
 one rank alone knows: samples are exchanged (`gather`), and every rank then computes the same plan.
@@ -15,9 +22,12 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -126,19 +136,21 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather(items: list) -> list:
-    """All ranks' lists as one, in rank order, on every rank."""
+def gather(items: list, sampled_by: Policy | None = None) -> list:
+    """All ranks' lists as one, in rank order, on every rank. What ranks sampled together counts once."""
     if world() == 1:
         return items
     lists = [None] * world()
+    if sampled_by and sampled_by.slices and sampled_by.slices.part > 0:
+        items = []
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
 
-def total(counts: Counter) -> Counter:
+def total(counts: Counter, sampled_by: Policy | None = None) -> Counter:
     """All ranks' counts added up, on every rank."""
     added = Counter()
-    for part in gather([counts]):
+    for part in gather([counts], sampled_by):
         added.update(part)  # Counter's own + forgets what is not positive
     return added
 
@@ -235,26 +247,131 @@ def shard_place_of(policy: Policy) -> tuple[int, int, int]:
     return index, count, rank() // count
 
 
-@contextlib.contextmanager
-def whole_weights(policy: Policy, by_layer: bool = False):
-    """Inside, forward passes need no gradient and weights are there to be used directly.
+# ---------------------------------------------------------------------------- sampling
 
-    Every rank holds every parameter, gathered once: nothing that follows uses a collective. With
-    `by_layer`, for a model that does not fit on one GPU, only the embedding and the head stay, and layers
-    are gathered as they run (`rollout.layers_in_turn`): then all ranks must take equally many steps.
+
+@dataclass
+class Slices:
+    """The ranks that sample together, and which of their slices of every layer this one holds."""
+
+    group: dist.ProcessGroup
+    part: int
+    parts: int
+
+
+def slices(policy: Policy, parts: int) -> Slices | None:
+    """Groups of `parts` ranks of a node; None for 1. Raises UserError where the model cannot be cut so."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_ranks % parts:
+        raise UserError(
+            f"--tensor {parts} does not divide the {local_ranks} ranks of a node; give a number that does"
+        )
+    if parts == 1:
+        return None
+    config = policy.text_model.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    columns = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    if heads % parts or columns % parts or (kv_heads % parts and parts % kv_heads):
+        raise UserError(
+            f"--tensor {parts}: {heads} heads on {kv_heads} of keys and values, and {columns} MLP columns, "
+            "cannot be cut into so many equal slices; give another number"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape, names = (world() // parts, parts), ("groups", "slices")
+    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)["slices"]
+    return Slices(mesh.get_group(), mesh.get_local_rank(), parts)
+
+
+def sampling_place(policy: Policy) -> tuple[int, int]:
+    """(where this rank begins, in which steps it goes on) among things to be sampled."""
+    parts = policy.slices.parts if policy.slices else 1
+    return rank() // parts, world() // parts
+
+
+def cut(name: str, weight: torch.Tensor, policy: Policy) -> torch.Tensor:
+    """This rank's slice of a decoder layer's parameter, by its name; a norm, say, is kept whole.
+
+    With fewer key-value heads than ranks, ranks whose query heads read the same one each hold it.
     """
-    by_layer = by_layer and world() > 1  # a single rank holds every layer anyway
-    units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
-    gathered = [u for u in units if u is policy] if by_layer else units
-    for unit in gathered:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    policy.lockstep = by_layer
+    part, parts = policy.slices.part, policy.slices.parts
+    kv_heads = policy.text_model.config.num_key_value_heads
+    projection, _, kind = name.rpartition(".")
+    projection = projection.rpartition(".")[-1]
+    if kind == "gate_up_proj":  # of a mixture's experts, [E, 2 I, D]
+        halves = [half.chunk(parts, 1)[part] for half in weight.chunk(2, 1)]
+        return torch.cat(halves, 1)
+    if kind == "down_proj":  # [E, D, I]
+        return weight.chunk(parts, 2)[part]
+    if projection in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") and kind != "lora_A":
+        if projection in ("k_proj", "v_proj") and kv_heads < parts:
+            return weight.chunk(kv_heads)[part * kv_heads // parts]
+        return weight.chunk(parts)[part]
+    if projection in ("o_proj", "down_proj"):
+        if kind == "bias":  # added once
+            return weight if part == 0 else torch.zeros_like(weight)
+        return weight if kind == "lora_B" else weight.chunk(parts, 1)[part]
+    return weight
+
+
+def hold(layer: nn.Module, mine: dict[str, torch.Tensor], slices: Slices) -> list:
+    """Let a decoder layer compute with its slices and sum over the ranks. Returns how to undo it."""
+    undo = []
+
+    def over_ranks(module, inputs, output):
+        dist.all_reduce(output, group=slices.group)
+        return output
+
+    def put(place: dict, key: str, value) -> None:
+        undo.append(partial(place.__setitem__, key, place[key]))
+        place[key] = value
+
+    for name, tensor in mine.items():
+        module, _, kind = name.rpartition(".")
+        weight = nn.Parameter(tensor, requires_grad=False)
+        put(layer.get_submodule(module)._parameters, kind, weight)
+    attention, config = layer.self_attn, layer.self_attn.config
+    groups = config.num_attention_heads // max(config.num_key_value_heads, slices.parts)
+    put(vars(attention), "num_key_value_groups", groups)
+    for module in (attention.o_proj, layer.mlp):
+        undo.append(module.register_forward_hook(over_ranks).remove)
+    return undo
+
+
+@contextlib.contextmanager
+def in_slices(policy: Policy):
+    """Inside, decoder layers hold this rank's slices, each gathered once to be cut."""
+    undo = []
     try:
+        for layer in policy.text_model.layers:
+            layer.unshard()
+            mine = {
+                name: cut(name, parameter.detach(), policy).clone()
+                for name, parameter in layer.named_parameters()
+            }
+            layer.reshard()
+            undo += hold(layer, mine, policy.slices)
         yield
     finally:
-        policy.lockstep = False
-        for unit in gathered:
+        for action in undo:
+            action()
+
+
+@contextlib.contextmanager
+def weights_to_sample(policy: Policy):
+    """Inside, forward passes need no gradient and weights are there to be used directly: gathered once,
+    whole or in slices."""
+    in_turn = set(policy.text_model.layers) if policy.slices else set()
+    units = [m for m in policy.modules() if isinstance(m, FSDPModule) and m not in in_turn]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    policy.sampling = True
+    try:
+        with in_slices(policy) if policy.slices else contextlib.nullcontext():
+            yield
+    finally:
+        policy.sampling = False
+        for unit in units:
             unit.set_reshard_after_forward(unit is not policy, recurse=False)
             unit.reshard()
 

@@ -91,6 +91,7 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
         fit_sizes(config, len(questions))
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.slices = parallel.agree(lambda: parallel.slices(policy, config.tensor))
     policy = parallel.shard(policy, device, config.shard, config.offload).train()
     policy.cuda_graphs = config.cuda_graphs
     if empty:
@@ -132,7 +133,9 @@ def own_reward(config: Config, grade: Grade | None) -> Grade | None:
                 f"question {question.id})"
             ) from error
         if not math.isfinite(value):
-            raise UserError(f"--reward {config.reward}: {value} for question {question.id}; make it finite")
+            raise UserError(
+                f"--reward {config.reward}: {value} for question {question.id}; make it finite"
+            )
         return value
 
     return guarded if grade else None
@@ -265,7 +268,9 @@ def check_pictures(questions: list[Question]) -> dict[str, list[tuple]]:
     def bar_over(sizes):
         return tqdm(sizes, "checking pictures", len(share), disable=parallel.rank() > 0)
 
-    return dict(zip([q.id for q in share], parallel.agree(lambda: check_images(share, progress=bar_over))))
+    return dict(
+        zip([q.id for q in share], parallel.agree(lambda: check_images(share, progress=bar_over)))
+    )
 
 
 def drop_long_prompts(config: Config, policy: Policy, questions: list[Question], pictures: dict):

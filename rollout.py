@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from data import Question
-from decoding import decode_step, most, prefill, record, recordable, sample_token
+from decoding import decode_step, prefill, record, recordable, sample_token
 from model import Policy, Prompt, Sample, decode
 from rethink import Extension
 
@@ -84,19 +84,17 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
     per_batch = max(1, max_rows // group_size)
     batches = [order[i : i + per_batch] for i in range(0, len(order), per_batch)]
-    # In lockstep a rank with fewer batches decodes its first prompt again, for nobody.
-    spare = [[0]] * (most(len(batches), policy) - len(batches))
     groups: list[list[Sample]] = [[] for _ in prompts]
     was_training = policy.training
     policy.eval()  # transformers keeps no cache while it checkpoints activations
     with torch.no_grad():
-        for chosen in batches + spare:
+        for chosen in batches:
             batch = generate_batch(
                 policy, [prompts[i] for i in chosen], group_size, max_new_tokens, temperature,
                 [keys[i] for i in chosen], extend and renumber(extend, chosen), progress,
             )  # fmt: skip
             for i, group in zip(chosen, batch):
-                groups[i] = groups[i] or group
+                groups[i] = group
     policy.train(was_training)
     return groups
 
@@ -153,14 +151,11 @@ def generate_batch(
         longest = int(rows.length[live].max()) if len(live) else max_new_tokens
         # To the next multiple of `check_every`: then cuts in `block`s fall on checks too.
         steps = min(check_every - longest % check_every, max_new_tokens - longest)
-        steps = most(steps, policy)
         if steps == 0:
             return samples
-        # In lockstep a rank that has finished goes on with one row, for the sake of the others.
-        kept = live if len(live) else live.new_zeros(1)
-        if len(kept) <= COMPACT_BELOW * len(rows.done):
-            rows = rows.select(kept)
-            cache.select(kept)
+        if len(live) <= COMPACT_BELOW * len(rows.done):
+            rows = rows.select(live)
+            cache.select(live)
         span = min(-(-(longest + steps) // block) * block, max_new_tokens)
         cache.grow(span, max_new_tokens)
         shapes = (len(rows.done), span, cache.size)

@@ -43,7 +43,7 @@ from prepare import Grade, Run, gentle_stop, prepare, rethinking
 from record import Recorder, step_metrics
 from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks
 from reward import extract_answer, reward
-from rollout import generate, most, question_keys
+from rollout import generate, question_keys
 from ssr import is_effective, replay_batch
 from tree import Trees, build_trees, pad_rows, plan_micro_batches
 
@@ -72,13 +72,14 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     """All groups of the next episode, in the order of its questions, on every rank; and its counts."""
     c = run.config
     everything = episode_questions(run)
-    numbers = range(parallel.rank(), len(everything), parallel.world())
+    first, step = parallel.sampling_place(run.policy)
+    numbers = range(first, len(everything), step)
     mine = [everything[i] for i in numbers]
-    keys = question_keys(everything, c.seed, run.step)[parallel.rank() :: parallel.world()]
+    keys = question_keys(everything, c.seed, run.step)[first::step]
     prompts = parallel.agree(lambda: [encode(run.policy, q, c.template) for q in mine])
     bar = tqdm(total=len(mine) * c.group_size, desc=f"sampling episode {run.episode + 1}",
                unit="response", leave=False, disable=parallel.rank() > 0)  # fmt: skip
-    with parallel.whole_weights(run.policy, c.rollout_weights == "layer"), bar:
+    with parallel.weights_to_sample(run.policy), bar:
         groups = sample_groups(run, prompts, keys, bar.update)
         counts = count_responses(groups)
         groups, outcomes = keep_second_looks(c, groups)
@@ -90,14 +91,17 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
             sample.prompt = replace(sample.prompt, pixel_values=None)
             if sample.extension:
                 sample.extension.prompt = sample.prompt
-    ordered = sorted(parallel.gather(list(zip(numbers, groups))), key=lambda pair: pair[0])
-    return [group for _, group in ordered], parallel.total(counts)
+    numbered = parallel.gather(list(zip(numbers, groups)), run.policy)
+    ordered = sorted(numbered, key=lambda pair: pair[0])
+    return [group for _, group in ordered], parallel.total(counts, run.policy)
 
 
 def sample_groups(run: Run, prompts: list[Prompt], keys: list[str], progress=lambda finished: None):
     """G responses to each prompt, graded and compared. Some carry a second look, graded as well."""
     c = run.config
-    extend = extender(rethinking(c), run.policy.tokenizer, is_right, c.max_new_tokens, (c.seed, run.step))
+    extend = extender(
+        rethinking(c), run.policy.tokenizer, is_right, c.max_new_tokens, (c.seed, run.step)
+    )
     groups = generate(
         run.policy, prompts, c.group_size, c.max_new_tokens, c.temperature,
         keys, extend, c.rollout_rows, progress,
@@ -161,9 +165,7 @@ def count_responses(groups: list[list[Sample]]) -> Counter:
 @torch.no_grad()
 def recompute_logprobs(run: Run, groups: list[list[Sample]]) -> None:
     """Behaviour log-probabilities by the training forward pass, in place of those met in sampling."""
-    # Where layers are gathered as they run, all ranks must take equally many: some do one twice.
-    spare = groups[:1] * (most(len(groups), run.policy) - len(groups))
-    for group in groups + spare:
+    for group in groups:
         branches = [(group[0].prompt, [sample.tokens for sample in group])]
         logprobs, _ = response_logprobs(run.policy, branches, run.config.temperature)
         for sample, row in zip(group, logprobs.cpu()):
@@ -353,22 +355,22 @@ def lr_factor(step: int, total: int, c: Config) -> float:
 def measure(run: Run) -> tuple[dict, list[dict]]:
     """Held-out questions: a row of metrics, and what was answered greedily to each of them."""
     c = run.config
-    mine = run.heldout[parallel.rank() :: parallel.world()]
-    # With fewer questions than ranks some have none, and decode one for nobody: see `layers_in_turn`.
-    prompts = parallel.agree(
-        lambda: [encode(run.policy, q, c.template) for q in mine or run.heldout[:1]]
-    )
+    first, step = parallel.sampling_place(run.policy)
+    mine = run.heldout[first::step]
+    prompts = parallel.agree(lambda: [encode(run.policy, q, c.template) for q in mine])
     counts, answers = Counter(), []
-    with parallel.whole_weights(run.policy, c.rollout_weights == "layer"):
+    with parallel.weights_to_sample(run.policy):
         for kind, temperature in (("greedy", 0.0), ("sampled", c.temperature)):
             keys = question_keys([p.question for p in prompts], c.seed, run.step, "held out")
             groups = generate(run.policy, prompts, 1, c.max_new_tokens, temperature, keys,
                               max_rows=c.rollout_rows)  # fmt: skip
-            for sample in (group[0] for group in groups[: len(mine)]):
+            for sample in (group[0] for group in groups):
                 right, question = is_right(sample), sample.prompt.question
                 counts[f"{kind}_right"] += right
                 if kind == "greedy":
-                    counts.update({("n", question.category): 1, ("right", question.category): right})
+                    counts.update(
+                        {("n", question.category): 1, ("right", question.category): right}
+                    )
                     answers.append({
                         "step": run.step, "id": question.id, "text": sample.text,
                         "found": extract_answer(sample.text), "right": right, "tokens": len(sample.tokens),
@@ -380,7 +382,7 @@ def measure(run: Run) -> tuple[dict, list[dict]]:
                     counts.update(rethinks=1, helped=helped)
                 if c.data == "toy":
                     counts[toy.way(sample.text)] += 1
-    counts, n = parallel.total(counts), len(run.heldout)
+    counts, n = parallel.total(counts, run.policy), len(run.heldout)
     run.measured = run.step
     row = {
         "step": run.step, "heldout_accuracy": counts["greedy_right"] / n,
@@ -391,7 +393,7 @@ def measure(run: Run) -> tuple[dict, list[dict]]:
     row["heldout_categories"] = {k: counts["right", k] / counts["n", k] for k in names}
     if c.data == "toy":
         row |= {f"heldout_{way}": counts[way] / n for way in ("fast", "slow", "twice")}
-    return row, parallel.gather(answers)
+    return row, parallel.gather(answers, run.policy)
 
 
 def is_measured(run: Run) -> bool:

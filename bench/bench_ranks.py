@@ -1,4 +1,4 @@
-"""The same training on one rank and on two, with whole weights and a layer at a time.
+"""The same training on one rank and on two that sample apart, from whole weights, or together, from slices.
 
     python bench/bench_ranks.py             a 32M-parameter model, gloo ranks of one thread each
     python bench/bench_ranks.py --quick     a tiny model, to see that it runs
@@ -25,14 +25,14 @@ import benching  # first: it puts the repository on the path
 from model import save_policy
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-WAYS = [("1", "whole"), ("2", "whole"), ("2", "layer")]  # ranks, --rollout_weights
+WAYS = [("1", "1"), ("2", "1"), ("2", "2")]  # ranks, --tensor
 
 
-def steps_of(model: Path, out: Path, ranks: str, weights: str, quick: bool) -> list[dict]:
+def steps_of(model: Path, out: Path, ranks: str, tensor: str, quick: bool) -> list[dict]:
     """Train, and return the rows of metrics.jsonl after the first episode's."""
     questions, tokens = (4, 8) if quick else (8, 64)
     values = {
-        "model": model, "out": out, "rollout_weights": weights, "steps": 4 if quick else 6,
+        "model": model, "out": out, "tensor": tensor, "steps": 4 if quick else 6,
         "episode_queries": questions, "batch_size": questions * 4, "max_new_tokens": tokens,
         "heldout": 0, "ssr": "off", "rethink_fraction": 0, "save_every": 1000, "keep_last": 1,
     }  # fmt: skip
@@ -65,17 +65,17 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         policy = benching.random_policy(benching.SHAPES["quick" if args.quick else "small"])
         save_policy(policy, Path(folder) / "model")
-        for ranks, weights in WAYS:
-            out = Path(folder) / f"{ranks}-{weights}"
-            rows = steps_of(Path(folder) / "model", out, ranks, weights, args.quick)
+        for ranks, tensor in WAYS:
+            out = Path(folder) / f"{ranks}-{tensor}"
+            rows = steps_of(Path(folder) / "model", out, ranks, tensor, args.quick)
             sampling = mean(rows, lambda row: row["rollout_seconds"])
             step = mean(rows, lambda row: row["step_seconds"])
             rate = mean(rows, lambda row: row["response_tokens"]) / step
             base = base or rate
             table.append([
-                ranks, weights, sampling, step - sampling, rate, benching.times(rate, base)
+                ranks, tensor, sampling, step - sampling, rate, benching.times(rate, base)
             ])  # fmt: skip
-    header = ["ranks", "weights while sampling", "sampling, s", "updating, s",
+    header = ["ranks", "that sample together", "sampling, s", "updating, s",
               "response tokens/s", "scaling"]  # fmt: skip
     print(benching.table(header, table))
     print(

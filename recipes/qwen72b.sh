@@ -18,7 +18,7 @@ out=$2
 # --data          ViRL39K's parquet, its pictures unpacked beside it
 # --shard world   weights, gradients and Adam split over all 32 GPUs: 8 would not hold them.
 #                 (For a model that fits on a node, "node" keeps the gathers inside it.)
-# --rollout_weights layer   while sampling, too, a GPU holds a layer at a time
+# --tensor 8      while sampling, the 8 GPUs of a node hold an eighth of every layer each
 # --gradient_checkpointing true   keep one tensor a layer, compute the rest again
 # --template plain, --ssr replay, --rethink_fraction 0, --passes 2   stage 1; stage 2 follows as in
 #                 eight_gpus_7b.sh: --model, --template rethink, --rethink_fraction 0.25, --passes 1
@@ -26,6 +26,6 @@ out=$2
 # --out, --resume the run's folder; after a node is lost, start the same line again
 torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint "$HEAD:29500" \
   --rdzv_id vl-rethinker-72b \
-  train.py --preset 72b --data "$data" --shard world --rollout_weights layer \
+  train.py --preset 72b --data "$data" --shard world --tensor 8 \
   --gradient_checkpointing true --template plain --ssr replay --rethink_fraction 0 --passes 2 \
   --save_every 16 --keep_last 1 --out "$out" --resume

@@ -1,10 +1,12 @@
-"""What test_families.py runs on two processes: every family, sharded, one rank without pictures.
+"""What test_families.py runs on two processes: every family, sharded; gradients, with one rank without
+pictures; and responses, sampled together from slices of every layer.
 
     torchrun --nproc_per_node 2 tests/family_ranks.py DIR
 
 DIR holds a published policy a family; what the ranks found is written beside it.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 import checkpoint
 import parallel
 from model import FAMILIES, Policy, encode, load_policy, response_logprobs
+from rollout import generate
 
 
 def load_sharded(directory: Path) -> Policy:
@@ -45,6 +48,19 @@ def gradients(policy: Policy) -> dict[str, torch.Tensor]:
     return found
 
 
+def responses(policy: Policy) -> dict:
+    """What is sampled, and log-probabilities by the training forward pass, from whole weights or slices."""
+    prompts = [encode(policy, question, "bare") for question in QUESTIONS]
+    said = {}
+    with torch.no_grad(), parallel.weights_to_sample(policy):
+        for temperature in (0.0, 1.0):
+            groups = generate(policy, prompts, 2, 12, temperature)
+            said[str(temperature)] = [[s.tokens.tolist() for s in group] for group in groups]
+        pairs = [(prompt, [s.tokens for s in group]) for prompt, group in zip(prompts, groups)]
+        said["logprobs"] = response_logprobs(policy, pairs)[0].tolist()
+    return said
+
+
 def main(out: Path) -> None:
     parallel.start()
     for name in FAMILIES:
@@ -52,8 +68,12 @@ def main(out: Path) -> None:
         logprobs, _ = response_logprobs(policy, one_batch(policy, parallel.rank()))
         (logprobs.sum() * parallel.world()).backward()  # FSDP takes the mean over ranks
         found = gradients(policy)
+        policy.slices = parallel.slices(policy, 2)
+        together = parallel.gather([responses(policy)])
         if parallel.rank() == 0:
             save_file(found, out / f"{name}.safetensors")
+            (out / f"{name}.json").write_text(json.dumps(together))
+        response_logprobs(policy, one_batch(policy, 0))[0].sum().backward()  # it trains on
     parallel.barrier()
     parallel.stop()
 

@@ -3,6 +3,7 @@
 In float64, so that what differs is a mistake and not a rounding error, and no expert is chosen otherwise.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from conftest import (
     relative_difference,
     unsettle,
 )
-from family_ranks import gradients, load_sharded, one_batch
+from family_ranks import gradients, load_sharded, one_batch, responses
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -78,8 +79,8 @@ def test_trees_equal_separate_rows_of_transformers(family):
     pull = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(0))
     (logprobs * pull).sum().backward()
     trees, b = gradients(family), 0
-    for prompt, responses in groups:
-        for y in responses:
+    for prompt, ys in groups:
+        for y in ys:
             want = hf_logprobs(family, prompt, y)
             assert (logprobs[b, : len(y)] - want).abs().max() < 1e-5
             (want * pull[b, : len(y)]).sum().backward()
@@ -152,8 +153,10 @@ def test_linear_attention_is_refused_in_one_line_that_says_why(tmp_path):
 def ranks(tmp_path_factory) -> Path:
     """What family_ranks.py saw on two ranks: a folder with a policy and its gradients a family."""
     out = tmp_path_factory.mktemp("families")
-    for name in FAMILIES:
-        policy = in_float64(unsettle(toy.new_policy(0, hidden=32, layers=3, heads=2, family=name)))
+    for name in FAMILIES:  # one with as many key-value heads as ranks, one with fewer
+        heads = 4 if name in ("qwen2_5_vl", "qwen3_vl_moe") else 2
+        policy = toy.new_policy(0, hidden=32, layers=3, heads=heads, family=name)
+        policy = in_float64(unsettle(policy))
         publish(policy, out / name)
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = Path(__file__).with_name("family_ranks.py")
@@ -175,3 +178,29 @@ def test_two_ranks_one_of_them_without_pictures_take_the_gradient_of_one(ranks, 
     assert got.keys() == want.keys() == dict(policy.named_parameters()).keys()
     for parameter in want:
         assert relative_difference(got[parameter], want[parameter]) < 1e-5, parameter
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_ranks_sample_from_slices_what_one_samples_from_whole_layers(ranks, name):
+    """Token for token, and by the training forward pass."""
+    policy = load_policy(str(ranks / name), torch.float64)
+    policy.model.set_experts_implementation("eager")
+    want, (first, second) = responses(policy), json.loads((ranks / f"{name}.json").read_text())
+    assert first == second
+    for temperature in ("0.0", "1.0"):
+        assert first[temperature] == want[temperature]
+    difference = torch.tensor(first["logprobs"]) - torch.tensor(want["logprobs"])
+    assert difference.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("parts", [3, 8])
+def test_what_cannot_be_cut_is_refused_in_one_line(monkeypatch, parts):
+    policy = toy.new_policy(
+        0, hidden=24, layers=1, heads=4
+    )  # 4 heads, 2 of keys and values, 72 columns
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "24")
+    with pytest.raises(UserError, match=f"--tensor {parts}: 4 heads on 2 .* 72 MLP columns"):
+        parallel.slices(policy, parts)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=f"--tensor {parts} does not divide the 4 ranks"):
+        parallel.slices(policy, parts)

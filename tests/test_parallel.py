@@ -164,19 +164,19 @@ def test_decoding_whole_weights_uses_no_collective(ranks):
         assert seen["responses"] > 0
 
 
-@pytest.mark.parametrize("weights", ["whole", "layer"])
-def test_ranks_may_decode_different_lengths(ranks, weights):
-    assert [seen["code"] for seen in ranks(weights)] == [0, 0]
-    rows = steps_of(ranks("") / weights)
+def test_ranks_may_decode_different_lengths(ranks):
+    assert [seen["code"] for seen in ranks("whole")] == [0, 0]
+    rows = steps_of(ranks("") / "whole")
     assert [row["response_length"] for row in rows] == [(1 + 12) / 2] * 2
     assert [row["truncated"] for row in rows] == [0.5] * 2
 
 
-def test_whole_weights_and_a_layer_at_a_time_sample_the_same(ranks):
-    whole, layer = (steps_of(ranks("") / name) for name in ("whole", "layer"))
-    assert [row["reward"] for row in whole] == [row["reward"] for row in layer]
-    assert all(0 < row["reward"] < 1 for row in whole)
-    assert sum(seen["sampling"] for seen in ranks("layer")) > 0
+def test_ranks_that_sample_together_count_once(ranks):
+    assert [seen["code"] for seen in ranks("together")] == [0, 0]
+    rows = steps_of(ranks("") / "together")
+    assert [row["batch_responses"] for row in rows] == [16, 16]
+    assert all(0 < row["reward"] < 1 and row["logp_mismatch"] < 1e-4 for row in rows)
+    assert all(0 <= row["heldout_accuracy"] <= 1 for row in heldout_of(ranks("") / "together"))
 
 
 def test_replay_fills_the_batch_where_one_rank_has_nothing_effective(ranks):
@@ -246,10 +246,7 @@ def test_one_rank_goes_on_from_two(ranks, base, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------- one rank as on a GPU
 
 
-@pytest.mark.parametrize("weights", ["whole", "layer"])
-def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(
-    base, tmp_path, monkeypatch, weights
-):
+def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(base, tmp_path, monkeypatch):
     def start():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         return torch.device("cpu")
@@ -258,11 +255,7 @@ def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(
     monkeypatch.setattr(parallel, "start", start)
     monkeypatch.setattr(parallel, "MixedPrecisionPolicy", lambda **_: half)
     let_be_right(monkeypatch, lucky)
-    settings = {
-        "rollout_weights": weights,
-        "rethink_fraction": 0.5,
-        "gradient_checkpointing": "true",
-    }
+    settings = {"rethink_fraction": 0.5, "gradient_checkpointing": "true"}
     run_training(base, tmp_path, **settings)
     rows = steps_of(tmp_path)
     assert len(rows) == 4 and not any(row["skipped"] for row in rows)
@@ -278,7 +271,7 @@ def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(
     ("name", "words"),
     [
         ("shared", "--episode_queries 1 cannot be shared by 2 ranks"),
-        ("picture", "qid 1: image"),
+        ("picture", "bad.jsonl:2: picture"),
         ("flag", "--ssr"),
         ("weights", "no weights for"),
     ],

@@ -344,7 +344,8 @@ def test_the_policy_is_left_in_the_mode_it_was_in(own_policy, prompts):
 
 def test_prompts_run_once_whatever_is_sampled_and_extended(own_policy, prompts):
     runs = Counter()
-    own_policy.text_model.register_forward_hook(lambda *_: runs.update(["text"]))
+    prefill = own_policy.prefill
+    own_policy.prefill = lambda *prompts: runs.update(["text"]) or prefill(*prompts)
     own_policy.model.model.visual.register_forward_hook(lambda *_: runs.update(["pictures"]))
     generate(own_policy, prompts, 8, 20, 1.0, drawn(prompts, 10), extend_every([30, 31], 20))
     assert runs == {"text": 1, "pictures": 1}

@@ -128,7 +128,8 @@ def across_nodes(base: Path, out: Path) -> dict:
     held = sum(parallel.local(p).numel() for p in run.policy.parameters())
     share = held / sum(p.numel() for p in run.policy.parameters())
     with reward_by(lucky):
-        code = train.main(flags(base, out / "run", shard="node", steps=2, rethink_fraction=0.5))
+        settings = {"shard": "node", "tensor": 2, "steps": 2, "rethink_fraction": 0.5}
+        code = train.main(flags(base, out / "run", **settings))
     return {"code": code, "part": part, "parts": parts, "copy": copy, "share": share}
 
 
@@ -137,7 +138,13 @@ def offloaded(base: Path, out: Path) -> dict:
         return {"code": train.main(flags(base, out, offload="true", steps=2, rethink_fraction=0.5))}
 
 
-def lengths_differ(base: Path, out: Path, weights: str) -> dict:
+def sampled_together(base: Path, out: Path) -> dict:
+    """A run whose ranks hold a slice of every layer each while sampling."""
+    with reward_by(lucky):
+        return {"code": train.main(flags(base, out, tensor=2, steps=2, rethink_fraction=0.5))}
+
+
+def lengths_differ(base: Path, out: Path) -> dict:
     """Rank 0's responses are one token long, rank 1's run into the limit. Counts collectives."""
     counts = {"sampling": 0, "training": 0, "responses": 0}
     real_generate, real_update = train.generate, train.update
@@ -158,7 +165,7 @@ def lengths_differ(base: Path, out: Path, weights: str) -> dict:
         return numbers
 
     settings = {"steps": 2, "batch_size": 32, "heldout": 1, "max_new_tokens": 12,
-                "rollout_rows": 8, "rollout_weights": weights}  # fmt: skip
+                "rollout_rows": 8}  # fmt: skip
     with (
         mock.patch.object(train, "generate", generate),
         mock.patch.object(train, "update", update),
@@ -274,8 +281,8 @@ def main(base: Path, out: Path, nodes: bool) -> None:
     checks = {
         "gradient": lambda: gradients(base, out),
         "offload": lambda: offloaded(base, out / "offload"),
-        "whole": lambda: lengths_differ(base, out / "whole", "whole"),
-        "layer": lambda: lengths_differ(base, out / "layer", "layer"),
+        "whole": lambda: lengths_differ(base, out / "whole"),
+        "together": lambda: sampled_together(base, out / "together"),
         "one_rank": lambda: one_rank_has_nothing_effective(base, out / "one_rank"),
         "nothing": lambda: nothing_effective_anywhere(base, out / "nothing"),
         "nan": lambda: a_loss_is_nan_on_one_rank(base, out / "nan"),
