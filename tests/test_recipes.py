@@ -1,15 +1,23 @@
-"""Recipes are run with stand-ins for python and torchrun: every line they launch must parse."""
+"""Recipes are run with stand-ins for python and torchrun: every line they launch must parse.
+
+The worked example of own data is then run for real, with a policy of a few thousand parameters.
+"""
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import tiny
 
 import config
 import eval
+import report
+import train
+from data import Question
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.sh"))
@@ -26,7 +34,9 @@ exit 0
 """
 
 
-def launched(name: str, folder: Path) -> list[tuple[str, list[str]]]:
+def launched(
+    name: str, folder: Path, programs=tuple(PARSERS), **variables
+) -> list[tuple[str, list[str]]]:
     """[(script, its flags), ...] as the shell itself puts them together."""
     shutil.copytree(FOLDER, folder / "recipes")
     (folder / "bin").mkdir()
@@ -37,14 +47,14 @@ def launched(name: str, folder: Path) -> list[tuple[str, list[str]]]:
     env = os.environ | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(folder / "calls"),
         "HEAD": "node0", "JOBS": "1",
-    }  # fmt: skip
+    } | variables  # fmt: skip
     command = ["bash", str(folder / "recipes" / f"{name}.sh")]
-    command += [] if "toy" in name else ["data.parquet", "runs/x"]
+    command += [] if "toy" in name or name == "own_data" else ["data.parquet", "runs/x"]
     subprocess.run(command, env=env, check=True, capture_output=True, timeout=60)
     lines = []
     for line in (folder / "calls").read_text(encoding="utf-8").splitlines():
         call = line.rstrip().split("\t")
-        script = next((word for word in call if word in PARSERS), None)
+        script = next((word for word in call if word in programs), None)
         if script:
             lines.append((script, call[call.index(script) + 1 :]))
     return lines
@@ -82,3 +92,31 @@ def test_the_study_launches_every_arm_with_every_seed(tmp_path):
     arms = {run.out.rpartition("-")[0] for run in runs}
     assert len({run.out for run in runs}) == len(runs) == len(arms) * len(seeds)
     assert len(seeds) == 5 and {"runs/ablation/plain", "runs/ablation/ssr_rethink"} <= arms
+
+
+def test_the_example_of_own_data_trains_reports_and_evaluates(tmp_path, monkeypatch):
+    programs = {"train.py": train.main, "report.py": report.main, "eval.py": eval.main}
+    settings = {"MODEL": str(tiny.make_base()), "STEPS": "1"}
+    lines = launched("own_data", tmp_path / "stub", tuple(programs), **settings)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FOLDER, "recipes")
+    out = Path("runs/own-data")
+    write = runpy.run_path("recipes/own_data.py")["write"]
+    write(out / "data", "train", 10)
+    write(out / "data", "heldout", 3)
+    assert [script for script, _ in lines] == list(programs)
+    few = {"train.py": ["--max_new_tokens", "16", "--group_size", "2"]}
+    for script, flags in lines:
+        assert programs[script]([*flags, *few.get(script, [])]) == 0
+    settings = tiny.strict_json((out / "config.json").read_text())
+    sizes = [settings[name] for name in ("preset", "heldout", "episode_queries", "batch_size")]
+    assert sizes == ["own", 1, 9, 18] and settings["reward"] == "recipes/own_data.py:reward"
+    assert tiny.strict_json((out / "eval/summary.json").read_text())["own"]["n"] == 3
+    assert "<html" in (out / "report.html").read_text()
+
+
+def test_the_example_s_reward_prefers_the_right_option_to_another_to_none():
+    reward = runpy.run_path(str(FOLDER / "own_data.py"))["reward"]
+    question = Question("q", "?", [], "B", ["red", "blue", "pink"])
+    said = ["\\boxed{B}", "\\boxed{blue}", "\\boxed{A}", "\\boxed{pink}", "\\boxed{black}", "blue"]
+    assert [reward(text, question) for text in said] == [1, 1, 0.2, 0.2, 0, 0]
