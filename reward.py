@@ -1,19 +1,16 @@
 r"""Is this answer right? 1.0 if the last box of a response means the same as the answer, else 0.0.
 
-The idea: the reward is the only teacher, so a right answer in an unusual form must not be
-called wrong, a near miss must not be called right, and no text may execute, hang or raise.
-Texts are compared in the order of cost: as strings, as option letters, as tidy strings, as
-structures (grading/structure.py), as values (grading/value.py). Nothing is evaluated by Python, sympy or a
-LaTeX parser; caps on length, depth and size bound the time, so threads and workers are safe.
-
-The grammar of an answer, from the outside in (each file's docstring has its own part):
+The idea: the reward is the only teacher, so a right answer in an unusual form must not be graded
+wrong, a near miss must not be graded right, and no text may execute code, hang or raise. Cheap
+comparisons come first: strings, options (grading/choices.py), structures (structure.py), values
+(value.py). Nothing is evaluated by Python, sympy or a LaTeX parser; caps on length, depth and size
+bound the time, so this is safe in threads and workers.
 
     answer    := [\boxed{] ["The answer is"] (option | structure) [}] [.]
-    option    := B  (B)  B.  B: text  \text{B}  option B  A, C         (only capitals if no choices)
     structure := list | tuple | matrix | relation | ratio | time | date | value | words
     value     := [currency] expression [million] [unit]
 
-The policy, as cases: prediction | answer | verdict. A test executes this table.
+The policy as cases: prediction | answer | verdict. A test runs this table.
 
     0.50                      | \frac{1}{2}              | True    a value, in any form
     2^{10}                    | 1024                     | True
@@ -26,7 +23,7 @@ The policy, as cases: prediction | answer | verdict. A test executes this table.
     50\%                      | 50                       | True    a percent sign is a unit, too
     5 cm                      | 5                        | True    a unit on one side only
     5 cm                      | 5 m                      | False   on both sides it must agree
-    5 cm^2                    | 25                       | False   a unit is never arithmetic
+    5 cm^2                    | 25                       | False   units are not arithmetic
     \$1,200                   | 1200 dollars             | True
     30^\circ                  | 30                       | True
     x = 5                     | 5                        | True    a name for the value
@@ -40,22 +37,22 @@ The policy, as cases: prediction | answer | verdict. A test executes this table.
     1, 2                      | 2 and 1                  | True
     1, 1, 2                   | 1, 2                     | False   with equal counts
     \pm 3                     | 3, -3                    | True
-    3:4                       | 3 to 4                   | True    ratios, times, dates: no division
+    3:4                       | 3 to 4                   | True    never divided: ratios, times
     3:45 pm                   | 3.45                     | False
     2020-03-05                | March 5, 2020            | True
     The cat.                  | cat                      | True    words: case, article, period
     cats                      | cat                      | False
-    act                       | cat                      | False   words are no algebra
-    The answer is (B)         | B                        | True    letters, in the usual wrappings
+    act                       | cat                      | False   words are not algebra
+    The answer is (B)         | B                        | True    letters in their usual wrappings
     B. 12                     | \text{B}                 | True
-    Area                      | A                        | False   never a part of a text
+    Area                      | A                        | False   a letter is never part of a word
     not B                     | B                        | False
     A, C                      | A and C                  | True
     A or C                    | A                        | False   unclear is wrong
 
-Source: the paper (arXiv 2504.08837, training setup) has a rule-based binary reward. What we do
-differently: the released code asks a LaTeX-to-sympy library and adds a bonus for the word
-"wait", which the paper does not mention; here is no bonus, no other term, and no such library.
+Source: the paper (arXiv 2504.08837, training setup) uses a rule-based binary reward. What we do
+differently: the released code calls a LaTeX-to-sympy library and adds a bonus for the word "wait"
+that the paper does not mention; we use neither, and the reward has no other term.
 """
 
 import re
@@ -64,9 +61,9 @@ from grading.choices import named, same_text
 from grading.spelling import tidy
 
 MAX_LENGTH = 1000
-# A brace, or a backslash with what it escapes: \\{ is a line break and a brace, \{ is no brace.
+# A brace, or a backslash with what it escapes: \\{ is a line break and a brace, \{ is neither.
 _BRACE = re.compile(r"[\\{}](?:(?<=\\)(?:\\?boxed\s*\{|.))?", re.DOTALL)
-# NUL and other controls, zero-width and direction marks, lone surrogates: never in an answer.
+# Control characters, zero-width and direction marks and lone surrogates belong in no answer.
 _FOUL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\ud800-\udfff]"
@@ -104,7 +101,7 @@ def reward(response: str, answer: str, choices: list[str] | None = None) -> floa
 
 
 def is_correct(prediction: str, answer: str, choices: list[str] | None = None) -> bool:
-    r"""Does the prediction mean the same as the answer? Never raises, whatever the texts.
+    r"""Does the prediction mean the same as the answer? Never raises.
 
     choices: the option texts in order from A; a letter and its text are then interchangeable.
 
@@ -115,7 +112,7 @@ def is_correct(prediction: str, answer: str, choices: list[str] | None = None) -
         return _judge(prediction, answer, choices)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError):
         return False
-    except RuntimeError:  # RecursionError, where the caller's own stack is nearly full
+    except RuntimeError:  # RecursionError: the caller's own stack is nearly full
         return False
 
 
@@ -130,14 +127,14 @@ def _judge(prediction: str, answer: str, choices: list[str] | None) -> bool:
     if choices and tidy(prediction) != tidy(answer):
         chosen, right = (named(text, choices) for text in (prediction, answer))
         if chosen is not None and right is not None:
-            # Two options may have one text: then the text is right, and so is a letter with it.
+            # Two options may share one text: then the text is right, alone or after either letter.
             alike = chosen & right in (chosen, right) and same_text(prediction, answer)
             return bool(chosen & right) and (chosen == right or alike)
     return same_text(prediction, answer)
 
 
 def _content(text: str) -> str:
-    r"""The text without blanks around it and without a \boxed{} around it."""
+    r"""The text without surrounding blanks and without a \boxed{} around it."""
     if "\\boxed" in text:
         boxed = extract_answer(text)
         text = text if boxed is None else boxed

@@ -1,13 +1,13 @@
 """MEGA-Bench: a response to one of 440 tasks -> a score from 0 to 1.
 
-In MEGA-Bench (arXiv 2410.10563) every task brings its own form of answer: a letter, a number, a
-set, a JSON object of several fields. `metric_info` of a row names a metric for each field, how the
-fields' scores are aggregated (weighted mean, or minimum) and how the response is parsed. This file
-parses and aggregates; the metrics are in mega_metrics.py.
+In MEGA-Bench (arXiv 2410.10563) every task has its own form of answer: a letter, a number, a set, a
+JSON object with several fields. A row's `metric_info` names a metric for each field, how the
+fields' scores are aggregated (weighted mean or minimum) and how the response is parsed. This file parses
+and aggregates; the metrics are in mega_metrics.py.
 
-What we do differently: the answer is looked for as in the other benchmarks, and what has none is
-counted, where the official parser falls back to the whole response. A task with a metric that is
-not run here is left out whole and said to be (`unsupported`), where a zero would blame the model.
+What we do differently: answers are found as in the other benchmarks, and a response without one is
+counted, where the official parser falls back to the whole response. A task with a metric that does
+not run here is left out entirely and reported (`unsupported`); a zero would blame the model.
 """
 
 import re
@@ -31,7 +31,7 @@ def last_object(text: str) -> tuple[dict, str] | None:
             opened.append(brace.start())
         elif opened:
             spans.append((opened.pop(), brace.end()))
-    # The latest end first: an object before the objects in it. Formulas have braces too, and many.
+    # The latest end first, so an object comes before those inside it. Formulas have many braces.
     for start, end in reversed(spans[-1000:]):
         found = parsed(text[start:end]) if end - start < 20_000 else None
         if isinstance(found, dict):
@@ -40,9 +40,9 @@ def last_object(text: str) -> tuple[dict, str] | None:
 
 
 def extract(response: str, info: dict) -> str | None:
-    """The answer in a response: for JSON tasks the last object, else as everywhere (rules.extract).
+    """The answer in a response: the last object for JSON tasks, else as in rules.extract.
 
-    Answers of several lines are common here, so all that follows the last 'Answer:' belongs to it.
+    Answers of several lines are common here, so everything after the last 'Answer:' belongs to it.
 
     >>> one_field = {"response_parse_function": "answer_string"}
     >>> extract("I see two.\\nAnswer: [1,\\n2]", one_field), extract("I see two.", one_field)
@@ -65,7 +65,7 @@ def extract(response: str, info: dict) -> str | None:
 
 
 def parse(found: str, answer: dict, info: dict) -> dict:
-    """The extracted text by field; JSON that cannot be parsed goes to every field as it is."""
+    """The extracted text by field; every field gets the whole text if it is not valid JSON."""
     if info.get("response_parse_function") == "json":
         final = last_object(found)
         if final and final[0]:
@@ -75,7 +75,7 @@ def parse(found: str, answer: dict, info: dict) -> dict:
     if fenced:
         found = fenced[1]
     elif all("\n" not in str(gold) for gold in answer.values()):
-        # A one-line answer ends with its line (a list, with its bracket); what follows explains it.
+        # A one-line answer ends with its line (a list with its bracket); the rest is explanation.
         lines = found.split("\n")
         whole = (k for k in range(1, len(lines)) if balanced("\n".join(lines[:k])))
         found = re.sub(r"(?<=[\])}])\.$", "", "\n".join(lines[: next(whole, None)]).rstrip())
@@ -97,7 +97,7 @@ def metrics_of(info: dict, answer: dict) -> dict[str, str]:
 
 
 def unsupported(info: dict, answer: dict) -> set[str]:
-    """What of a sample's scoring is not run here, by name.
+    """The names of metrics and aggregations that this sample needs and that do not run here.
 
     >>> unsupported({"field_score_function": {"code": "program_judge"}}, {"code": ""})
     {'program_judge'}
@@ -124,7 +124,7 @@ def score(found: str, answer: dict, info: dict) -> float:
         metric = METRICS[name.lower()]
         try:
             mark = 0.0 if ours is None else float(metric(unquoted(ours), unquoted(gold)))
-        # An answer of the wrong form is a wrong answer, whatever it breaks on.
+        # An answer of the wrong form is a wrong answer, whatever error it causes.
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError):
             mark = 0.0
         if mark >= 0:

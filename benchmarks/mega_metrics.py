@@ -1,14 +1,13 @@
 """MEGA-Bench's metrics, under their published names: (our answer, the gold answer) -> score.
 
-MEGA-Bench (arXiv 2410.10563, Appendix) marks each field of an answer by one of some fifty metrics.
-Those that need nothing but the two texts are here, in `METRICS`: equality in several strictnesses,
-sets, sequences, dicts, numbers, near strings, boxes and points. Answers are texts or parsed JSON.
+MEGA-Bench (arXiv 2410.10563, Appendix) scores each field of an answer by one of some fifty metrics.
+Those that need only the two texts are here, in `METRICS`: several kinds of equality, sets,
+sequences, dicts, numbers, similar strings, boxes and points. Answers are texts or parsed JSON.
 
 What we do differently: the official scorer eval()s numbers that the model wrote, and takes the
-first letter of any text ("Apple") as a choice; here numbers go through rules.value and letters
-through grading/choices.py. LaTeX is compared by reward.is_correct, accents are folded by Unicode's own
-tables. Metrics that execute code, ask a judge or a network, or need a language model, a planner or
-a pronouncing dictionary are not run.
+first letter of any text ("Apple") as a choice; here numbers go through rules.value, letters through
+grading/choices.py and LaTeX through reward.is_correct. Metrics that run code, ask a judge or a
+network, or need a language model, a planner or a pronouncing dictionary do not run here.
 """
 
 import json
@@ -124,7 +123,7 @@ def share(common: set, of: set) -> float:
 
 
 def precision(ours: set, gold: set) -> float:
-    """0 for an empty answer, as for one that cannot be read, unless nothing is asked for."""
+    """0 for an empty or unreadable answer, unless the gold set is empty too."""
     return share(ours & gold, ours) if ours else float(not gold)
 
 

@@ -1,10 +1,10 @@
-"""Seven benchmarks as their authors publish them: rows to Questions, and how each is marked.
+"""Seven benchmarks as their authors publish them: from rows to Questions and marking rules.
 
 The paper evaluates on MathVista, MathVerse, MathVision, MMMU, MMMU-Pro, EMMA and MEGA-Bench core
-(Section 4.2, Tables 1 and 2). Each has one reader here: from a row of its published schema to an
-`Item`, which is the Question to ask, the rule that marks the answer found in a response, the tables
-it is filed in, its cluster (questions that are not independent) and its stratum (the headline is
-the mean over strata: one for a plain average, the tasks for MEGA-Bench).
+(Section 4.2, Tables 1 and 2). Each has one reader here, from a row of its published schema to an
+`Item`: the Question to ask, the rule that marks the answer found in a response, the groups it is
+reported in, its cluster (questions that are not independent) and its stratum (the headline is the
+mean over strata: a single one for a plain average, the tasks for MEGA-Bench).
 
 What we do differently: pictures come first and the text follows, as in the paper's evaluation, and
 a picture that the text names ("<image 2>") is called [Image 2]; options are laid out as in the
@@ -27,16 +27,16 @@ from reward import is_correct
 
 @dataclass
 class Item:
-    """A Question, and all that its benchmark needs to mark and to file a response to it."""
+    """A Question and what its benchmark needs to mark and report a response to it."""
 
     question: Question
-    rule: Callable[[str], float]  # what was found in a response -> its mark, 0 to 1
-    groups: list[str]  # the table rows it counts in
-    cluster: str = ""  # items that stand or fall together; "" is a cluster of its own
+    rule: Callable[[str], float]  # the answer found in a response -> its mark, 0 to 1
+    groups: list[str]  # the rows of the report that it counts in
+    cluster: str = ""  # items that are not independent; "" is a cluster of its own
     stratum: str = ""
     template: str = ""  # "" takes the one the user chose
     unsupported: str = ""  # why its whole stratum cannot be marked
-    unaskable: str = ""  # why its whole stratum cannot be shown to a model of ours
+    unaskable: str = ""  # why its whole stratum cannot be shown to our models
     extract: Callable[[str], str | None] | None = None  # None: rules.extract
 
 
@@ -73,8 +73,8 @@ def numbered_pictures(row: dict) -> dict[int, object]:
 def name_pictures(text: str, numbers: list[int]) -> str:
     """Replace numbered tags by the place of their picture among those shown.
 
-    The number counts, not the order of mention: MMMU-Pro shuffles options, so <image 3> may be
-    met before <image 1>, and still means the column image_3.
+    The number counts, not the order of mention: MMMU-Pro shuffles options, so <image 3> may come
+    before <image 1> and still means the column image_3.
 
     >>> name_pictures("Is <image 3> like <image_1>?", [1, 3])
     'Is [Image 2] like [Image 1]?'
@@ -88,7 +88,7 @@ def name_pictures(text: str, numbers: list[int]) -> str:
 
 
 def ask(text: str, pictures: list) -> str:
-    """The text of a Question: one marker a picture, all before the words."""
+    """The text of a Question: one marker per picture, all before the words."""
     return place_markers(text.replace(MARKER, "").strip(), len(pictures))
 
 
@@ -100,7 +100,7 @@ def gold_text(row: dict) -> str:
 
 
 def pick(gold: str, choices: list[str]) -> Callable[[str], bool]:
-    """The rule of a multiple-choice question whose gold answer is a letter, perhaps dressed."""
+    """The rule of a multiple-choice question whose gold answer is a letter, in any wrapping."""
     right = named(gold, choices, strict=False)
     if not right or len(right) > 1:
         raise ValueError(f"the answer {gold!r} is not the letter of an option")
@@ -108,7 +108,7 @@ def pick(gold: str, choices: list[str]) -> Callable[[str], bool]:
 
 
 def close(text: str, gold: str, decimals: int) -> bool:
-    r"""Equal numbers after rounding both, if one is written as a decimal: two exact forms differ.
+    r"""Equal after rounding both numbers, if one is a decimal; exact forms are never rounded.
 
     >>> close("\\frac{36}{13}", "2.77", 2), close("1/55", "1/60", 2)
     (True, False)
@@ -140,7 +140,7 @@ def mathvista(row: dict) -> Item:
     gold, choices, kind = gold_text(row), row.get("choices"), row["answer_type"]
     if choices and gold not in choices:
         raise ValueError(f"the answer {gold!r} is none of the choices")
-    # Two options may have one text: then the text is right, and so are both letters.
+    # Two options may share one text: then the text is right, and so are both letters.
     right = {letter for letter, choice in zip(LETTERS, choices or []) if choice == gold}
     target, precision = value(gold), row.get("precision")
     decimals = len(gold.partition(".")[2]) if precision is None else int(precision)
@@ -155,8 +155,8 @@ def mathvista(row: dict) -> Item:
         number = value(text)
         if number is None or target is None:
             return is_correct(text, gold)
-        # 3.0 is 3, and 3.9 is not, though the official scorer cuts it to 3; decimals are compared
-        # at the precision asked for, half a unit of its last place allowed.
+        # 3.0 is 3, but 3.9 is not, though the official scorer truncates it. Decimals may differ by
+        # half a unit in the last place of the required precision.
         return number == target if kind == "integer" else abs(number - target) <= half
 
     images = [picture(row.get("decoded_image")) or picture(row["image"])]
@@ -216,16 +216,16 @@ def quotient(text: str) -> str:
 def mathvision(row: dict) -> Item:
     """MathLLMs/MathVision. One merged picture, however many tags the text has.
 
-    A box that is a letter is a letter, even where it is also some option's value. Free-form answers
-    are equal when their values are after rounding both to two decimals, the official tolerance.
+    A box that is a letter is a letter, even if some option has that value. Free-form decimals are
+    equal if they agree after rounding to two places, the official tolerance.
     """
     choices = [str(option) for option in literal(row.get("options")) or []]
-    # One gold has a form feed where \f was; some come in dollars or a box.
+    # One gold has a form feed in place of \f; some are in dollars or in a box.
     gold = gold_text({"answer": str(row["answer"]).replace("\x0crac", "\\frac")})
     images = [picture(row.get("decoded_image")) or picture(row["image"])]
     clean = gold.replace("{degrees}", "").strip("$ ")
     clean = extract(clean) if "\\boxed" in clean else clean
-    # Options that say "(A)" or "A" are drawn in the picture: print no list.
+    # Options that read "(A)" or "A" are part of the picture: print no list.
     drawn = [named(option, []) for option in choices] == [{letter} for letter in "ABCDE"]
 
     right = pick(clean, choices) if choices else lambda text: is_correct(text, clean)
@@ -233,7 +233,7 @@ def mathvision(row: dict) -> Item:
     def rule(text):
         if right(text) or (not choices and close(text, clean, decimals=2)):
             return True
-        # As officially, the ratio 3:4 is the number 3/4.
+        # As in the official scorer, the ratio 3:4 is the number 3/4.
         if ":" not in "".join([text, clean, *choices]):
             return False
         if not choices:
@@ -269,9 +269,9 @@ DOMAIN = {subject: domain for domain, subjects in DOMAINS.items() for subject in
 
 
 def mmmu(row: dict) -> Item:
-    """MMMU/MMMU. Options are a list printed as text; so is a gold answer with several aliases.
+    """MMMU/MMMU. Options are a list printed as text, and so is a gold answer with several aliases.
 
-    An open question is right when it equals an alias: as text, as an expression, or to two decimals.
+    An open answer is right if it equals an alias as a text, as an expression or to two decimals.
     """
     subject = "_".join(row["id"].split("_")[1:-1])
     choices = [str(option) for option in literal(row.get("options")) or []]
@@ -297,7 +297,7 @@ def mmmu_pro(row: dict) -> Item:
     """MMMU/MMMU_Pro, settings "standard (10 options)" and "vision"; 1 to 12 options.
 
     All ids occur in both settings, so ours are standard:ID and vision:ID; the headline is the mean
-    of the two, and a question asked twice is one cluster.
+    of the two settings, and the two forms of a question are one cluster.
     """
     setting = "standard" if row.get("question") is not None else "vision"
     choices = [str(option) for option in literal(row["options"])]
@@ -306,7 +306,7 @@ def mmmu_pro(row: dict) -> Item:
         pictures = numbered_pictures(row)
         text = name_pictures(with_choices(row["question"], choices), list(pictures))
         images = list(pictures.values())
-    else:  # the options are drawn too
+    else:  # the picture shows the options too
         images = [picture(row["image"])]
         text = "Write out the multiple-choice question in the image and then solve it."
     name = f"{setting}:{row['id']}"
@@ -348,7 +348,7 @@ def emma(row: dict) -> Item:
     question = Question(
         row["pid"], ask(text, images), images, gold, choices or None, row["subject"]
     )
-    # Coding questions have several categories; one group each.
+    # Coding questions have several categories: one group for each.
     parts = [row.get("task") or "", *(row.get("category") or "").split(";")]
     groups = [
         kind,
@@ -364,9 +364,9 @@ def emma(row: dict) -> Item:
 def megabench_item(row: dict) -> Item:
     """TIGER-Lab/MEGA-Bench core: 440 tasks, each with its own metrics (mega.py).
 
-    Every column is text, dicts and lists printed. Media are relative paths, in the order in which
-    the placeholders of description, example and query take them. The headline is the unweighted
-    mean over tasks; a task with any metric that is not supported is left out whole.
+    Every column is text; dicts and lists are printed. Media are relative paths, in the order of the
+    placeholders in description, example and query. The headline is the unweighted mean over tasks;
+    a task with any unsupported metric is left out entirely.
     """
     task = row["task_name"]
     info, answer = literal(row["metric_info"]), literal(row["answer"])

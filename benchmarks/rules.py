@@ -5,7 +5,7 @@ the same outputs of one 7B model score 37 or 60 on MathVista under two extractor
 the same everywhere; what it finds is compared by the rules that readers.py puts together from
 grading/choices.py (an option), `value` (a number within a tolerance) and reward.is_correct.
 
-    answer := last \boxed{} | last <answer> | after the last "answer is" | the response, if one short line
+    answer := last \boxed{} | last <answer> | after the last "answer is" | one short line
     after  := on that line or the next, in bold, quotes, display mathematics or a fence
 
 What we do differently from the official scorers: nothing is guessed. MMMU's draws a random letter
@@ -35,12 +35,12 @@ ANSWER = re.compile(
     r"(?:\s+(?:option|choice|letter))*(?:\s+to\s(?:\"[^\"\n]*\"|[^.:\n\"]){1,40}?)?[*_\"']*\s*"
     r"(?:[:：=是为]|\b(?:is|are|would be|should be|must be|will be)\b"
     r"|(?=\(?[A-Z]\)?\s+is\s+(?:the\s+)?(?:correct|right|best))))"
-    r"(?:\s*(?:therefore|thus|then|most|likely|probably|definitely|clearly|indeed|still|approximately"
-    r"|about|roughly|given by|(?:option|choice|letter)(?=\W+[A-Z]\b))\b)*[\s:：*_#>]*",
+    r"(?:\s*(?:therefore|thus|then|most|likely|probably|definitely|clearly|indeed|still"
+    r"|approximately|about|roughly|given by|(?:option|choice|letter)(?=\W+[A-Z]\b))\b)*[\s:：*_#>]*",
     re.IGNORECASE | re.MULTILINE,
 )
 FENCE = re.compile(r"```\w*[ \t]*\n?(.*?)\s*```", re.DOTALL)
-# What may hold the answer in the place of a line.
+# Frames that may hold the answer instead of a line.
 _FRAMES = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
@@ -57,8 +57,8 @@ _SENTENCE = re.compile(
 )
 _SPECIAL = re.compile(r"(?:</s>|<\|[a-z_]+\|>)\s*$")  # tokens that some decoders leave
 _PROSE = re.compile(
-    r"\b(?:i|we|you|they|it|there|this|that|is|are|am|was|were|has|have|had|do|does|did|can|cannot|could"
-    r"|will|would|should|seems?|appears?|shows?|sorry|please)\b|n't\b|'m\b",
+    r"\b(?:i|we|you|they|it|there|this|that|is|are|am|was|were|has|have|had|do|does|did|can|cannot"
+    r"|could|will|would|should|seems?|appears?|shows?|sorry|please)\b|n't\b|'m\b",
     re.IGNORECASE,
 )
 
@@ -98,7 +98,7 @@ def _after(text: str) -> str:
 
 
 def _whole(response: str, choices: Sequence[str]) -> str | None:
-    """A response of one short line that is no prose; or, of any length, that names an option."""
+    """A response of one short line that is not prose, or of one line that names an option."""
     if not response or "\n" in response or "\\boxed" in response or len(response) > 500:
         return None
     if choices and named(response, choices, strict=False):
@@ -155,9 +155,9 @@ def value(text: str, percent=1):
 
 
 def same_quantity(prediction: str, gold: str) -> bool:
-    r"""One answer, whatever names it: is_correct, or equal right-hand sides of `label = value`.
+    r"""is_correct, or equal right-hand sides where both are `label = value`, whatever the labels.
 
-    >>> same_quantity("A = 25\\pi", "Area $= 25\\pi \\mathrm{cm}^2$"), same_quantity("5 m", "x = 5 cm")
+    >>> same_quantity("A = 25\\pi", "Area $= 25\\pi$ cm$^2$"), same_quantity("5 m", "x = 5 cm")
     (True, False)
     """
     if is_correct(prediction, gold):

@@ -1,14 +1,13 @@
 """From marked responses to numbers one can compare: intervals, pass@k, paired tests, tables.
 
-A benchmark's headline is the mean over its strata of the mean in each (readers.py says what a
-stratum is), and it is given with a 95 % interval, because most differences that are reported on
-these benchmarks are smaller than one. Questions that stand or fall together (five versions of one
-problem in MathVerse, the samples of a task in MEGA-Bench) are a cluster: the interval is as wide as
-if clusters, not questions, had been drawn.
+A benchmark's headline is the mean over its strata (readers.py) of the mean in each, with a 95 %
+interval, because most differences reported on these benchmarks are smaller than that interval.
+Questions that are not independent (five versions of one problem in MathVerse, the samples of a task
+in MEGA-Bench) form a cluster: the interval is computed as if clusters, not questions, were sampled.
 
 What we do differently from the common kits: unanswered, truncated and missing responses are wrong
-and are counted beside the score; two models are compared question by question; and published
-numbers (paper, Tables 1 and 2) stand beside ours, because only the same rules make them comparable.
+and are reported beside the score; two models are compared question by question; and published
+numbers (paper, Tables 1 and 2) are printed beside ours.
 """
 
 import math
@@ -24,7 +23,7 @@ from rethink import before_rethinking, outcome, rethinks
 
 MODELS = ("Qwen2.5-VL-7B", "VL-Rethinker-7B", "Qwen2.5-VL-32B", "VL-Rethinker-32B",
           "Qwen2.5-VL-72B", "VL-Rethinker-72B")  # fmt: skip
-PUBLISHED = {  # the paper's greedy accuracy in %, one column a model
+PUBLISHED = {  # the paper's greedy accuracy in %, one column per model
     "mathvista": (68.2, 74.9, 74.7, 78.8, 74.8, 80.4),
     "mathverse": (46.3, 54.2, 48.5, 56.9, 57.2, 63.5),
     "mathvision": (25.1, 32.3, 38.4, 40.5, 38.1, 44.9),
@@ -54,7 +53,7 @@ def mark(item: Item, answer: dict | None) -> dict:
         "finish": answer.get("finish"), "tokens": answer.get("tokens"),
         "category": item.question.category,
     }  # fmt: skip
-    if 0 < score < 1:  # some tasks of MEGA-Bench give partial credit
+    if 0 < score < 1:  # some MEGA-Bench tasks give partial credit
         line["score"] = score
     if item.cluster:
         line["cluster"] = item.cluster
@@ -68,14 +67,14 @@ def mark(item: Item, answer: dict | None) -> dict:
 
 
 def mark_all(item: Item, answers: list[dict], samples: int) -> list[dict]:
-    """The lines of all samples of a question; those that are not there are missing, and wrong."""
+    """The lines of all samples of a question; missing ones are wrong."""
     padded = answers + [None] * (samples - len(answers))
     lines = [mark(item, answer) for answer in padded]
     return [line | ({"sample": k} if k else {}) for k, line in enumerate(lines)]
 
 
 def why_unanswered(line: dict) -> str | None:
-    """Why no answer was found in a response that is there; None where one was."""
+    """Why no answer was found in a response; None if one was, or if the response is missing."""
     if line["response"] is None or line["extracted"] is not None:
         return None
     reasons = {"length": "cut at the limit", "overlong": "prompt too long"}
@@ -83,7 +82,7 @@ def why_unanswered(line: dict) -> str | None:
 
 
 def unanswered(lines: list[dict], most: int = 10) -> str:
-    """The ends of some responses without an answer, to look at."""
+    """The ends of a few responses without an answer, for reading."""
     shown = []
     for line in [line for line in lines if why_unanswered(line)][:most]:
         end = printable(" ".join(line["response"][-300:].split()))
@@ -109,7 +108,7 @@ def _weights(items: list[Item]) -> list[float]:
 
 
 def interval(items: list[Item], values: list[float]) -> tuple[float, float]:
-    """95 % interval of the headline: Wilson's, for as many questions as the clusters are worth.
+    """95 % interval of the headline: Wilson's, at the effective sample size of the clusters.
 
     Without clusters that number is n, and this is Wilson's interval, which behaves at 0 and 1.
     """
@@ -226,7 +225,7 @@ def summarise(
 
 
 def rethinking(items: list[Item], by_item: list[list[dict]]) -> dict:
-    """How often responses look again by themselves and what that changed; and where they were forced to:
+    """How often responses rethink by themselves and what that changed; and, where it was forced,
     accuracy before, after, and the bound when only wrong answers are looked at again (Fig. 7)."""
     pairs = [(x, line) for x, lines in zip(items, by_item, strict=True) for line in lines]
     own = [(x, line) for x, line in pairs if line["response"] and rethinks(line["response"])]
@@ -280,7 +279,7 @@ def label(name: str, items: list[Item], left_out: list[Item]) -> str:
 
 
 def table(summaries: dict[str, dict]) -> str:
-    """A table to paste: a line a benchmark, the published numbers, then every group."""
+    """A table to paste: one line per benchmark, the published numbers, then every group."""
     rows = [("benchmark", "accuracy", "95 %", "n", "no answer", "truncated", "missing", "what")]
     for name, s in summaries.items():
         low, high = (f"{100 * bound:.1f}" for bound in s["ci95"])
@@ -298,7 +297,8 @@ def table(summaries: dict[str, dict]) -> str:
             counts = ", ".join(f"{k} {v}" for k, v in forced.items() if isinstance(v, int))
             blocks.append(
                 f"{name}, forced to look again: before {100 * forced['before']:.1f}, after "
-                f"{100 * forced['after']:.1f}, if only when wrong {100 * forced['only_wrong']:.1f} ({counts})"
+                f"{100 * forced['after']:.1f}, if only when wrong {100 * forced['only_wrong']:.1f} "
+                f"({counts})"
             )
         several = [f"{key} {100 * s[key]:.1f}" for key in s if key.split("@")[0] in ("pass", "maj")]
         rows = [(name, "accuracy", "n")]

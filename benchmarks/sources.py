@@ -6,7 +6,7 @@ folders with dev, test and validation each; only validation counts). Pictures ar
 parquet file, or paths looked for beside the file and in the two folders above it.
 
 What we do differently from the common kits: no file is converted, no mirror is asked, and an id
-that comes twice, a row of another schema and a picture that cannot be read are errors that name
+that occurs twice, a row of another schema and a picture that cannot be read are errors that name
 file and row, where a skipped row would quietly change the denominator.
 """
 
@@ -73,7 +73,7 @@ def download(name: str, hub: str) -> Path:
 def find_data(name: str, data: str, several: bool) -> Path:
     """Where a benchmark's files are: a file, a directory, a hub id, or its own hub id by default.
 
-    A directory may hold one folder (or file) a benchmark, named as on the hub: MathVista, MMMU_Pro.
+    A directory may hold one folder (or file) per benchmark, named as on the hub (MathVista).
     """
     path = Path(data)
     if not data or (not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", data)):

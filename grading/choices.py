@@ -6,11 +6,11 @@ r"""One grammar of options, for rewards and benchmarks alike: which options does
               | text            equal to an option's text
     several  := A, C   A and C   AC   (A)(C)   (A) 12, (C) 14         no single option
 
-A capital letter that some option has is a label; then a text that equals an option comes first, so
-that `R` among the options P, R, I is the second. Texts are compared without blanks before any
-algebra: the permutations 2-5-3-1 and 2-3-5-1 are one difference. After a comma, a dash
-or a blank a label counts only with its own option's text ("A circle" begins with an article), or
-with a reason.
+A capital letter within the range of the options is a label. Otherwise a text that equals an option
+comes first, so `R` among the options P, R, I is the second one. Texts are compared without blanks
+before any algebra, which would make 2-5-3-1 and 2-3-5-1 equal. After a comma, a dash or a blank a
+letter is a label only if its own option's text or a reason follows: "A circle" begins with an
+article.
 """
 
 import re
@@ -30,7 +30,8 @@ _LONE = re.compile(
 )
 _LABELLED = re.compile(
     rf"{_LEAD}(?:[(\[]\s*(?P<framed>[A-Z])\s*[)\]][.:,]*|(?P<bare>[A-Z])"
-    r"(?:\s?[.:)]+|\s(?=[(\[])|(?P<weak>,|\s-|(?=[\s\d(-]))))\s*(?![\s,;&]|and\b|or\b|[(\[][A-Z][)\]])(?P<text>.+)",
+    r"(?:\s?[.:)]+|\s(?=[(\[])|(?P<weak>,|\s-|(?=[\s\d(-]))))\s*"
+    r"(?![\s,;&]|and\b|or\b|[(\[][A-Z][)\]])(?P<text>.+)",
     re.IGNORECASE,
 )
 _REASON = re.compile(rf"(?:because|since|as|which|for|due|given|so|is (?:the )?{_RIGHT})\b")
@@ -45,8 +46,8 @@ _MIXED = re.compile(r"[A-Z](?:\s*[,;&]\s*(?:and )?[A-Za-z])+")
 
 class Label(NamedTuple):
     letter: str
-    text: str  # what follows the letter, "" where nothing does
-    sure: bool  # the mark between them makes the letter a label, whatever the text is
+    text: str  # what follows the letter; "" if nothing does
+    sure: bool  # the mark between them makes the letter a label, whatever the text
 
 
 def read_label(tidied: str) -> Label | None:
@@ -90,11 +91,11 @@ def read_letters(tidied: str) -> frozenset[str]:
 
 
 def named(text: str, choices: Sequence[str], strict: bool = True) -> frozenset[str] | None:
-    """The letters of the options that a text names; None if it names none, empty if it is unclear.
+    """The letters of the options that a text names; None if it names none, empty if ambiguous.
 
-    Two letters also stand for a text that two options have. Without choices every letter is an
-    option. strict: a letter with the text of another option is unclear (a reward must not be won
-    by naming two); otherwise the letter counts, as in the benchmarks' own scorers.
+    A text that two options share names both. Without choices every letter is an option. strict: a
+    letter with the text of another option is ambiguous (nobody should earn a reward by naming two);
+    otherwise the letter counts, as in the benchmarks' own scorers.
 
     >>> options = ["red", "blue", "A and B"]
     >>> [sorted(named(t, options) or "-") for t in ["(b)", "Red.", "A and B", "B: red", "A, C"]]
@@ -161,7 +162,7 @@ def _same_structure(a: str, b: str) -> bool:
 
 
 def _same_letters(a: str, b: str) -> bool | None:
-    """The verdict on two tidied texts of which one is labelled or a list of letters, else None."""
+    """The verdict on two tidied texts if one is labelled or a list of letters, else None."""
     letters = read_letters(a), read_letters(b)
     if letters[0] and letters[0] == letters[1] and not (a.isalpha() and b.isalpha()):
         return True
@@ -178,13 +179,13 @@ def _same_letters(a: str, b: str) -> bool | None:
 
 
 def _equal(tidied: str, choices: Sequence[str]) -> frozenset[str]:
-    """The options with this text, blanks and case of words apart."""
+    """The options with this text, ignoring blanks and the case of words."""
     wanted = compact(tidied)
     return frozenset(x for x, choice in zip(LETTERS, choices) if compact(tidy(choice)) == wanted)
 
 
 def _by_text(text: str, choices: Sequence[str]) -> frozenset[str] | None:
-    """The options that a whole text equals: as a text, or else in value; None for none."""
+    """The options that a whole text equals, as text or else in value; None if there is none."""
     equal = _equal(tidy(text), choices)
     return equal or frozenset(x for x, y in zip(LETTERS, choices) if same_text(text, y)) or None
 

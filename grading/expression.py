@@ -1,9 +1,8 @@
 r"""One mathematical expression: text -> tokens -> tree. Nothing is executed, nothing is guessed.
 
-The idea: a linear tokeniser and a bounded recursive-descent parser turn the text into a small
-tree of tuples, which value.py compares. A text outside the grammar, or beyond a cap on
-length, depth or digits, is Unreadable; the caps replace timers and signals, so this works in
-threads and workers.
+The idea: a linear tokeniser and a bounded recursive-descent parser turn the text into a small tree
+of tuples, which value.py compares. A text outside the grammar or beyond a cap on length, depth or
+digits is Unreadable; the caps replace timers and signals, so this works in threads and workers.
 
 Grammar (a tree is a Fraction, a symbol's name, or (operation, tree, ...)):
 
@@ -14,7 +13,7 @@ Grammar (a tree is a Fraction, a symbol's name, or (operation, tree, ...)):
               | '(' sum ')' | '{' sum '}' | '[' sum ']' | '|' sum '|' | floor | ceiling
               | \frac arg arg | \binom arg arg | \sqrt ['[' sum ']'] arg
 
-The text is expected as answers.tidy() leaves it: one spelling for each sign and command.
+The text must be tidied (spelling.py): one spelling for each sign and command.
 """
 
 import re
@@ -27,7 +26,7 @@ Tree = Fraction | str | tuple  # a value, a symbol, (operation, tree, ...)
 
 
 class Unreadable(ValueError):
-    """The text is no expression of the grammar above, or exceeds one of the caps."""
+    """The text is not an expression of the grammar above, or exceeds one of the caps."""
 
 
 class Token(NamedTuple):
@@ -114,8 +113,8 @@ def parse_tokens(tokens: list[Token]) -> Tree:
 def spell(tokens: list[Token]) -> list[Token]:
     """Replace every run of letters by function names and one-letter symbols, or Unreadable.
 
-    Letters multiply only where they spell no word: xy, 2ab, mgh, a + bi; not cat, not on, and
-    a text of one word is algebra only in x, y, z. Capitals (AB, a segment) are one symbol.
+    Letters are a product only if they spell no word: xy, 2ab, mgh, a + bi; not cat, not on. A text
+    of one word is algebra only in x, y, z. Capitals (AB, a segment) are one symbol.
     """
     spelled = []
     for k, (kind, text, spaced) in enumerate(tokens):

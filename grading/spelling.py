@@ -1,9 +1,9 @@
-r"""One spelling for texts that look alike, and cutting a text outside its brackets.
+r"""One spelling for texts that look alike, and splitting a text outside its brackets.
 
-The idea: LaTeX, Unicode and plain text write one thing in many ways (\tfrac12, ½, 1/2; \le,
-≤, <=; 1{,}234, 1,234). tidy() maps them onto one by tables and linear substitutions, so that
-the parsers behind it know a single spelling; most right answers are equal to the reference
-as soon as both are tidy. What the sign means is kept: \{ is not {, 12,34 is not 1234.
+The idea: LaTeX, Unicode and plain text write the same thing in many ways (\tfrac12, ½, 1/2; \le,
+≤, <=; 1{,}234, 1,234). tidy() maps them to one spelling by tables and linear substitutions, so
+the parsers know only that one; most right answers equal the reference once both are tidy.
+Meaning is kept: \{ is not {, and 12,34 is not 1234.
 """
 
 import re
@@ -62,12 +62,12 @@ _STYLED = re.compile(
     r"|operatorname\*?|boldsymbol|bm|emph|underline|ce)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _BLANKS = re.compile(r"\\(?:[hv]space\*?|[hv]?phantom|color|textcolor)\s*\{[^{}]*\}|\\!\s*")
-# $ around all of it, or around a part as in pandoc: no space inside, no digit after the closing.
+# $ around the whole text, or around a part as in pandoc: no space inside, no digit after it.
 _DOLLARS = [
     re.compile(r"^\s*\$\$?((?:[^$\\]|\\.)*)\$\$?[\s.,;]*$"),
     re.compile(r"(?<!\\)\$\$?(?![\s$])((?:[^$\\]|\\.)*)(?<![\s\\])\$\$?(?![0-9])"),
 ]
-# In Markdown; and a mark whose partner a sentence before the answer has taken.
+# Markdown's bold; and a mark whose partner was cut off with the sentence before the answer.
 _BOLD = re.compile(r"(?<![\w)}*])(\*\*?)([^*]+)\1(?!\*)")
 _LOOSE_BOLD = re.compile(r"(?<=[A-Za-z.)])\*\*(?=[\s.:,]|$)|^\*\*(?=\S)")
 _CIRCLE = re.compile(r"\^\s*(?:\{\s*(?:\\circ|°)\s*\}|\\circ(?![A-Za-z])|°|\{?\\degree\}?)")
@@ -81,7 +81,7 @@ _ANSWER_IS = re.compile(
 )
 # 5 \frac{m}{s^2}, a unit that is written as a fraction
 _UNIT_FRACTION = r"(?<=[0-9} ])\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+(?:\^\{?[23]\}?)?) ?\}$"
-# What has to be in the text for a rule to matter, the rule, and what it writes.
+# A text must contain this for the rule to apply; the rule; its replacement.
 _SMALL_RULES = [
     (needed, re.compile(pattern), replacement)
     for needed, pattern, replacement in (
@@ -113,7 +113,7 @@ _SMALL_RULES = [
 
 @lru_cache(maxsize=4096)
 def tidy(text: str) -> str:
-    r"""One spelling for what looks alike: signs, wrappers, spacing, thousands separators.
+    r"""One spelling for texts that look alike: signs, wrappers, spacing, thousands separators.
 
     >>> tidy(r"$\dfrac{1}{2}\,\text{cm}$."), tidy(r"1{,}234"), tidy("1 234"), tidy("12,34")
     ('\\frac{1}{2} cm', '1234', '1234', '12,34')
@@ -126,7 +126,7 @@ def tidy(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def ungrouped(text: str) -> str:
-    """tidy() before thousands separators are taken out."""
+    """tidy() before it removes thousands separators."""
     if "*" in text:
         text = _LOOSE_BOLD.sub("", _BOLD.sub(r"\2", text))
     if "$" in text:
@@ -175,7 +175,7 @@ def _bare(text: str) -> str:
 
 
 def _unstyled(match: re.Match) -> str:
-    """A wrapper's content; a space keeps letters of two wrappers, or a unit, apart."""
+    """A wrapper's content; a space separates it from letters and units next to it."""
     inner, text = match[1], match.string
     before, after = text[match.start() - 1 : match.start()], text[match.end() : match.end() + 1]
     left = " " if inner[:1].isalpha() and (before.isalnum() or before in ("}", ")")) else ""
@@ -223,7 +223,7 @@ _BRACKET = (
 
 
 def splitter(separator: str) -> tuple[re.Pattern, re.Pattern]:
-    """The separator alone, to see fast that there is none; and with the brackets to count."""
+    """The separator alone, for a quick look; and together with the brackets to count."""
     return re.compile(separator), re.compile(f"(?P<separator>{separator})|{_BRACKET}")
 
 
@@ -231,7 +231,7 @@ _BRACKETS = re.compile(_BRACKET)
 
 
 def split(text: str, splitter: tuple[re.Pattern, re.Pattern]) -> tuple[list[str], list[str]]:
-    """Pieces and separators of a text, cut outside all brackets; Unreadable if unbalanced."""
+    """The pieces and separators of a text split outside all brackets; Unreadable if unbalanced."""
     separator, with_brackets = splitter
     if not separator.search(text):
         return [text], []

@@ -1,15 +1,15 @@
 r"""What kind of answer is this text, and are two answers the same? (All but multiple choice.)
 
-The idea: tidy() brings a text to one spelling; read() finds its outermost structure and
-returns a tuple that begins with its kind; same() compares two of them kind by kind. What has
-no structure and is no mathematics is words, and words equal only words.
+The idea: tidy() brings a text to one spelling; read() finds its outermost structure and returns a
+tuple that begins with its kind; same() compares two of them kind by kind. A text with no structure
+that is not mathematics is words, and words equal only words.
 
     kind       looks like                       compared as
     value      5, \frac12, 2x+1, 5 cm, 50%      value and unit (value.py, units.py)
     list       1, 2   x=1 or x=2   \{1,2\}   (-1,0) \cup (1,2)   \pm 3       in any order
     tuple      (1,2)   [0,1)   \langle 1,2 \rangle                  in order, with its brackets
     matrix     \begin{pmatrix} ... \end{pmatrix}   [[1,2],[3,4]]        entry by entry
-    relation   x = 5   2x + y = 3   1 < x \le 4     up to a factor; a lone name = value is a value
+    relation   x = 5   2x + y = 3   1 < x \le 4     up to a factor; name = value is a value
     ratio      3:4   3 to 4                         in order, never divided
     clock      3:45 pm                              date   March 5, 2020   2020-03-05
     words      isosceles                            case, quotes, one article, final period
@@ -27,7 +27,7 @@ from grading.value import near, proportional, same_value, symbols
 MAX_LIST, MAX_NESTING = 50, 8
 
 _DIGIT, _NUMBER = re.compile("[0-9]"), re.compile(r"-?[0-9]{1,60}(?:\.[0-9]{1,60})?")
-# Without one of these a text is no list, relation or ratio, and nothing has to be split.
+# A text with none of these is not a list, relation or ratio, so nothing is split.
 _JOINT, _JOINT_WORD = re.compile("[,;=<>≤≥≠≈:]"), re.compile(r"and|or|U|\\cup|\\in|\\pm| to ")
 _COMMA = splitter(r",? *(?<![A-Za-z\\-])(?:and|or)(?![A-Za-z-]) *|[,;]")
 _CUP = splitter(r"\\cup(?![A-Za-z])|(?<=[)\]]) ?U ?(?=[(\[])")
@@ -58,7 +58,7 @@ _LABEL = re.compile(
 
 @lru_cache(maxsize=4096)
 def readings(text: str) -> tuple[tuple, ...]:
-    """All readings of a raw text: two where 1,234 in brackets is one number or two, else one."""
+    """All readings of a raw text: two if 1,234 in brackets may be one number or two, else one."""
     plain, raw = tidy(text), ungrouped(text)
     if plain != raw and re.search(r"[(\[{].*[0-9],[0-9]", raw):
         return read(plain), read(raw)
@@ -66,7 +66,7 @@ def readings(text: str) -> tuple[tuple, ...]:
 
 
 def read(text: str, nesting: int = 0) -> tuple:
-    """The structure of a tidied text: a tuple that begins with its kind (see the top)."""
+    """The structure of a tidied text: a tuple that begins with its kind (see the table above)."""
     text = text.strip()
     if nesting > MAX_NESTING:
         raise Unreadable("too deep")
@@ -84,7 +84,7 @@ def read(text: str, nesting: int = 0) -> tuple:
 
 
 def _structure(text: str, nesting: int) -> tuple | None:
-    """Whatever is more than one expression, or None."""
+    """Anything that is more than one expression; None for a single one."""
     below = nesting + 1
     joint = _JOINT.search(text) or _JOINT_WORD.search(text)
     found = _joined(text, below) if joint else None
@@ -202,7 +202,7 @@ def _relation(signs: tuple, pieces: list[str], nesting: int) -> tuple:
 
 
 def _is_rounding(exact: tuple, rounded: tuple) -> bool:
-    """Is the second value the first, rounded? So that 5 ≈ 6 does not name two answers."""
+    """Is the second value the first one rounded? If not, 5 ≈ 6 would name two answers."""
     return exact[0] == rounded[0] == "value" and near(exact[1], rounded[1])
 
 

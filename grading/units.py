@@ -1,9 +1,9 @@
 r"""Quantities: a number with a unit, a currency or a scale word; clock times; calendar dates.
 
-The idea: a unit is a tag and never arithmetic. measure() splits the tag from the end (or a
-currency from the front) of a value; the exponent of a unit belongs to the tag, so 5 cm^2 is 5
-and not 25, and nothing is converted. Synonyms share one canonical tag (m, meters, metres).
-After a plain number one ordinary word counts as a unit too (12 students).
+The idea: a unit is a tag and never part of the arithmetic. measure() splits the tag from the end
+(or a currency from the front) of a value; a unit's exponent belongs to the tag, so 5 cm^2 is 5 and
+not 25, and nothing is converted. Synonyms share one canonical tag (m, meters, metres). After a
+plain number one ordinary word counts as a unit too (12 students).
 """
 
 import re
@@ -58,9 +58,9 @@ SCALES = {
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 _UNIT_SIGNS = {"(", "/", "°", "%", "$", "€", "£", "¥", "₹", "¢", "\\Omega"}
 _SILENT = {"{", "}", "(", ")", "old", "long", "tall", "wide", "high", "deep"}
-# Lower-case letters that people glue to a number as a unit; 2h and 3t look more like algebra.
+# Letters that people attach to a number as a unit; 2h and 3t look more like algebra.
 GLUED = {"m", "g", "s", "L", "l"}
-# Words that change the number before them, or that are no noun: 5 halves is not 5.
+# Words that change the number before them or are not nouns: 5 halves is not 5.
 _NO_NOUN = """
 and or not to by of the times plus minus over less more than half halves third thirds quarter
 quarters fourth fourths fifth fifths sixth sixths seventh eighth eighths ninth ninths tenth tenths
@@ -101,7 +101,7 @@ def _currency_in_front(tokens: list[Token]) -> tuple[list[Token], Unit]:
 
 
 def _split_at(tokens: list[Token], k: int, currency: Unit) -> tuple[Tree, Unit] | None:
-    """A value before token k, a scale word and a unit from there on; None if they are not."""
+    """A value before token k, then a scale word and a unit; None if the text is not like that."""
     first, before = tokens[k], tokens[:k]
     scale = SCALES.get(first.text.lower())
     rest = tokens[k + 1 :] if scale else tokens[k:]
@@ -218,7 +218,7 @@ _SLASHED = re.compile(r"([0-9]{1,2})([-/.])([0-9]{1,2})\2([0-9]{4}|[0-9]{2})")
 
 
 def clock(text: str) -> tuple | None:
-    """('clock', hour, minute, second, 'a' | 'p' | '') for a time that says it is one.
+    """('clock', hour, minute, second, 'a' | 'p' | '') for an explicit time of day, else None.
 
     >>> clock("3:45 p.m."), clock("3:45")
     (('clock', 3, 45, 0, 'p'), None)
@@ -231,7 +231,7 @@ def clock(text: str) -> tuple | None:
 
 
 def same_clock(a: tuple, b: tuple) -> bool:
-    """Equal times; a missing a.m. or p.m. agrees with either, and 15:45 is 3:45 p.m."""
+    """Equal times; a missing a.m. or p.m. matches either, and 15:45 is 3:45 p.m."""
     if bool(a[4]) == bool(b[4]):
         return a == b
     said, bare = (a, b) if a[4] else (b, a)
@@ -240,9 +240,9 @@ def same_clock(a: tuple, b: tuple) -> bool:
 
 
 def date(text: str) -> tuple | None:
-    """('date', year, month, day), with None for what is not said; None if it is no date.
+    """('date', year, month, day), with None for a missing part; None if it is not a date.
 
-    Month against day in 3/5/2020 differs by country: such a date keeps its order as written.
+    The order of month and day in 3/5/2020 differs by country: such a date stays as written.
 
     >>> date("March 5th, 2020") == date("5 March 2020") == date("2020-03-05")
     True

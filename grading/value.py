@@ -1,13 +1,13 @@
 r"""Do two expressions have one value? Exact where rational, at 40 and 80 digits elsewhere.
 
-The idea: two trees are equal when they have equal values at a handful of fixed points. For
-rational functions that is exact arithmetic. Elsewhere a difference is computed at two
-precisions: one that is rounding shrinks with the precision, a real one stays; no tolerance
-decides whether 0.333 is 1/3. Caps on the size of numbers bound the time of every step.
+The idea: two trees are equal if they have equal values at a handful of fixed points. Rational
+functions are evaluated exactly. Otherwise the difference is computed at two precisions: a rounding
+error shrinks with the precision, a real difference stays, so no tolerance decides whether 0.333 is
+1/3. Caps on the size of numbers bound the time of every step.
 
-What we do differently from graders built on a computer algebra system: no simplification, no
-sympy, no string ever parsed by anything but expression.py. Equality is meant where both sides
-are defined on the real line: x^2/x = x, but sqrt(x^2) is |x| and not x.
+What we do differently from graders built on a computer algebra system: no simplification and no
+sympy (it is the slow twin in the tests); only expression.py parses text. Equality is meant where
+both sides are defined on the real line: x^2/x = x, but sqrt(x^2) is |x| and not x.
 """
 
 import math
@@ -47,16 +47,15 @@ def _context(digits: int, thread: int) -> mpmath.ctx_mp.MPContext:
     return context
 
 
-# mpmath memoises pi, e and logarithms without a lock, in two writes: a thread between the two
-# reads garbage. Asked once at import for more digits than are used later, they never change.
+# mpmath memoises pi, e and logarithms without a lock, in two writes; a thread that reads between
+# them gets garbage. Computed once at import, to more digits than are used later, they never change.
 for _constant in ("mpf_pi", "mpf_e", "mpf_ln2", "mpf_ln10"):
     getattr(mpmath.libmp, _constant)(4000)
 
 
 @lru_cache(maxsize=4096)
 def evaluate(tree: Tree, at: Point):
-    """The tree's value at a point: a Fraction while it can be, else a number of at.mp; or None
-    where it has none."""
+    """The tree's value at a point: a Fraction where possible, else a number of at.mp, or None."""
     try:
         return _value(tree, at)
     except (ArithmeticError, ValueError):
