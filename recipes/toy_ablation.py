@@ -1,6 +1,7 @@
 """Read the runs of toy_ablation.sh and write results/: two CSV files, a figure and a table.
 
     python recipes/toy_ablation.py runs/ablation results
+    python recipes/toy_ablation.py results                     draws the figure again, from curves.csv
 
 Arms are compared at equal sampled tokens, tokens of forced second looks included: every run is read
 at the largest number of tokens that all have reached. Intervals are 95 % over seeds (Student's t);
@@ -27,7 +28,12 @@ T_95 = {
 LONG = ("5 steps", "7 steps")  # chains the base has not seen
 FIXED = 0.86  # the accuracy that "steps to" asks for
 MAIN = ("plain", "filter", "ssr", "ssr_rethink", "rethink")
-COLOURS = ("#555555", "#d08a00", "#1f6fd0", "#b0307a", "#2a8f4a")
+COLOURS = ("#555555", "#c77700", "#1f6fd0", "#b0307a", "#2a8f4a")
+PANELS = {  # column of curves.csv -> title and ends of the axis
+    "accuracy": ("held-out accuracy", 0.6, 1.0),
+    "long": ("accuracy on 5 and 7 steps", 0.0, 0.6),
+    "twice": ("share that looks again unforced", 0.0, 0.8),
+}
 
 
 def read_run(folder: Path) -> dict:
@@ -130,69 +136,79 @@ def tables(runs: list[dict], budget: float) -> str:
     return "\n".join(lines)
 
 
-def panel(x0: int, title: str, series: dict, x_end: float, y_end: float, x_label: str) -> str:
-    """One chart of the figure. series: arm -> (x [n], mean [n], half-width [n])."""
-    left, top, width, height = x0 + 40, 30, 270, 190
+def panel(x0: int, title: str, curves: dict, x_end: float, low: float, high: float) -> str:
+    """One chart of the figure. curves: arm -> (x [n], mean [n], half-width [n])."""
+    left, top, width, height = x0 + 44, 44, 258, 200
 
-    def at(x, y):
-        return f"{left + width * x / x_end:.1f},{top + height * (1 - min(max(y, 0), y_end) / y_end):.1f}"
+    def at(x: float, y: float) -> tuple[float, float]:
+        y = (min(max(y, low), high) - low) / (high - low)
+        return round(left + width * x / x_end, 1), round(top + height * (1 - y), 1)
 
-    parts = [f'<text x="{left}" y="18" font-weight="bold">{title}</text>']
-    for tick in (0, y_end / 2, y_end):
-        y = at(0, tick).split(",")[1]
-        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#ddd"/>'
-                     f'<text x="{left - 6}" y="{float(y) + 4}" text-anchor="end">{tick:.2g}</text>')  # fmt: skip
-    parts.append(
-        f'<text x="{left + width / 2}" y="{top + height + 18}" text-anchor="middle">{x_label}</text>'
-    )
+    def points(pairs) -> str:
+        return " ".join("{},{}".format(*at(x, y)) for x, y in pairs)
+
+    bottom = top + height
+    parts = [f'<text x="{left}" y="26" font-weight="bold" fill="#1d2126">{title}</text>']
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        y = at(0, value)[1]
+        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#e3e1da"/>'
+                     f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{value:.3g}</text>')  # fmt: skip
     for value, anchor in ((0, "start"), (x_end, "end")):
-        x = at(value, 0).split(",")[0]
-        parts.append(
-            f'<text x="{x}" y="{top + height + 18}" text-anchor="{anchor}">{value:.0f}</text>'
-        )
-    for (arm, (x, mean, half)), colour in zip(series.items(), COLOURS):
-        band = [at(a, m + h) for a, m, h in zip(x, mean, half)]
-        band += [at(a, m - h) for a, m, h in reversed(list(zip(x, mean, half)))]
-        line = " ".join(at(a, m) for a, m in zip(x, mean))
-        parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.13"/>'
-                     f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>')  # fmt: skip
+        x = at(value, low)[0]
+        parts.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="{anchor}">{value:.0f}</text>')
+    parts.append(f'<text x="{left + width / 2}" y="{bottom + 18}" text-anchor="middle">'
+                 "thousand sampled tokens</text>")  # fmt: skip
+    for (arm, (x, mean, half)), colour in zip(curves.items(), COLOURS):
+        band = [*zip(x, mean + half), *reversed(list(zip(x, mean - half)))]
+        parts.append(f'<polygon points="{points(band)}" fill="{colour}" opacity="0.13"/>')
+    for (arm, (x, mean, half)), colour in zip(curves.items(), COLOURS):
+        parts.append(f'<polyline points="{points(zip(x, mean))}" fill="none" stroke="{colour}" '
+                     f'stroke-width="2.2"><title>{arm}</title></polyline>')  # fmt: skip
     return "".join(parts)
 
 
-def figure(runs: list[dict], budget: float) -> str:
-    """Held-out accuracy, effective share and unforced rethinking of the main arms, as SVG."""
-    arms = [arm for arm in MAIN if any(run["arm"] == arm for run in runs)]
+def figure(rows: list[dict]) -> str:
+    """The main arms over sampled tokens as SVG, from the rows of curves.csv.
+
+    On a white card of its own, so that it reads alike on light and on dark pages. Where the first
+    steps rise from far below, the axis begins where the arms differ.
+    """
+    runs: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        runs.setdefault((row["arm"], row["seed"]), []).append(row)
+    budget = min(float(run[-1]["tokens"]) for run in runs.values())
+    arms = [arm for arm in MAIN if any(arm == name for name, _ in runs)]
     grid = np.linspace(0, budget, 33)
-    accuracy, long_chains, effective = {}, {}, {}
-    for arm in arms:
-        mine = [run for run in runs if run["arm"] == arm]
-        for name, store in (("accuracy", accuracy), ("long", long_chains)):
-            values = np.array([np.interp(grid, run["tokens"], run[name]) for run in mine])
-            pairs = [interval(list(column)) for column in values.T]
-            store[arm] = (grid / 1e3, [p[0] for p in pairs], [np.nan_to_num(p[1]) for p in pairs])
-        curves = []
-        for run in mine:
-            episodes = {row["episode"]: row["effective_queries"] for row in run["steps"]}
-            curves.append([episodes[e] for e in sorted(episodes)])
-        count = min(map(len, curves))
-        pairs = [interval([c[i] for c in curves]) for i in range(count)]
-        effective[arm] = (np.arange(1, count + 1), [p[0] for p in pairs],
-                          [np.nan_to_num(p[1]) for p in pairs])  # fmt: skip
-    end = budget / 1e3
-    episodes_end = max(len(e[0]) for e in effective.values())
+    panels, seeds = "", 0
+    for k, (key, (title, low, high)) in enumerate(PANELS.items()):
+        curves = {}
+        for arm in arms:
+            mine = [run for (name, _), run in runs.items() if name == arm]
+            seeds = len(mine)
+            values = [
+                np.interp(grid, *([float(row[x]) for row in run] for x in ("tokens", key)))
+                for run in mine
+            ]
+            mean, half = np.array([interval(list(column)) for column in np.transpose(values)]).T
+            curves[arm] = (grid / 1e3, mean, np.nan_to_num(half))
+        panels += panel(330 * k, title, curves, budget / 1e3, low, high)
     legend = "".join(
-        f'<rect x="{40 + 130 * i}" y="262" width="14" height="4" fill="{c}"/>'
-        f'<text x="{60 + 130 * i}" y="268">{arm}</text>'
+        f'<rect x="{44 + 120 * i}" y="284" width="18" height="4" fill="{c}"/>'
+        f'<text x="{68 + 120 * i}" y="290">{arm}</text>'
         for i, (arm, c) in enumerate(zip(arms, COLOURS))
     )
     return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 280" font-family="sans-serif" '
-        'font-size="12"><rect width="1000" height="280" fill="white"/>'
-        + panel(0, "held-out accuracy", accuracy, end, 1.0, "thousand sampled tokens")
-        + panel(330, "on 5 and 7 steps", long_chains, end, 1.0, "thousand sampled tokens")
-        + panel(660, "effective questions", effective, episodes_end, 1.0, "episode")
-        + legend + "</svg>\n"
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 306" font-family="sans-serif" '
+        'font-size="12.5" fill="#4a515a"><rect width="1000" height="306" rx="10" fill="#fff"/>'
+        f"{panels}{legend}"
+        f'<text x="986" y="290" text-anchor="end">bands: 95 % intervals of {seeds} seeds</text></svg>\n'
     )  # fmt: skip
+
+
+def draw(results: Path) -> None:
+    with open(results / "curves.csv", newline="") as file:
+        (results / "ablation.svg").write_text(figure(list(csv.DictReader(file))))
 
 
 def main(runs_folder: str, results_folder: str) -> None:
@@ -218,11 +234,11 @@ def main(runs_folder: str, results_folder: str) -> None:
         for run in runs:
             for values in zip(*(run[name] for name in names)):
                 writer.writerow([run["arm"], run["seed"], *(round(float(v), 4) for v in values)])
-    (out / "ablation.svg").write_text(figure(runs, budget))
+    draw(out)
     table = f"At {budget:,.0f} sampled tokens a run.\n\n{tables(runs, budget)}\n"
     (out / "table.md").write_text(table)
     print(table)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) > 2 else draw(Path(sys.argv[1]))

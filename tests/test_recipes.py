@@ -18,6 +18,7 @@ import eval
 import report
 import train
 from data import Question
+from recipes import toy_ablation
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.sh"))
@@ -120,3 +121,10 @@ def test_the_example_s_reward_prefers_the_right_option_to_another_to_none():
     question = Question("q", "?", [], "B", ["red", "blue", "pink"])
     said = ["\\boxed{B}", "\\boxed{blue}", "\\boxed{A}", "\\boxed{pink}", "\\boxed{black}", "blue"]
     assert [reward(text, question) for text in said] == [1, 1, 0.2, 0.2, 0, 0]
+
+
+def test_the_figure_of_the_study_is_drawn_from_its_numbers(tmp_path):
+    results = FOLDER.parent / "results"
+    shutil.copy(results / "curves.csv", tmp_path)
+    toy_ablation.draw(tmp_path)
+    assert (tmp_path / "ablation.svg").read_text() == (results / "ablation.svg").read_text()
