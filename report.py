@@ -20,6 +20,7 @@ import hashlib
 import re
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from html import escape
 from pathlib import Path
 from string import Template
@@ -34,43 +35,39 @@ HELDOUT = {"heldout_accuracy": "greedy", "heldout_sampled": "sampled"}
 WAYS = {"heldout_fast": "guesses", "heldout_slow": "reads", "heldout_twice": "guesses, then reads"}
 
 
-def reward_unit(run: "Record") -> str:
-    """A share where the reward is right or wrong; a plain number where it is the user's own."""
-    return "" if run.config.get("reward") else "%"
+LINES = (  # of metrics.jsonl: key, title, note, unit
+    ("effective_queries", "Effective questions", "share with responses that differ in reward: only "
+     "these have a gradient", "%"),
+    ("replayed", "Replayed", "share of a batch drawn from the replay buffer", "%"),
+    ("rethought", "Forced second looks kept", "share of responses", "%"),
+    ("rethinks", "Unforced rethinking", "share of responses with a trigger phrase of their own", "%"),
+    ("response_length", "Response length", "mean, in tokens", "tokens"),
+    ("truncated", "Cut off", "share of responses that reached the length limit", "%"),
+    ("entropy", "Entropy", "of the next token; near 0 nothing is explored any more", "nats"),
+    ("clip_fraction", "Clipped", "share of tokens outside the clip range", "%"),
+    ("sft_loss", "SFT loss", "on the second looks that were kept", "nats"),
+    ("grad_norm", "Gradient norm", "before clipping", ""),
+    ("lr", "Learning rate", "with warm-up and decay", ""),
+    ("logp_mismatch", "Mismatch", "largest difference of a token's log-probability, sampling against "
+     "training", "nats"),
+    ("speed", "Speed", "response tokens per second, sampling and update together", "tokens/s"),
+)  # fmt: skip
 
 
 def charts(first: "Record") -> list[Chart]:
     """All charts, most important first. Those without numbers are not drawn."""
-    rows = first.metrics
-    categories = dict.fromkeys(key for row in rows for key in row if key.startswith("in "))
-    stacked = {f"look_{name}": label for name, label in OUTCOMES.items()}
+    categories = [k for k in dict.fromkeys(sum(map(list, first.metrics), [])) if k[:3] == "in "]
+    outcomes = {f"look_{name}": label for name, label in OUTCOMES.items()}
+    by_category = {key: key[3:] for key in categories if len(categories) > 1}
     return [
         Chart("Held-out accuracy", "greedy answers, and one sampled answer per question", "%",
               HELDOUT, wide=True),
-        Chart("What forced second looks did", "share of an episode's forced looks", "%", stacked,
+        Chart("What forced second looks did", "share of an episode's forced looks", "%", outcomes,
               "stack", True, (2, 4, 1, 5, 3)),
-        Chart("Held-out by category", "greedy", "%", {key: key[3:] for key in categories}
-              if len(categories) > 1 else {}, "first", wide=True),
+        Chart("Held-out by category", "greedy", "%", by_category, "first", wide=True),
         Chart("Ways of answering", "share of sampled held-out answers", "%", WAYS, "stack", wide=True),
-        Chart("Reward", "mean over an episode's responses", reward_unit(first), {"reward": ""}),
-        Chart("Effective questions", "share with responses that differ in reward: only these have a "
-              "gradient", "%", {"effective_queries": ""}),
-        Chart("Replayed", "share of a batch drawn from the replay buffer", "%", {"replayed": ""}),
-        Chart("Forced second looks kept", "share of responses", "%", {"rethought": ""}),
-        Chart("Unforced rethinking", "share of responses with a trigger phrase of their own", "%",
-              {"rethinks": ""}),
-        Chart("Response length", "mean, in tokens", "tokens", {"response_length": ""}),
-        Chart("Cut off", "share of responses that reached the length limit", "%", {"truncated": ""}),
-        Chart("Entropy", "of the next token; near 0 nothing is explored any more", "nats",
-              {"entropy": ""}),
-        Chart("Clipped", "share of tokens outside the clip range", "%", {"clip_fraction": ""}),
-        Chart("SFT loss", "on the second looks that were kept", "nats", {"sft_loss": ""}),
-        Chart("Gradient norm", "before clipping", "", {"grad_norm": ""}),
-        Chart("Learning rate", "after warm-up and decay", "", {"lr": ""}),
-        Chart("Mismatch", "largest difference of a token's log-probability, sampling against training",
-              "nats", {"logp_mismatch": ""}),
-        Chart("Speed", "response tokens per second, sampling and update together", "tokens/s",
-              {"speed": ""}),
+        Chart("Reward", "mean over an episode's responses", first.reward_unit, {"reward": ""}),
+        *(Chart(title, note, unit, {key: ""}) for key, title, note, unit in LINES),
     ]  # fmt: skip
 
 
@@ -103,6 +100,11 @@ class Record:
     samples: list[dict]
     questions: list[dict]  # held out
     answers: dict[int, dict[str, dict]]  # step -> question's id -> its greedy answer
+
+    @property
+    def reward_unit(self) -> str:
+        """A share where the reward is right or wrong; a plain number where it is the user's own."""
+        return "" if self.config.get("reward") else "%"
 
 
 # ---------------------------------------------------------------------------- read
@@ -162,19 +164,6 @@ def run_names(folders: list[Path]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------- tables
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(17.4), duration(400), duration(9000)
-    ('17 s', '6 min 40 s', '2 h 30 min')
-    """
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
 def table(runs: list[Record], caption: str, rows: list[tuple[str, list[str]]]) -> str:
@@ -238,36 +227,26 @@ def learnt(run: Record) -> list[str]:
 def summary_rows(runs: list[Record]) -> list[tuple[str, list[str]]]:
     """What became of each run, and what it was."""
 
-    def both_ends(key: str, unit: str) -> list[str]:
-        return [ends(series(run.metrics, key), unit) for run in runs]
+    def total(run: Record, key: str) -> float:
+        return sum(value for _, value in series(run.metrics, key))
 
-    def totals(key: str) -> list[float]:
-        return [sum(value for _, value in series(run.metrics, key)) for run in runs]
+    def column(run: Record) -> dict[str, str]:
+        base, final, difference = learnt(run)
+        dates, commands = ([start[key] for start in run.starts] for key in ("date", "command"))
+        lines = {title: (key, unit) for key, title, _, unit in LINES[:1] + LINES[3:5]}
+        lines = {"Reward": ("reward", run.reward_unit)} | lines
+        return {
+            "Held out, base": base, "Held out, final": final, "Difference": difference,
+            **{title: ends(series(run.metrics, key), unit) for title, (key, unit) in lines.items()},
+            "Forced second looks": second_looks(run.metrics),
+            "Steps": steps_of(run), "Response tokens": f"{total(run, 'response_tokens'):,.0f}",
+            "Time": str(timedelta(seconds=round(total(run, "step_seconds")))),
+            "Model": str(run.config.get("model", "–")), "Data": str(run.config.get("data", "–")),
+            "Started": "; resumed: ".join(dates) or "–", "Command": "; then: ".join(commands) or "–",
+        }  # fmt: skip
 
-    def settings(key: str) -> list[str]:
-        return [str(run.config.get(key, "–")) for run in runs]
-
-    def starts(key: str) -> list[str]:
-        found = [[str(start[key]) for start in run.starts] for run in runs]
-        return ["; resumed: ".join(rows) or "–" for rows in found]
-
-    held = [learnt(run) for run in runs]
-    names = ("Held out, base", "Held out, final", "Difference")
-    return [
-        *((name, [values[i] for values in held]) for i, name in enumerate(names)),
-        ("Reward", [ends(series(r.metrics, "reward"), reward_unit(r)) for r in runs]),
-        ("Effective questions", both_ends("effective_queries", "%")),
-        ("Unforced rethinking", both_ends("rethinks", "%")),
-        ("Forced second looks", [second_looks(run.metrics) for run in runs]),
-        ("Response length", both_ends("response_length", "tokens")),
-        ("Steps", [steps_of(run) for run in runs]),
-        ("Response tokens", [show_number(total) for total in totals("response_tokens")]),
-        ("Time", [duration(total) for total in totals("step_seconds")]),
-        ("Model", settings("model")),
-        ("Data", settings("data")),
-        ("Started", starts("date")),
-        ("Command", starts("command")),
-    ]
+    columns = [column(run) for run in runs]
+    return [(name, [cells[name] for cells in columns]) for name in columns[0]]
 
 
 def steps_of(run: Record) -> str:
@@ -282,13 +261,11 @@ def last_step(runs: list[Record]) -> int:
 
 def differing(runs: list[Record]) -> list[tuple[str, list[str]]]:
     """The settings that are not the same in all runs. Every run has an `out` of its own."""
-    names = dict.fromkeys(name for run in runs for name in run.config)
+    names = dict.fromkeys(
+        name for run in runs for name in run.config if name not in ("out", "resume")
+    )
     cells = {name: [str(run.config.get(name, "–")) for run in runs] for name in names}
-    return [
-        (name, values)
-        for name, values in cells.items()
-        if name not in ("out", "resume") and len(set(values)) > 1
-    ]
+    return [(name, values) for name, values in cells.items() if len(set(values)) > 1]
 
 
 # ---------------------------------------------------------------------------- page

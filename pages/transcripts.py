@@ -252,7 +252,9 @@ def looks_of(response: dict, question: dict) -> list[tuple[str, bool]]:
 
 def advantage(value: float) -> str:
     """The number, and a bar to the left (made less likely) or to the right (more likely)."""
-    bar = f'<i class="{"wrong" if value < 0 else ""}" style="--size: {min(1.0, abs(value)):.2f}"></i>'
+    bar = (
+        f'<i class="{"wrong" if value < 0 else ""}" style="--size: {min(1.0, abs(value)):.2f}"></i>'
+    )
     return f'<span class="advantage">advantage {value:+.2f}{bar}</span>'
 
 

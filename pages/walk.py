@@ -3,11 +3,10 @@ r"""One toy question, followed through the whole method with its real numbers.
     python train.py --explain                 a lesson on stdout, in Markdown
     python train.py --explain --out docs      and its two pictures, docs/toy.png and docs/tree.svg
 
-Nothing of the method stands here a second time: what is shown are arguments and results of the
-functions that train (`steps` is the module train.py). The question is searched for when this runs:
-some of its responses are right, some are wrong, and a forced second look turns a wrong one right. Beside
-it stands a question that teaches nothing, to show what Selective Sample Replay does about such.
-lesson.py puts it in words.
+Nothing of the method is computed here: the walk shows arguments and results of the functions that
+train (`steps` is the module train.py). It searches for a question with right and wrong responses
+where a forced second look turns a wrong one right, and for one whose responses all earn the same,
+to show what Selective Sample Replay does about it. lesson.py puts it in words.
 """
 
 from dataclasses import replace
@@ -39,7 +38,7 @@ def explain(c: Config, steps) -> None:
     if c.out:
         picture = group[0].prompt.question.images[0]
         lesson.write_pictures(Path(c.out), picture, trees)
-    print(lesson.heading(c), told, sep="\n\n")
+    print(lesson.heading(c), told, lesson.exercises(), sep="\n\n")
 
 
 def new_run(c: Config, policy) -> Run:
@@ -62,11 +61,13 @@ def find_questions(run: Run, steps) -> tuple[list[Sample], list[Sample]]:
         keys = steps.question_keys(questions, c.seed, run.step)
         for group in steps.sample_groups(run, prompts, keys):
             right = sum(sample.right for sample in group)
+            # With half of them right all |A| are equal, and replay has no preference to show.
+            tells = 1 < right < len(group) - 1 and 2 * right != len(group)
             kept = steps.keep_second_looks(c, [group])[0][0]
-            if not followed and 1 < right < len(group) - 1 and helped(group, kept):
+            if not followed and tells and helped(group, kept):
                 followed = group
-            if not idle and not any(s.extension or is_effective(s) for s in group):
-                idle = group
+            if not idle and not any(s.rethought or is_effective(s) for s in kept):
+                idle = kept
             if followed and idle:
                 return followed, idle
     raise UserError(

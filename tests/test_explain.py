@@ -1,12 +1,15 @@
-"""The walk through one question: it runs, it says what training does, and it fits the page."""
+"""The walk through one question: it runs, it says what training does, and its exercises hold."""
 
+import re
+import types
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from PIL import Image
 
-from pages import walk
+from pages import lesson, walk
 import toy
 import train
 from config import Config, parse
@@ -50,9 +53,56 @@ def test_a_question_is_followed_to_the_loss(own_policy, groups):
     told, trees = walk.follow(walk.new_run(Config(group_size=4), own_policy), train, *groups)
     assert [line[3] for line in told.splitlines() if line.startswith("## ")] == list("1234567")
     assert max(map(len, told.splitlines())) <= 100
-    assert "wrong -> right 1; 1 kept" in told and "|A_j|^1" in told
+    assert "wrong → right 1; 1 kept" in told and "|A_j|^1" in told
     assert "P(j)   0.250   0.250   0.250   0.250" in told
     assert len(trees.lengths) == 4
+
+
+def numbers(told: str, name: str) -> list[float]:
+    """A row of the table in section 4."""
+    return [
+        float(x) for x in re.search(rf"^ +{re.escape(name)} (.*)$", told, re.MULTILINE)[1].split()
+    ]
+
+
+def changed(exercise: lesson.Exercise) -> types.ModuleType:
+    """The module of an exercise, with its line replaced."""
+    source = (Path(train.__file__).parent / exercise.file).read_text()
+    assert source.count(exercise.old) == 1
+    module = types.ModuleType(Path(exercise.file).stem)
+    exec(compile(source.replace(exercise.old, exercise.new), exercise.file, "exec"), vars(module))
+    return module
+
+
+def test_exercise_1_draws_without_preference(own_policy, groups, monkeypatch):
+    run = walk.new_run(Config(group_size=4), own_policy)
+    groups[0][3].advantage = 0.25  # of a size of its own
+    assert len(set(numbers(walk.follow(run, train, *groups)[0], "P(j)"))) > 1
+    monkeypatch.setattr(walk, "ReplayBuffer", changed(lesson.EXERCISES[0]).ReplayBuffer)
+    run = walk.new_run(Config(group_size=4), own_policy)
+    assert numbers(walk.follow(run, train, *groups)[0], "P(j)") == [0.25] * 4
+
+
+def test_exercise_2_lowers_the_siblings(own_policy, groups):
+    steps = changed(lesson.EXERCISES[1])
+    before, after = (
+        numbers(walk.follow(walk.new_run(Config(group_size=4), own_policy), which, *groups)[0], "A")
+        for which in (train, steps)
+    )
+    assert sum(before) == 1.0 and sum(after) == 0.0
+    assert all(after[i] < before[i] for i in (0, 1, 3))
+
+
+def test_exercise_3_forces_a_sentence_of_ones_own(own_policy, monkeypatch):
+    monkeypatch.setattr(train, "extender", changed(lesson.EXERCISES[2]).extender)
+    run = walk.new_run(Config(group_size=8, max_new_tokens=48, rethink_fraction=1.0), own_policy)
+    questions = train.episode_questions(run)[:1]
+    prompts = [encode(own_policy, question, "bare") for question in questions]
+    [group] = train.sample_groups(run, prompts, train.question_keys(questions, 0, 0))
+    looks = [sample.extension for sample in group if sample.extension]
+    assert looks
+    for look in looks:
+        assert own_policy.tokenizer.decode(look.tokens[~look.mask]) == "\n\nOnce more, dot by dot:"
 
 
 def test_the_pictures_are_drawn_where_out_says(own_policy, groups, tmp_path, monkeypatch, capsys):
@@ -63,24 +113,14 @@ def test_the_pictures_are_drawn_where_out_says(own_policy, groups, tmp_path, mon
     assert Image.open(tmp_path / "docs/toy.png").size == (3 * 4 * 28, 2 * 4 * 28)
     svg = ElementTree.parse(tmp_path / "docs/tree.svg").getroot()
     assert [x.text for x in svg.iter() if x.get("text-anchor") == "middle"] == [
-        "prompt", "y1", "y2", "y3", "y4",
+        "prompt", "#1", "#2", "#3", "#4",
     ]  # fmt: skip
 
 
 def test_a_policy_that_never_finds_an_answer_ends_in_one_line(policy, monkeypatch):
     monkeypatch.setattr(walk, "EPISODES", 1)
-    c = parse(
-        [
-            "--episode_queries",
-            "2",
-            "--group_size",
-            "2",
-            "--batch_size",
-            "4",
-            "--max_new_tokens",
-            "9",
-        ]
-    )
+    flags = "--episode_queries 2 --group_size 2 --batch_size 4 --max_new_tokens 9"
+    c = parse(flags.split())
     with pytest.raises(UserError, match="none of 2 questions shows it all"):
         walk.find_questions(walk.new_run(c, policy), train)
 
