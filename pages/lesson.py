@@ -325,7 +325,7 @@ def draw_tree(trees: Trees) -> str:
     box = f'x="-32" y="-24" width="{T + 38}" height="{T + 30}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-32 -24 {T + 38} {T + 30}" '
-        f'width="{3 * T}" font-family="sans-serif" font-size="6" fill="#1d2126">'
+        f'width="{3 * T}" font-family="sans-serif" font-size="5" fill="#1d2126">'
         "<title>Who sees whom in a tree: a row is a token that looks, a column one that is seen</title>"
         f'<rect {box} rx="3" fill="#fff"/>{"".join(parts)}'
         '<text x="-28" y="-16" font-style="italic">rows look at columns</text></svg>\n'
