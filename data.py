@@ -34,10 +34,10 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from reward import is_correct
+from grading.choices import LETTERS, named, parse_choices, with_choices
+from reward import extract_answer
 
 MARKER = "<image>"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MIN_SIDE = 28  # pixels: one visual token of Qwen2-VL and Qwen2.5-VL covers 28 x 28
 
 # What surrounds a question in the user turn, exact to the character (paper, appendix).
@@ -107,52 +107,6 @@ def place_markers(text: str, n_images: int) -> str:
             f"{n_images - missing} {MARKER} markers but {n_images} images; fix the row"
         )
     return MARKER * missing + text
-
-
-_OPTION = re.compile(r"^[ \t]*\(?([A-Za-z])[).:][ \t]*(.*?)[ \t]*$", re.MULTILINE)
-_HEADER = re.compile(r"\b(?:choices|options)[ \t]*:", re.IGNORECASE)
-
-
-def parse_choices(text: str) -> list[str] | None:
-    """The options that a question lists from A on, or None.
-
-    They follow "Choices:" or "Options:", a line each or all on one, or are the last lines.
-
-    >>> parse_choices("Which?\\nChoices:\\n(A) 3 cm\\n(B) 4 cm")
-    ['3 cm', '4 cm']
-    >>> parse_choices("Which? Options: A. red B. green")
-    ['red', 'green']
-    """
-    headers = list(_HEADER.finditer(text))
-    tail = text[headers[-1].end() :].strip() if headers else ""
-    if "\n" not in tail:
-        tail = re.sub(r"[ \t,;]+(?=\([A-Z]\)|[A-Z][).:][ \t])", "\n", tail)
-    lines = text.rstrip().split("\n")
-    start = len(lines)
-    while start and _OPTION.match(lines[start - 1]) and lines[start - 1].strip("( \t")[0].isupper():
-        start -= 1
-    for listing in (tail, "\n".join(lines[start:])):
-        options = _OPTION.findall(listing)
-        letters = "".join(letter for letter, _ in options)
-        if len(options) > 1 and letters in (
-            LETTERS[: len(options)],
-            LETTERS.lower()[: len(options)],
-        ):
-            return [option for _, option in options]
-    return None
-
-
-def with_choices(text: str, choices: list[str]) -> str:
-    """Options under a question, as ViRL39K lays them out.
-
-    >>> print(with_choices("Which?", ["3 cm", "4 cm"]))
-    Which?
-    Choices:
-    (A) 3 cm
-    (B) 4 cm
-    """
-    lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, choices)]
-    return "\n".join([text, "Choices:", *lines]) if choices else text
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -463,11 +417,7 @@ def _read_choices(row: dict, text: str, answer: str) -> tuple[str, list[str] | N
     choices = labelled if labelled and len(labelled) == len(choices) else choices
     if listed and listed != choices:
         raise ValueError("the question lists other options than 'choices'; keep one of the two")
-    letters = re.sub(r"\\boxed|\band\b|[\W_]", "", answer)  # of one option, or of several
-    known = LETTERS[: len(choices)]
-    if not (letters and set(letters) <= set(known)) and not any(
-        is_correct(answer, letter, choices) for letter in known
-    ):
+    if not named(extract_answer(answer) or answer, choices):
         raise ValueError(f"the answer {answer!r} is none of the choices; give a letter or the text")
     return (text if listed else with_choices(text, choices)), choices
 

@@ -192,3 +192,51 @@ def _by_text(text: str, choices: Sequence[str]) -> frozenset[str] | None:
 
 def _unframed(text: str) -> str:
     return text[1:-1] if text[0] + text[-1] in ("()", "[]") else text
+
+
+# ---------------------------------------------------------------- lists of options in a question
+
+_LISTED = re.compile(r"^[ \t]*\(?([A-Za-z])[).:][ \t]*(.*?)[ \t]*$", re.MULTILINE)
+_HEADER = re.compile(r"\b(?:choices|options)[ \t]*:", re.IGNORECASE)
+
+
+def parse_choices(text: str) -> list[str] | None:
+    """The options that a question lists from A on, or None.
+
+    They follow "Choices:" or "Options:", a line each or all on one, or are the last lines.
+
+    >>> parse_choices("Which?\\nChoices:\\n(A) 3 cm\\n(B) 4 cm")
+    ['3 cm', '4 cm']
+    >>> parse_choices("Which? Options: A. red B. green")
+    ['red', 'green']
+    """
+    headers = list(_HEADER.finditer(text))
+    tail = text[headers[-1].end() :].strip() if headers else ""
+    if "\n" not in tail:
+        tail = re.sub(r"[ \t,;]+(?=\([A-Z]\)|[A-Z][).:][ \t])", "\n", tail)
+    lines = text.rstrip().split("\n")
+    start = len(lines)
+    while start and _LISTED.match(lines[start - 1]) and lines[start - 1].strip("( \t")[0].isupper():
+        start -= 1
+    for listing in (tail, "\n".join(lines[start:])):
+        options = _LISTED.findall(listing)
+        letters = "".join(letter for letter, _ in options)
+        if len(options) > 1 and letters in (
+            LETTERS[: len(options)],
+            LETTERS.lower()[: len(options)],
+        ):
+            return [option for _, option in options]
+    return None
+
+
+def with_choices(text: str, choices: list[str]) -> str:
+    """Options under a question, as ViRL39K lays them out.
+
+    >>> print(with_choices("Which?", ["3 cm", "4 cm"]))
+    Which?
+    Choices:
+    (A) 3 cm
+    (B) 4 cm
+    """
+    lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, choices)]
+    return "\n".join([text, "Choices:", *lines]) if choices else text
