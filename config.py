@@ -163,7 +163,7 @@ PRESETS = {
     "7b": LARGE | {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "pass_rate_column": "PassRate_7BBase"},
     "72b": LARGE | {
         "model": "Qwen/Qwen2.5-VL-72B-Instruct", "pass_rate_column": "PassRate_32BTrained",
-        "rollout_rows": 48, "tensor": 8, "micro_batch_tokens": 12288,
+        "tensor": 8, "micro_batch_tokens": 12288,
     },
 }  # fmt: skip
 
