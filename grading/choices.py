@@ -78,13 +78,9 @@ def read_letters(tidied: str) -> frozenset[str]:
     >>> sorted(read_letters("A and C")), sorted(read_letters("(A) 12, (C) 14")), read_letters("A")
     (['A', 'C'], ['A', 'C'], frozenset())
     """
-    found = []
-    if _SEVERAL.fullmatch(tidied):
-        found.append(re.findall("[A-Z]", tidied))
-    elif _MIXED.fullmatch(tidied):
-        found.append(re.findall("[A-Z]", tidied.replace("and ", "").upper()))
-    found.append(_LABELS.findall(tidied))
-    for letters in found:
+    joined = _SEVERAL.fullmatch(tidied) or _MIXED.fullmatch(tidied)
+    plain = tidied.removeprefix("both ").replace("and ", "").upper()
+    for letters in (re.findall("[A-Z]", plain) if joined else [], _LABELS.findall(tidied)):
         if 1 < len(letters) == len(set(letters)):
             return frozenset(letters)
     return frozenset()
@@ -102,29 +98,25 @@ def named(text: str, choices: Sequence[str], strict: bool = True) -> frozenset[s
     [['B'], ['A'], ['C'], ['-'], ['A', 'C']]
     """
     tidied = tidy(text)
-    letters = LETTERS[: len(choices)] or LETTERS
+    letters = set(LETTERS[: len(choices)] or LETTERS)
     found = read_label(tidied)
+    letter = frozenset(found.letter.upper()) if found else frozenset()
     if found and not found.text and found.letter in letters:
-        return frozenset(found.letter)
+        return letter
     equal = _equal(tidied, choices)
-    if equal:
-        return equal
-    if found and not found.text:
-        return _equal(found.letter, choices) or frozenset(found.letter.upper())
-    meant = None
-    if found and found.letter.upper() in letters:
-        letter = frozenset(found.letter.upper())
-        meant = _by_text(found.text, choices) or _by_text(_unframed(found.text), choices)
-        if meant and letter <= meant:
-            return letter
+    if equal or (found and not found.text):
+        return equal or _equal(found.letter, choices) or letter
+    found = found if letter <= letters else None
+    meant = found and (_by_text(found.text, choices) or _by_text(_unframed(found.text), choices))
+    if meant and letter <= meant:
+        return letter
     several = read_letters(tidied)
-    if several and several <= set(letters):
+    if several and several <= letters:
         return _by_text(text, choices) or several
-    if found and found.letter.upper() in letters:
-        if meant and found.sure:
-            return frozenset() if strict else letter
-        if not meant and (found.sure or _REASON.match(found.text)):
-            return letter
+    if meant and found.sure:
+        return frozenset() if strict else letter
+    if found and not meant and (found.sure or _REASON.match(found.text)):
+        return letter
     said = None if strict else _SAID.match(tidied)
     if said and (equal := _equal(said[1], choices)):
         return equal

@@ -67,22 +67,16 @@ def scan(text: str) -> list[Token]:
 
 
 # Our name -> mpmath's. The keys are the whole vocabulary of functions.
-FUNCTIONS = {
-    "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc",
-    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot",
-    "asin": "asin", "acos": "acos", "atan": "atan",
-    "sinh": "sinh", "cosh": "cosh", "tanh": "tanh",
-    "ln": "log", "log": "log10", "lg": "log10", "exp": "exp", "abs": "fabs",
-}  # fmt: skip
+_PLAIN = "sin cos tan cot sec csc asin acos atan sinh cosh tanh exp"
+FUNCTIONS = {name: name for name in _PLAIN.split()}
+FUNCTIONS |= {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot"}
+FUNCTIONS |= {"ln": "log", "log": "log10", "lg": "log10", "abs": "fabs"}
 TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
 INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot"}
 PREFIXES = {*FUNCTIONS, "sqrt", "cbrt", "frac", "binom"}
-SYMBOLS = {
-    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa",
-    "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega",
-    "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega",
-    "pi", "infty", "ell", "hbar", "emptyset",
-}  # fmt: skip
+_SYMBOLS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau"
+_SYMBOLS += " upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+SYMBOLS = {*_SYMBOLS.split(), "pi", "infty", "ell", "hbar", "emptyset"}
 DECORATIONS = {"vec", "hat", "bar", "overline", "tilde", "dot", "ddot", "overrightarrow", "mathbb"}
 NAMES = {"pi": "pi", "infinity": "infty", "inf": "infty", "oo": "infty", "infty": "infty"}
 CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}

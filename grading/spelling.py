@@ -209,11 +209,7 @@ def words(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def compact(text: str) -> str:
-    """A tidied text for telling options apart: words() without any blanks.
-
-    >>> compact("An  apple") == compact("apple"), compact("2, 1, 3") == compact("2,1,3")
-    (True, True)
-    """
+    """A tidied text for telling options apart: words() without any blanks."""
     return words(text).replace(" ", "")
 
 

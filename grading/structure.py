@@ -117,8 +117,7 @@ def _joined(text: str, below: int) -> tuple | None:
 
 
 def _environment(text: str, nesting: int) -> tuple | None:
-    match = _ENVIRONMENT.fullmatch(text) if text.startswith("\\begin") else None
-    if match is None:
+    if not (text.startswith("\\begin") and (match := _ENVIRONMENT.fullmatch(text))):
         return None
     rows = [row.strip(" ,") for row in _NEW_ROW.split(match[2]) if row.strip()]
     if match[1] in ("cases", "aligned", "gathered"):  # a system, one equation a row
@@ -214,7 +213,8 @@ def same(a: tuple, b: tuple) -> bool:
     if "relation" in kinds:
         relation, other = (a, b) if a[0] == "relation" else (b, a)
         if other[0] == "list" and _is_inequality(relation):
-            return _same_system(relation, other)
+            joined = other[2] != "or" and all(map(_is_inequality, other[1]))
+            return joined and _same_conditions((relation,), other[1])
         value = value_of(relation)
         return value is not None and same(value, other)
     if "list" in kinds:  # \{5\} is 5; x = 1, y = 2 is (1, 2)
@@ -237,12 +237,10 @@ def _same_measure(a: tuple, b: tuple) -> bool:
         return False
     if same_value(tree_a, tree_b):
         return True
-    percent = (("%", 1),)
-    if (unit_a == percent) != (unit_b == percent) and not (unit_a and unit_b):
-        tree_a = ("/", tree_a, Fraction(100)) if unit_a else tree_a
-        tree_b = ("/", tree_b, Fraction(100)) if unit_b else tree_b
-        return same_value(tree_a, tree_b)
-    return False
+    if (("%", 1),) not in (unit_a, unit_b) or (unit_a and unit_b):
+        return False
+    trees = (("/", t, Fraction(100)) if u else t for t, u in ((tree_a, unit_a), (tree_b, unit_b)))
+    return same_value(*trees)
 
 
 def _same_list(a: tuple, b: tuple) -> bool:
@@ -292,9 +290,8 @@ def _same_matrix(a: tuple, b: tuple) -> bool:
 
 
 def _is_solution(item: tuple) -> bool:
-    if item[0] == "relation":
-        return set(item[1]) == {"="}
-    return item[0] == "value" and not symbols(item[1])
+    equation = item[0] == "relation" and set(item[1]) == {"="}
+    return equation or (item[0] == "value" and not symbols(item[1]))
 
 
 def _is_inequality(item: tuple) -> bool:
@@ -334,27 +331,21 @@ def _same_atom(a: tuple, b: tuple) -> bool:
 
 
 def _same_relation(a: tuple, b: tuple) -> bool:
-    if a[1] == b[1] and _same_row(a[2], b[2]):
+    equation = a[1] == b[1] == ("=",)  # AB = CD needs no algebra, either way round
+    if a[1] == b[1] and (_same_row(a[2], b[2]) or equation and _same_row(a[2], b[2][::-1])):
         return True
-    if a[1] == b[1] == ("=",) and _same_row(a[2], b[2][::-1]):  # AB = CD, without algebra
-        return True
-    if a[1] == b[1] == ("=",) and a[3][0] and a[3][0] == b[3][0]:
+    if equation and a[3][0] and a[3][0] == b[3][0]:
         return same(a[2][1], b[2][1])
-    try:
-        return _same_bag(tuple(_atoms(a)), tuple(_atoms(b)), _same_atom)
-    except Unreadable:
-        return False
+    return _same_conditions((a,), (b,))
 
 
-def _same_system(chain: tuple, several: tuple) -> bool:
-    """1 < x < 5 against x > 1 and x < 5."""
-    if several[2] == "or" or not all(map(_is_inequality, several[1])):
-        return False
+def _same_conditions(a: tuple, b: tuple) -> bool:
+    """Do relations joined by "and" say the same? 1 < x < 5 against x > 1 and x < 5."""
     try:
-        atoms = [atom for relation in several[1] for atom in _atoms(relation)]
-        return _same_bag(tuple(_atoms(chain)), tuple(atoms), _same_atom)
+        sides = [tuple(atom for item in relations for atom in _atoms(item)) for relations in (a, b)]
     except Unreadable:
         return False
+    return _same_bag(*sides, _same_atom)
 
 
 _SAME = {

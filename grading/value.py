@@ -93,10 +93,8 @@ _ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
 def _apply(operation: str, values: list, at: Point):
     if operation == "^":
         return _raise(*values, at)
-    if operation == "neg":
-        return -values[0]
-    if operation == "degrees":
-        return values[0]
+    if operation in ("neg", "degrees"):
+        return -values[0] if operation == "neg" else values[0]
     if operation in ("factorial", "binom"):
         return _count(operation, values)
     if operation in ("floor", "ceil") and isinstance(values[0], Fraction):
@@ -279,12 +277,7 @@ def near(a: Tree, b: Tree) -> bool:
 
 
 def proportional(a: Tree, b: Tree, positive: bool) -> bool:
-    """Is a a constant non-zero multiple of b (a positive one, for inequalities)?
-
-    >>> from grading.expression import parse
-    >>> proportional(parse("2x - 10"), parse("5 - x"), positive=False)
-    True
-    """
+    """Is a a constant non-zero multiple of b (a positive one, for inequalities)?"""
     for real in _lines((a, b)):
         points = _points((a, b), real, HIGH)
         values = [(evaluate(a, point), evaluate(b, point), point) for point in points]
