@@ -37,6 +37,7 @@ _LABELLED = re.compile(
 _REASON = re.compile(rf"(?:because|since|as|which|for|due|given|so|is (?:the )?{_RIGHT})\b")
 _AFTER = re.compile(r"(.+?)\s?[(\[]([A-Z])[)\]]")
 _SAID = re.compile(r"(yes|no|true|false)[,.;:-]", re.IGNORECASE)  # No, it is not
+_FRAME = re.compile(r"[(\[](.*)[)\]]$")
 _ONE = r"[(\[]?[A-Z][)\]]?"
 _SEVERAL = re.compile(rf"(?:both )?{_ONE}(?:(?:\s*[,;&]\s*(?:and )?|\s+and\s+|\s*){_ONE})+")
 _LABELS = re.compile(r"(?:^|[,;]\s*(?:and )?|\sand )[(\[]?([A-Z])[)\].:]+(?=\s)")
@@ -53,9 +54,8 @@ class Label(NamedTuple):
 def read_label(tidied: str) -> Label | None:
     """The letter that labels a tidied text, or None.
 
-    >>> read_label("(B)"), read_label("B. 12"), read_label("A circle")
-    (Label(letter='B', text='', sure=True), Label(letter='B', text='12', sure=True), \
-Label(letter='A', text='circle', sure=False))
+    >>> tuple(read_label("B. 12")), tuple(read_label("A circle"))
+    (('B', '12', True), ('A', 'circle', False))
     """
     if tidied[:1] not in _STARTS:
         return None
@@ -107,7 +107,9 @@ def named(text: str, choices: Sequence[str], strict: bool = True) -> frozenset[s
     if equal or (found and not found.text):
         return equal or _equal(found.letter, choices) or letter
     found = found if letter <= letters else None
-    meant = found and (_by_text(found.text, choices) or _by_text(_unframed(found.text), choices))
+    meant = found and (
+        _by_text(found.text, choices) or _by_text(_FRAME.sub(r"\1", found.text), choices)
+    )
     if meant and letter <= meant:
         return letter
     several = read_letters(tidied)
@@ -180,10 +182,6 @@ def _by_text(text: str, choices: Sequence[str]) -> frozenset[str] | None:
     """The options that a whole text equals, as text or else in value; None if there is none."""
     equal = _equal(tidy(text), choices)
     return equal or frozenset(x for x, y in zip(LETTERS, choices) if same_text(text, y)) or None
-
-
-def _unframed(text: str) -> str:
-    return text[1:-1] if text[0] + text[-1] in ("()", "[]") else text
 
 
 # ---------------------------------------------------------------- lists of options in a question

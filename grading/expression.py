@@ -148,16 +148,13 @@ def _peek(rest: list[Token]) -> Token:
     return rest[-1] if rest else END
 
 
-def _take(rest: list[Token], text: str) -> bool:
+def _take(rest: list[Token], text: str, expected: bool = False) -> bool:
     found = bool(rest) and rest[-1].text == text
     if found:
         rest.pop()
-    return found
-
-
-def _expect(rest: list[Token], text: str) -> None:
-    if not _take(rest, text):
+    elif expected:
         raise Unreadable(f"no {text}")
+    return found
 
 
 def _sum(rest: list[Token], depth: int, inside: str = "") -> Tree:
@@ -246,7 +243,7 @@ def _primary(rest: list[Token], depth: int) -> Tree:
         return _mixed(text, rest)
     if text in CLOSING:
         inner = _sum(rest, depth + 1, text)
-        _expect(rest, CLOSING[text])
+        _take(rest, CLOSING[text], expected=True)
         return (ENCLOSED[text], inner) if text in ENCLOSED else inner
     if kind == "word":
         return _symbol(text, rest)
@@ -317,7 +314,7 @@ def _prefix(name: str, rest: list[Token], depth: int) -> Tree:
         degree = Fraction(2 if name == "sqrt" else 3)
         if _take(rest, "["):
             degree = _sum(rest, depth + 1)
-            _expect(rest, "]")
+            _take(rest, "]", expected=True)
         return ("^", _argument(rest, depth, False), ("/", Fraction(1), degree))
     base, power = None, None
     if name == "log" and _take(rest, "_"):

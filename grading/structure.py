@@ -193,16 +193,13 @@ def _relation(signs: tuple, pieces: list[str], nesting: int) -> tuple:
     sides = tuple(read(piece, nesting) for piece in pieces)
     if "≈" in signs:
         k = signs.index("≈")
-        if _is_rounding(*sides[k : k + 2]):  # x = \sqrt{3} ≈ 1.73 is x = \sqrt{3}
+        exact, rounded = sides[k : k + 2]
+        # x = \sqrt{3} ≈ 1.73 is x = \sqrt{3}; but 5 ≈ 6 would name two answers.
+        if exact[0] == rounded[0] == "value" and near(exact[1], rounded[1]):
             return sides[0] if k == 0 else _relation(signs[:k], pieces[: k + 1], nesting)
         signs = tuple("=" if sign == "≈" else sign for sign in signs)
     labels = tuple(words(p) if _LABEL.fullmatch(p) else "" for p in (pieces[0], pieces[-1]))
     return ("relation", signs, sides, labels)
-
-
-def _is_rounding(exact: tuple, rounded: tuple) -> bool:
-    """Is the second value the first one rounded? If not, 5 ≈ 6 would name two answers."""
-    return exact[0] == rounded[0] == "value" and near(exact[1], rounded[1])
 
 
 def same(a: tuple, b: tuple) -> bool:
@@ -281,12 +278,8 @@ def _same_bag(a: tuple, b: tuple, equal) -> bool:
     return True
 
 
-def _same_row(a: tuple, b: tuple) -> bool:
-    return len(a) == len(b) and all(map(same, a, b))
-
-
-def _same_matrix(a: tuple, b: tuple) -> bool:
-    return a[1] == b[1] and len(a[2]) == len(b[2]) and all(map(_same_row, a[2], b[2]))
+def _same_row(a: tuple, b: tuple, equal=same) -> bool:
+    return len(a) == len(b) and all(map(equal, a, b))
 
 
 def _is_solution(item: tuple) -> bool:
@@ -318,12 +311,9 @@ def _atoms(relation: tuple) -> list[tuple]:
         if left[0] != "value" or right[0] != "value":
             raise Unreadable("no algebra")
         if sign in "<≤":
-            left, right = right, left
-        atoms.append((sign.translate(_UPWARD), ("-", left[1], right[1])))
+            left, right, sign = right, left, {"<": ">", "≤": "≥"}[sign]
+        atoms.append((sign, ("-", left[1], right[1])))
     return atoms
-
-
-_UPWARD = str.maketrans("<≤", ">≥")
 
 
 def _same_atom(a: tuple, b: tuple) -> bool:
@@ -352,7 +342,7 @@ _SAME = {
     "value": _same_measure,
     "list": _same_list,
     "tuple": lambda a, b: a[1:3] == b[1:3] and _same_row(a[3], b[3]),
-    "matrix": _same_matrix,
+    "matrix": lambda a, b: a[1] == b[1] and _same_row(a[2], b[2], _same_row),
     "relation": _same_relation,
     "ratio": lambda a, b: _same_row(a[1], b[1]),
     "clock": same_clock,

@@ -136,15 +136,14 @@ def _separable(tree: Tree, before: list[Token], first: Token, last: bool) -> boo
 
 
 def _noun(tokens: list[Token]) -> Unit | None:
-    if len(tokens) > 2 or not all(_is_noun(token) for token in tokens):
+    """One or two ordinary words: 12 students."""
+    words = [token.text for token in tokens]
+    plain = all(t.kind == "word" and t.spaced and len(t.text) > 2 for t in tokens)
+    if len(words) > 2 or not plain or not all(word[1:].islower() for word in words):
         return None
-    return ((" ".join(token.text for token in tokens).lower().removesuffix("s"), 1),)
-
-
-def _is_noun(token: Token) -> bool:
-    word = token.text
-    plain = token.kind == "word" and token.spaced and len(word) > 2 and word[1:].islower()
-    return plain and word.lower() not in NO_NOUN
+    if not NO_NOUN.isdisjoint(word.lower() for word in words):
+        return None
+    return ((" ".join(words).lower().removesuffix("s"), 1),)
 
 
 def _unit(tokens: list[Token]) -> Unit | None:

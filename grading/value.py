@@ -190,9 +190,13 @@ def _count(operation: str, values: list) -> Fraction:
 
 def symbols(tree: Tree) -> set[str]:
     """The names of a tree's free symbols."""
+    return _names(tree) - CONSTANTS
+
+
+def _names(tree: Tree) -> set[str]:
     if isinstance(tree, str):
-        return {tree} - CONSTANTS
-    return set().union(*map(symbols, tree[1:])) if isinstance(tree, tuple) else set()
+        return {tree}
+    return set().union(*map(_names, tree[1:])) if isinstance(tree, tuple) else set()
 
 
 def _points(trees: tuple, real: bool, digits: int) -> list[Point]:
@@ -207,11 +211,7 @@ def _points(trees: tuple, real: bool, digits: int) -> list[Point]:
 
 def _lines(trees: tuple) -> tuple[bool, ...]:
     """The real line first; complex numbers if i is mentioned, or if nothing is real."""
-    return (False,) if any("i" in _leaves(tree) for tree in trees) else (True, False)
-
-
-def _leaves(tree: Tree) -> set:
-    return set().union(*map(_leaves, tree[1:])) if isinstance(tree, tuple) else {tree}
+    return (False,) if any("i" in _names(tree) for tree in trees) else (True, False)
 
 
 def same_value(a: Tree, b: Tree) -> bool:
