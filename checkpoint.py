@@ -289,8 +289,12 @@ def load_weights(directory: Path, policy: Policy) -> None:
             rows = piece[slice(*rows_of(parameter))]
             if not is_finite(rows):
                 raise UserError(f"{path}: {key} holds values that are not finite")
+            rows = rows.mT if turned else rows
             with torch.no_grad():
-                parallel.local(parameter).copy_(rows.mT if turned else rows)
+                if parameter.is_meta:  # for eval.py --tensor
+                    parallel.keep_slice(policy, name, rows)
+                else:
+                    parallel.local(parameter).copy_(rows)
 
 
 SURPRISES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)

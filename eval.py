@@ -31,7 +31,15 @@ from benchmarks import scores
 from benchmarks.asking import RANK, answers_from_model, made_with, trainer_config
 from benchmarks.readers import BENCHMARKS, Item
 from config import flag, read_flags
-from data import TEMPLATES, UserError, check_images, load_questions, read_json, read_jsonl, read_rows
+from data import (
+    TEMPLATES,
+    UserError,
+    check_images,
+    load_questions,
+    read_json,
+    read_jsonl,
+    read_rows,
+)
 from data import write_atomically
 from pages.transcripts import heldout
 from record import thumbnail
@@ -81,6 +89,9 @@ class Config:
     )
     force_rethink: bool = flag(False, "force every response to look again, too (paper, Fig. 7)")
     rows: int = flag(64, "responses decoded at once: their KV cache must fit", low=1)
+    tensor: int = flag(
+        1, "ranks of a node that answer together, each with 1/N of every layer; 1: whole", low=1
+    )
     cuda_graphs: bool = flag(True, "on a GPU, launch a decoding step as a whole")
     seed: int = flag(0, "of sampling; each batch has its own: go on with the same --rows")
 
@@ -309,7 +320,9 @@ def write_comparison(config: Config, told: str) -> Path:
     paths = [Path(path) for path in config.compare]
     name, folder = paths[1].stem, paths[1].parent
     made = read_json(folder / "summary.json", {name: {"settings": dict}})[name]["settings"]
-    again = replace(config, benchmark=name, data=config.data or made["data"], model=made.get("model", ""))
+    again = replace(
+        config, benchmark=name, data=config.data or made["data"], model=made.get("model", "")
+    )
     items = read_items(name, again)
     columns = []
     for path in paths:
@@ -344,6 +357,10 @@ def main(argv: list[str]) -> int:
             return 0
         if not config.responses:
             config.model = find_model(config)
+            if config.tensor > 1:
+                import parallel
+
+                parallel.start()
         for name in names(config):  # a wrong path is said now, not after hours of work
             if name in BENCHMARKS:
                 find_files(name, find_data(name, config.data, has_several(config)))

@@ -217,11 +217,17 @@ def shard(
     if any(p.is_meta for p in policy.parameters()):
         policy.to_empty(device="cpu" if offload else device)
         policy.model.tie_weights()  # to_empty makes two tensors of one
-        for module in policy.modules():
-            if module._non_persistent_buffers_set:  # rotary frequencies: in no checkpoint
-                policy.model._init_weights(module)
-                module.to(device)
+        fill_buffers(policy, device)
     return policy
+
+
+def fill_buffers(policy: Policy, device: torch.device) -> None:
+    """Rotary frequencies, which are in no checkpoint."""
+    for module in policy.modules():
+        if module._non_persistent_buffers_set:
+            module.to_empty(device=device)
+            policy.model._init_weights(module)
+            module.to(device)
 
 
 def mesh_over(device_type: str, over: str):
@@ -335,6 +341,26 @@ def hold(layer: nn.Module, mine: dict[str, torch.Tensor], slices: Slices) -> lis
     for module in (attention.o_proj, layer.mlp):
         undo.append(module.register_forward_hook(over_ranks).remove)
     return undo
+
+
+def keep_slice(policy: Policy, name: str, weight: torch.Tensor) -> None:
+    """Put this rank's slice of a parameter in the place of one without memory, for good."""
+    if name.startswith("model.language_model.layers."):
+        weight = cut(name, weight, policy)
+    module, _, kind = name.rpartition(".")
+    parameters = policy.model.get_submodule(module)._parameters
+    weight = weight.to(policy.device, parameters[kind].dtype, copy=True)
+    parameters[kind] = nn.Parameter(weight, requires_grad=False)
+
+
+def finish_slices(policy: Policy) -> Policy:
+    """Make a policy whose parameters are all kept so ready to sample with."""
+    for layer in policy.text_model.layers:
+        hold(layer, {}, policy.slices)
+    policy.model.tie_weights()
+    fill_buffers(policy, policy.device)
+    policy.sampling = True
+    return policy
 
 
 @contextlib.contextmanager

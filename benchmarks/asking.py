@@ -4,6 +4,7 @@ Every response is a line of OUT/NAME.jsonl, written and flushed as soon as its b
 run that is killed loses at most a batch and goes on by id. Under torchrun each rank answers every
 WORLD-th batch with a policy of its own and writes OUT/NAME.rankR.jsonl; rank 0 waits for the files
 to be complete and merges them. There is no collective: ranks never wait for each other's batches.
+Of a model that does not fit on a GPU, `--tensor N` ranks hold a slice each and answer the same batches together.
 
 What we do differently from the common kits: batches are cut from all questions, done or not, and
 each has a seed of its own, so a resumed run draws what the killed one would have drawn, whatever
@@ -102,11 +103,11 @@ def claim(out: Path, name: str, settings: dict) -> None:
 # ---------------------------------------------------------------------------- asking
 
 
-def bring_policy(settings: dict):
-    """The policy on this rank's device: bfloat16 on a GPU, float32 on a CPU."""
+def bring_policy(settings: dict, tensor: int):
+    """The policy on this rank's device, or its slice of it: bfloat16 on a GPU, float32 on a CPU."""
     import torch  # late, because marking responses needs none of it
 
-    from model import load_policy
+    from model import find_checkpoint, load_policy
 
     device, dtype = torch.device("cpu"), torch.float32
     if torch.cuda.is_available():
@@ -115,7 +116,15 @@ def bring_policy(settings: dict):
         dtype = torch.bfloat16
     names = ("min_pixels", "max_pixels", "min_image_tokens", "max_image_tokens")
     bounds = {name: settings[name] for name in names}
-    return load_policy(settings["model"], dtype, **bounds).to(device)
+    if tensor == 1:
+        return load_policy(settings["model"], dtype, **bounds).to(device)
+    import checkpoint
+    import parallel
+
+    policy = load_policy(settings["model"], dtype, empty=True, **bounds)
+    policy.compute_device, policy.slices = device, parallel.slices(policy, tensor)
+    checkpoint.load_weights(find_checkpoint(settings["model"]), policy)
+    return parallel.finish_slices(policy)
 
 
 def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, config) -> dict:
@@ -138,9 +147,16 @@ def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, 
         return [x for x in items if len(answers.get(x.question.id, ())) < settings["samples"]]
 
     answers = all_answers()
+    if config.tensor > 1:
+        import parallel
+
+        answers = parallel.from_first(answers)  # ranks that answer together must ask the same
     if undone(answers):
         path = main if RANK == 0 else out / f"{name}.rank{RANK}.jsonl"
-        drop_cut_line(path)
+        if RANK % config.tensor:
+            path = os.devnull  # the first of those that answer together writes
+        else:
+            drop_cut_line(path)
         with open(path, "ab") as file:
             ask(items, answers, settings, config, file)
     while RANK == 0 and undone(answers):
@@ -153,7 +169,7 @@ def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
     """Ask this rank's batches of prompts of like length, the longest first; append what comes."""
     from model import prompt_length
 
-    policy = bring_policy(settings)
+    policy = bring_policy(settings, config.tensor)
     policy.cuda_graphs = config.cuda_graphs
 
     def bar_over(results):
@@ -167,7 +183,7 @@ def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
     # The stable order and the cut depend on the questions alone: see the top.
     order = sorted(range(len(items)), key=lambda i: -lengths[i])
     batches = cut(order, lengths, max(1, config.rows // settings["samples"]))
-    mine = range(RANK, len(batches), WORLD)
+    mine = range(RANK // config.tensor, len(batches), WORLD // config.tensor)
     credits: list[float] = []
     total = sum(len(batches[b]) for b in mine)
     with tqdm(total=total, desc="questions", disable=RANK > 0) as bar:

@@ -4,8 +4,9 @@
     python recipes/plan.py --gpus 8 --link 3e11
 
 The model is built on the meta device and split by `parallel.shard` itself over a fake process group
-of that many ranks, so weights and optimiser state are counted on the shards that a rank would hold, and the slices that it
-samples with (`--tensor`) are those of `parallel.cut`. The rest is arithmetic from the shapes, printed with its formula.
+of that many ranks, so weights and optimiser state are counted on the shards that a rank would hold,
+and the slices that it samples with (`--tensor`) are those of `parallel.cut`. The rest is arithmetic
+from the shapes, printed with its formula.
 """
 
 import argparse
@@ -103,15 +104,15 @@ def sampling(a, c: Config) -> tuple[list[tuple], list[tuple]]:
     read = mine + root // 2 + token * (prompts * a.prompt + rows * a.response)
     sums = 2 * layers * rows * hidden * 2 if parts > 1 else 0
     steps = math.ceil(c.episode_queries * G / (a.gpus // parts) * a.response / rows)
-    step = (
-        read / a.hbm + sums * 2 * (parts - 1) / parts / a.link + (sums > 0) * 2 * layers * a.latency
-    )
+    compute = mine * rows  # 2 operations per weight and row, of weights of 2 bytes
+    step = max(read / a.hbm, compute / a.flops)
+    step += sums * 2 * (parts - 1) / parts / a.link + (sums > 0) * 2 * layers * a.latency
     of_old = math.ceil(c.episode_queries * G / a.gpus * a.response / 48)
     link = a.link if a.gpus <= 8 else a.network
     time = [
         ("read per step, GB", read / 1e9, "the slices, the head, the cache: for one token of every row"),
         ("added up per step, GB", sums / 1e9, "2 x layers x rows x D x 2 bytes"),
-        ("one step, ms", 1e3 * step, f"read / {a.hbm:.3g} + added up / {a.link:.3g} + 2 x layers x {a.latency:.0e} s"),
+        ("one step, ms", 1e3 * step, f"max(read / {a.hbm:.3g}, {compute / 1e12:.1f}e12 operations / {a.flops:.3g}) + added up / {a.link:.3g} + 2 x layers x {a.latency:.0e} s"),
         ("an episode, minutes", steps * step / 60,
          f"{steps} steps: {c.episode_queries} x {G} responses of {a.response} tokens, {rows} rows per {parts} GPUs"),
         ("the same, a layer gathered at a time", of_old * everything / link / 60,
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1300, help="tokens")
     parser.add_argument("--response", type=int, default=500, help="tokens, on average")
     parser.add_argument("--hbm", type=float, default=3.35e12, help="bytes/s of a GPU's memory")
+    parser.add_argument("--flops", type=float, default=7e14, help="operations/s of a GPU in bf16")
     parser.add_argument("--link", type=float, default=450e9, help="bytes/s between GPUs of a node")
     parser.add_argument("--network", type=float, default=50e9, help="bytes/s per GPU between nodes")
     parser.add_argument("--latency", type=float, default=2e-5, help="seconds of one sum over ranks")

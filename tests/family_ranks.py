@@ -1,7 +1,7 @@
-"""What test_families.py runs on two processes: every family, sharded; gradients, with one rank without
-pictures; and responses, sampled together from slices of every layer.
+"""What test_families.py runs on four processes: every family, sharded; gradients, with half of the ranks
+without pictures; and responses, sampled by two and two ranks together from slices of every layer.
 
-    torchrun --nproc_per_node 2 tests/family_ranks.py DIR
+    torchrun --nproc_per_node 4 tests/family_ranks.py DIR
 
 DIR holds a published policy a family; what the ranks found is written beside it.
 """
@@ -9,6 +9,7 @@ DIR holds a published policy a family; what the ranks found is written beside it
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
@@ -17,6 +18,8 @@ from conftest import QUESTIONS, random_response
 from safetensors.torch import save_file
 
 import checkpoint
+import eval as evaluation
+import model
 import parallel
 from model import FAMILIES, Policy, encode, load_policy, response_logprobs
 from rollout import generate
@@ -32,8 +35,8 @@ def load_sharded(directory: Path) -> Policy:
 
 
 def one_batch(policy: Policy, rank: int) -> list:
-    """Two pictures on rank 0, text alone on rank 1."""
-    prompt = encode(policy, QUESTIONS[0 if rank else 3], "bare")
+    """Two pictures on one rank, text alone on the next."""
+    prompt = encode(policy, QUESTIONS[0 if rank % 2 else 3], "bare")
     return [(prompt, [random_response(5 + i, i, policy) for i in range(3)])]
 
 
@@ -61,12 +64,25 @@ def responses(policy: Policy) -> dict:
     return said
 
 
+def evaluate(policy: Path, out: Path, *flags) -> None:
+    """`eval.py` in float64, in a process that torchrun's others know already."""
+    real = model.load_policy
+
+    def in_float64(path, dtype, **bounds):
+        return real(path, torch.float64, **bounds)
+
+    command = ["--model", policy, "--limit", 12, "--max_new_tokens", 9, "--rows", 4, "--out", out]
+    with mock.patch.object(model, "load_policy", in_float64), mock.patch.object(parallel, "start"):
+        assert evaluation.main([str(x) for x in (*command, *flags)]) == 0
+
+
 def main(out: Path) -> None:
     parallel.start()
     for name in FAMILIES:
         policy = load_sharded(out / name)
         logprobs, _ = response_logprobs(policy, one_batch(policy, parallel.rank()))
-        (logprobs.sum() * parallel.world()).backward()  # FSDP takes the mean over ranks
+        # FSDP takes the mean over ranks, and each batch is on two of four.
+        (logprobs.sum() * parallel.world() / 2).backward()
         found = gradients(policy)
         policy.slices = parallel.slices(policy, 2)
         together = parallel.gather([responses(policy)])
@@ -74,6 +90,7 @@ def main(out: Path) -> None:
             save_file(found, out / f"{name}.safetensors")
             (out / f"{name}.json").write_text(json.dumps(together))
         response_logprobs(policy, one_batch(policy, 0))[0].sum().backward()  # it trains on
+    evaluate(out / FAMILIES[1], out / "together", "--tensor", 2)
     parallel.barrier()
     parallel.stop()
 

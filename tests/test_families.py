@@ -21,7 +21,7 @@ from conftest import (
     relative_difference,
     unsettle,
 )
-from family_ranks import gradients, load_sharded, one_batch, responses
+from family_ranks import evaluate, gradients, load_sharded, one_batch, responses
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -151,14 +151,14 @@ def test_linear_attention_is_refused_in_one_line_that_says_why(tmp_path):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> Path:
-    """What family_ranks.py saw on two ranks: a folder with a policy and its gradients a family."""
+    """What family_ranks.py saw on four ranks: a folder with each family's policy and its gradients."""
     out = tmp_path_factory.mktemp("families")
     for name in FAMILIES:  # one with as many key-value heads as ranks, one with fewer
         heads = 4 if name in ("qwen2_5_vl", "qwen3_vl_moe") else 2
         policy = toy.new_policy(0, hidden=32, layers=3, heads=heads, family=name)
         policy = in_float64(unsettle(policy))
         publish(policy, out / name)
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
     script = Path(__file__).with_name("family_ranks.py")
     done = subprocess.run(
         [sys.executable, "-m", *launch, script, out], timeout=LIMIT, check=False, capture_output=True,
@@ -169,7 +169,7 @@ def ranks(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_two_ranks_one_of_them_without_pictures_take_the_gradient_of_one(ranks, name):
+def test_ranks_with_and_without_pictures_take_the_gradient_of_one(ranks, name):
     policy = load_policy(str(ranks / name), torch.float64)
     policy.model.set_experts_implementation("eager")
     for rank in (0, 1):
@@ -181,16 +181,22 @@ def test_two_ranks_one_of_them_without_pictures_take_the_gradient_of_one(ranks, 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_two_ranks_sample_from_slices_what_one_samples_from_whole_layers(ranks, name):
+def test_ranks_sample_from_slices_what_one_samples_from_whole_layers(ranks, name):
     """Token for token, and by the training forward pass."""
     policy = load_policy(str(ranks / name), torch.float64)
     policy.model.set_experts_implementation("eager")
-    want, (first, second) = responses(policy), json.loads((ranks / f"{name}.json").read_text())
-    assert first == second
+    want, (first, *others) = responses(policy), json.loads((ranks / f"{name}.json").read_text())
+    assert others == [first] * 3
     for temperature in ("0.0", "1.0"):
         assert first[temperature] == want[temperature]
     difference = torch.tensor(first["logprobs"]) - torch.tensor(want["logprobs"])
     assert difference.abs().max() < 1e-5
+
+
+def test_two_groups_of_two_ranks_evaluate_as_one_rank_does(ranks, tmp_path):
+    evaluate(ranks / FAMILIES[1], tmp_path)
+    one, two = ((path / "toy.jsonl").read_text() for path in (tmp_path, ranks / "together"))
+    assert one == two and one.count("\n") == 12
 
 
 @pytest.mark.parametrize("parts", [3, 8])
