@@ -18,6 +18,8 @@ low, high))`.
 What we do differently: about 850 rows of ViRL39K have a picture and no marker; their pictures come
 first. A row that cannot be used is an error that names file, line and fix, before any training, and
 is never skipped.
+
+Next: train.py, the loop.
 """
 
 import csv

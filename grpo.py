@@ -16,6 +16,8 @@ released code over all tokens of a micro-batch, so that its gradient depends on 
 cut. `token_weights` offers the paper's form ("sequence") and, by default, the mean over all
 response tokens of the whole optimiser batch ("token"), which no cut into micro-batches or ranks can
 change.
+
+Next: ssr.py, what a batch trains on when many of its groups have no advantage.
 """
 
 import torch

@@ -16,6 +16,8 @@ What we do differently from the released code: the trigger is drawn without look
 the group's mean *before* replacement (replacing first lifts the mean, and so pushes down siblings
 that only had no second chance); a second look must answer: its reward is that of the box in y2, and without
 one it is never kept; every attempt is counted by what became of it.
+
+Next: data.py, what a question is; then train.py, where all parts meet.
 """
 
 import random

@@ -20,6 +20,8 @@ effective. Here nothing loops, and an empty buffer draws nothing.
 
 A draw is a function of (seed, how many draws came before it): resuming needs the buffer's samples
 and one number. No model and no tensors: a sample is anything with an `.advantage`.
+
+Next: rethink.py, how a policy that never looks twice can learn to.
 """
 
 import math

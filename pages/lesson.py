@@ -9,7 +9,6 @@ import os
 import platform
 from pathlib import Path
 from textwrap import wrap
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -39,38 +38,27 @@ GLOSSARY = (
     "follows the trigger is y2. Held-out questions are never trained on: they are answered greedily "
     "(the likeliest token each time) and once sampled (as in training).",
 )
-
-
-class Exercise(NamedTuple):
-    """A change of one line, and what the walk then shows."""
-
-    title: str
-    file: str
-    old: str
-    new: str
-    see: str
-
-
+# (title, file, line, the line that replaces it, what the walk then shows)
 EXERCISES = (
-    Exercise(
+    (
         "Replay without preference", "ssr.py",
         "        return [(size / largest) ** self.alpha for size in sizes]",
         "        return [1.0 for size in sizes]",
         "In section 4, P(j) is now the same for every effective response. This is alpha = 0.",
     ),
-    Exercise(
+    (
         "The baseline after replacement", "train.py",
         '    if c.rethink_baseline == "after":',
         "    if True:",
         "In section 4, the advantages of the group now sum to 0: the second look raised the mean, so "
         "every sibling is worth less than in section 2, although nothing about it has changed.",
     ),
-    Exercise(
+    (
         "A trigger of your own", "rethink.py",
         "        forced = tokenizer(TRIGGERS[kind], add_special_tokens=False).input_ids",
         '        forced = tokenizer("\\n\\nOnce more, dot by dot:", add_special_tokens=False).input_ids',
-        "In section 3, your sentence is forced, with mask 0. The toy's base has never seen it: the walk "
-        "shows a question where the policy goes on all the same, or says that it found none.",
+        "In section 3, your sentence is forced, with mask 0. The toy's base has never seen it; the walk "
+        "finds a question where the policy goes on all the same, or says that there is none.",
     ),
 )  # fmt: skip
 
@@ -289,7 +277,7 @@ def tell_step(c: Config, merged: list[Sample], draws: list[int], before, after) 
         f"L_GRPO is now {after.policy_loss:+.5f}. {int(after.clipped.sum())} of "
         f"{int(after.mask.sum())} tokens have left the clip range; they would give no gradient in a "
         "second step on these samples. A run takes its steps on batches of many questions, then "
-        "samples again with the new weights.",
+        "samples again with the new weights. Next: grpo.py, the first of the parts in full.",
     )
 
 

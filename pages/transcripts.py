@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
 
+import rethink
 from data import MARKER, parse_choices
-from rethink import TRIGGERS, before_rethinking, rethinks
+from rethink import TRIGGERS, before_rethinking, outcome, rethinks
 from reward import extract_answer, reward
 
 STEPS_SHOWN = 12  # whose groups of rollouts are in the page, spread evenly over the run
@@ -20,10 +21,7 @@ ANSWERS_SHOWN = 5  # measurements whose held-out answers are in the page in full
 QUESTIONS_SHOWN = 256
 LONGEST = 1500  # characters of a text; its middle is left out
 PICTURES = 3_000_000  # characters of all pictures of a section
-OUTCOMES = {
-    "wrong_right": "wrong → right", "right_right": "right → right", "right_wrong": "right → wrong",
-    "wrong_wrong": "wrong → wrong", "no_answer": "no answer",
-}  # fmt: skip
+OUTCOMES = {key: key.replace("_", " " if key == "no_answer" else " → ") for key in rethink.OUTCOMES}
 
 MARKED = re.compile(
     rf"(?P<end><\|(?:im_end|endoftext)\|>)|(?P<special><\|\w+\|>)"
@@ -199,11 +197,11 @@ def heldout(
         cards.append(card(question, asked, facts, shown, of, not cards))
     shown = {"": f"all {len(questions):,}"} | {k: f"{labels[k]} {counts[k]:,}" for k in labels}
     less = f" {len(chosen):,} of them are in this page." if len(chosen) < len(questions) else ""
-    return (
-        f'<p class="note">From {columns[0][0]} to {columns[-1][0]}: fixed turned right, broken '
-        "turned wrong, never right in any measurement; “looks again” says a trigger phrase unforced in "
-        f"the last.{less}</p>" + tools("heldout", shown) + "".join(cards)
+    note = (
+        f"From {columns[0][0]} to {columns[-1][0]}: fixed questions turned right, broken ones turned "
+        f"wrong; looks again: the last answer has a trigger phrase, unforced.{less}"
     )
+    return f'<p class="note">{escape(note)}</p>{tools("heldout", shown)}{"".join(cards)}'
 
 
 def answered(title: str, answer: dict) -> str:
@@ -227,67 +225,54 @@ def second_look(response: dict, question: dict) -> str:
     ...              "right": False}, {"text": "?", "answer": "7"})
     'no answer'
     """
-    pieces, before = response["pieces"], None
-    forced = [i for i, (_, is_forced) in enumerate(pieces) if is_forced]
-    if forced:
-        before = "".join(text for text, _ in pieces[: forced[0]])
-        if extract_answer("".join(text for text, _ in pieces[forced[-1] + 1 :])) is None:
-            return OUTCOMES["no_answer"]
-    elif rethinks(response["text"]):
-        before = before_rethinking(response["text"])
-    if before is None:
+    texts = [text for text, _ in response["pieces"]]
+    forced = [i for i, (_, is_forced) in enumerate(response["pieces"]) if is_forced]
+    if not forced and not rethinks(response["text"]):
         return ""
-    names = {True: "right", False: "wrong"}
+    before, answered = before_rethinking(response["text"]), True
+    if forced:
+        before = "".join(texts[: forced[0]])
+        answered = extract_answer("".join(texts[forced[-1] + 1 :])) is not None
     first = reward(before, question["answer"], parse_choices(question["text"])) > 0
-    return f"{names[first]} → {names[response['right']]}"
-
-
-def looks_of(response: dict, question: dict) -> list[tuple[str, bool]]:
-    """(outcome, was it forced?) of the second looks at a response: its own, and one not kept."""
-    looks = [(second_look(response, question), bool(response.get("rethought")))]
-    if "not_kept" in response:
-        looks.append((second_look(response["not_kept"], question), True))
-    return [look for look in looks if look[0]]
+    return OUTCOMES[outcome(first, answered, response["right"])]
 
 
 def advantage(value: float) -> str:
     """The number, and a bar to the left (made less likely) or to the right (more likely)."""
-    bar = (
-        f'<i class="{"wrong" if value < 0 else ""}" style="--size: {min(1.0, abs(value)):.2f}"></i>'
-    )
-    return f'<span class="advantage">advantage {value:+.2f}{bar}</span>'
+    side, size = "wrong" if value < 0 else "", min(1.0, abs(value))
+    return f'advantage {value:+.2f}<i class="{side}" style="--size: {size:.2f}"></i>'
 
 
 def respond(response: dict, question: dict) -> str:
     """One response as a list item."""
     kind = "right" if response["right"] else "wrong"
-    forced = [outcome for outcome, is_forced in looks_of(response, question) if is_forced]
-    is_cut = response["finish"] == "length"
-    kinds = " ".join([kind, *["forced"] * bool(forced), *["cut"] * is_cut])
-    outcome = second_look(response, question)
-    facts = [
-        f'<span class="verdict">{verdict(response["reward"])} {kind}</span>'
-        if response["reward"] in (0, 1) else f'<span class="verdict">reward {response["reward"]:.3g}</span>',
-        advantage(response["advantage"]),
-        f"<span>{response['tokens']:,} tokens</span>",
-        "<span>cut off</span>" if is_cut else "",
-        f"<span>looked again: {outcome}</span>" if outcome else "",
-    ]  # fmt: skip
+    is_cut, second = response["finish"] == "length", response.get("not_kept")
+    kinds = [kind, *["forced"] * bool(second or response.get("rethought")), *["cut"] * is_cut]
+    looked = second_look(response, question)
+    facts = {
+        f'class="verdict">{verdict(response["right"])} {kind}': True,
+        f">reward {response['reward']:.3g}": response["reward"]
+        != response["right"],  # the user's own
+        f'class="advantage">{advantage(response["advantage"])}': True,
+        f">{response['tokens']:,} tokens": True,
+        ">cut off": is_cut,
+        f">looked again: {looked}": looked,
+    }
+    head = "".join(f"<span {fact}</span>" for fact, is_told in facts.items() if is_told)
     said = f'<div class="said" tabindex="0">{spoken(response["pieces"])}</div>'
-    if "not_kept" in response:  # forced too, and worth reading: what did the second look come to?
-        other = respond(response["not_kept"], question)
+    if second:  # worth reading too: what did it come to?
         said += '<details><summary class="note">forced to look again, not kept</summary>'
-        said += f'<ol class="responses">{other}</ol></details>'
+        said += f'<ol class="responses">{respond(second, question)}</ol></details>'
     return (
-        f'<li class="is-{kind}" data-is="{kinds}" data-advantage="{response["advantage"]}">'
-        f'<div class="head">{"".join(facts)}</div>{said}</li>'
+        f'<li class="is-{kind}" data-is="{" ".join(kinds)}" data-advantage="{response["advantage"]}">'
+        f'<div class="head">{head}</div>{said}</li>'
     )
 
 
 def forced_badge(row: dict) -> str:
     """How many of a group were forced to look again, and what came of it."""
-    looks = [look for r in row["responses"] for look in looks_of(r, row["question"])]
-    forced = [outcome for outcome, is_forced in looks if is_forced]
+    looks = [r.get("not_kept") or r for r in row["responses"]]
+    forced = [second_look(look, row["question"]) for look in looks if look.get("rethought")]
     names = {"fixed": "wrong → right", "broken": "right → wrong", "no answer": "no answer"}
     parts = [f"{n} {name}" for name, outcome in names.items() if (n := forced.count(outcome))]
     told = f"{len(forced)} forced" + (f": {', '.join(parts)}" if parts else "")

@@ -65,12 +65,13 @@ def numbers(told: str, name: str) -> list[float]:
     ]
 
 
-def changed(exercise: lesson.Exercise) -> types.ModuleType:
+def changed(number: int) -> types.ModuleType:
     """The module of an exercise, with its line replaced."""
-    source = (Path(train.__file__).parent / exercise.file).read_text()
-    assert source.count(exercise.old) == 1
-    module = types.ModuleType(Path(exercise.file).stem)
-    exec(compile(source.replace(exercise.old, exercise.new), exercise.file, "exec"), vars(module))
+    _, file, old, new, _ = lesson.EXERCISES[number - 1]
+    source = (Path(train.__file__).parent / file).read_text()
+    assert source.count(old) == 1
+    module = types.ModuleType(Path(file).stem)
+    exec(compile(source.replace(old, new), file, "exec"), vars(module))
     return module
 
 
@@ -78,13 +79,13 @@ def test_exercise_1_draws_without_preference(own_policy, groups, monkeypatch):
     run = walk.new_run(Config(group_size=4), own_policy)
     groups[0][3].advantage = 0.25  # of a size of its own
     assert len(set(numbers(walk.follow(run, train, *groups)[0], "P(j)"))) > 1
-    monkeypatch.setattr(walk, "ReplayBuffer", changed(lesson.EXERCISES[0]).ReplayBuffer)
+    monkeypatch.setattr(walk, "ReplayBuffer", changed(1).ReplayBuffer)
     run = walk.new_run(Config(group_size=4), own_policy)
     assert numbers(walk.follow(run, train, *groups)[0], "P(j)") == [0.25] * 4
 
 
 def test_exercise_2_lowers_the_siblings(own_policy, groups):
-    steps = changed(lesson.EXERCISES[1])
+    steps = changed(2)
     before, after = (
         numbers(walk.follow(walk.new_run(Config(group_size=4), own_policy), which, *groups)[0], "A")
         for which in (train, steps)
@@ -94,7 +95,7 @@ def test_exercise_2_lowers_the_siblings(own_policy, groups):
 
 
 def test_exercise_3_forces_a_sentence_of_ones_own(own_policy, monkeypatch):
-    monkeypatch.setattr(train, "extender", changed(lesson.EXERCISES[2]).extender)
+    monkeypatch.setattr(train, "extender", changed(3).extender)
     run = walk.new_run(Config(group_size=8, max_new_tokens=48, rethink_fraction=1.0), own_policy)
     questions = train.episode_questions(run)[:1]
     prompts = [encode(own_policy, question, "bare") for question in questions]

@@ -204,7 +204,7 @@ def test_a_second_look_that_was_not_kept_is_shown_under_the_response_that_stood(
 def test_groups_tell_what_their_forced_looks_did_and_the_first_that_has_one_is_open(tmp_path):
     plain = [response([["\\boxed{5}", False]])] * 2
     lost = response([["\\boxed{5}", False], ["Wait,", True], ["\\boxed{7}", False]], right=False,
-                    reward=0.0)  # fmt: skip
+                    reward=0.0, rethought="self_correction")  # fmt: skip
     kept = response([["\\boxed{5}", False]], not_kept=lost)
     samples = [group(0, responses=plain), group(2, responses=[*plain, kept]), group(4)]
     page = page_of(write_run(tmp_path / "run", samples=samples))
