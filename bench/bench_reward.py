@@ -2,12 +2,11 @@
 
     python bench/bench_reward.py [--disagreements]
 
-Microseconds a call by kind of answer (median, p99, worst), over the cases of
-reward_cases.txt: cold is with all caches empty, as for a text never seen before (the best of
-three calls, since a shared machine interrupts some for milliseconds); warm is the second call.
-math-verify is measured on the same cases when it is installed (both sides in a box, the answer
-as gold); with --disagreements each case on which it differs from the table is listed, below
-the reason for the difference.
+Microseconds per call by kind of answer (median, p99, worst), over the cases of reward_cases.txt:
+cold is with all caches empty, as for a text never seen before (the best of three calls, because a
+shared machine interrupts some for milliseconds); warm is the second call. math-verify is measured
+on the same cases if it is installed (both sides in a box, the answer as gold); --disagreements
+lists each case on which it differs from the table, below the reason for the difference.
 """
 
 import argparse
@@ -25,7 +24,7 @@ import test_reward
 import reward
 from grading import spelling, structure, value
 
-CACHES = [spelling.tidy, spelling.ungrouped, structure.readings, value.evaluate]
+CACHES = [spelling.tidy, spelling.ungrouped, spelling.compact, structure.readings, value.evaluate]
 
 # Why math-verify's verdict differs, by kind: (kind, the table's verdict) -> reason.
 REASONS = {
@@ -108,7 +107,7 @@ def main() -> None:
     everything = [case for cases in kinds.values() for case in cases]
     reward.is_correct(r"\sqrt{2}", "1.5")  # builds the number contexts
     gc.freeze()
-    print(f"{'us a call':42} {'cases':>5} {'median':>9} {'p99':>9} {'worst':>9} {'as table':>9}")
+    print(f"{'us per call':42} {'cases':>5} {'median':>9} {'p99':>9} {'worst':>9} {'as table':>9}")
     for kind, cases in kinds.items():
         print(row(kind, *timed(ours, cases, True), cases))
     print(row("all, cold", *timed(ours, everything, True), everything))

@@ -31,7 +31,7 @@ _LONE = re.compile(
 _LABELLED = re.compile(
     rf"{_LEAD}(?:[(\[]\s*(?P<framed>[A-Z])\s*[)\]][.:,]*|(?P<bare>[A-Z])"
     r"(?:\s?[.:)]+|\s(?=[(\[])|(?P<weak>,|\s-|(?=[\s\d(-]))))\s*"
-    r"(?![\s,;&]|and\b|or\b|[(\[][A-Z][)\]])(?P<text>.+)",
+    r"(?![\s,;&]|and\b|or\b|[(\[][A-Z][)\]].)(?P<text>.+)",
     re.IGNORECASE,
 )
 _REASON = re.compile(rf"(?:because|since|as|which|for|due|given|so|is (?:the )?{_RIGHT})\b")

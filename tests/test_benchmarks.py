@@ -341,7 +341,7 @@ def test_mathvision_a_letter_is_a_letter_even_where_it_is_another_options_value(
     assert not is_right("mathvision", mathvision_row(), "\\boxed{5}")
 
 
-def test_mathvision_free_answers_are_equal_to_two_decimals_and_golds_are_mended():
+def test_mathvision_free_answers_are_equal_to_two_decimals_and_golds_are_repaired():
     free = mathvision_row(options=[], answer="2.77")
     assert is_right("mathvision", free, "\\boxed{\\frac{36}{13}}")
     assert is_right("mathvision", free, "\\boxed{2.774}")
@@ -405,7 +405,7 @@ def test_mmmu_pro_pictures_keep_their_number_when_options_are_shuffled():
         (255, 0, 0), (0, 0, 255), (0, 128, 0)]  # fmt: skip
 
 
-def test_mmmu_pro_settings_share_ids_and_are_told_apart():
+def test_mmmu_pro_settings_share_ids_and_are_distinguished():
     standard, vision = readers.mmmu_pro(mmmu_pro_row()), readers.mmmu_pro(vision_row())
     assert standard.question.id == "standard:test_History_1"
     assert vision.question.id == "vision:test_History_1"
