@@ -30,6 +30,7 @@ import report
 from benchmarks import scores
 from benchmarks.asking import RANK, answers_from_model, made_with, trainer_config
 from benchmarks.readers import BENCHMARKS, Item
+from benchmarks.sources import find_data, find_files, load
 from config import flag, read_flags
 from data import (
     TEMPLATES,
@@ -39,12 +40,11 @@ from data import (
     read_json,
     read_jsonl,
     read_rows,
+    write_atomically,
 )
-from data import write_atomically
 from pages.transcripts import heldout
 from record import thumbnail
 from reward import extract_answer, is_correct
-from benchmarks.sources import find_data, find_files, load
 
 NAMES = ("toy", "own", *BENCHMARKS)
 

@@ -36,8 +36,8 @@ WAYS = {"heldout_fast": "guesses", "heldout_slow": "reads", "heldout_twice": "gu
 
 
 LINES = (  # of metrics.jsonl: key, title, note, unit
-    ("effective_queries", "Effective questions", "share with responses that differ in reward: only "
-     "these have a gradient", "%"),
+    ("effective_queries", "Effective questions", ("share with responses that differ in reward: only "
+     "these have a gradient"), "%"),
     ("replayed", "Replayed", "share of a batch drawn from the replay buffer", "%"),
     ("rethought", "Forced second looks kept", "share of responses", "%"),
     ("rethinks", "Unforced rethinking", "share of responses with a trigger phrase of their own", "%"),
@@ -48,15 +48,15 @@ LINES = (  # of metrics.jsonl: key, title, note, unit
     ("sft_loss", "SFT loss", "on the second looks that were kept", "nats"),
     ("grad_norm", "Gradient norm", "before clipping", ""),
     ("lr", "Learning rate", "with warm-up and decay", ""),
-    ("logp_mismatch", "Mismatch", "largest difference of a token's log-probability, sampling against "
-     "training", "nats"),
+    ("logp_mismatch", "Mismatch", ("largest difference of a token's log-probability, sampling against "
+     "training"), "nats"),
     ("speed", "Speed", "response tokens per second, sampling and update together", "tokens/s"),
 )  # fmt: skip
 
 
 def charts(first: "Record") -> list[Chart]:
     """All charts, most important first. Those without numbers are not drawn."""
-    categories = [k for k in dict.fromkeys(sum(map(list, first.metrics), [])) if k[:3] == "in "]
+    categories = dict.fromkeys(key for row in first.metrics for key in row if key[:3] == "in ")
     outcomes = {f"look_{name}": label for name, label in OUTCOMES.items()}
     by_category = {key: key[3:] for key in categories if len(categories) > 1}
     return [

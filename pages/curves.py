@@ -29,9 +29,6 @@ class Line(NamedTuple):
     points: list[tuple[int, float]]
 
 
-# ---------------------------------------------------------------------------- numbers
-
-
 def series(metrics: list[dict], key: str) -> list[tuple[int, float]]:
     """[(step, value)] of the rows that have a finite number there.
 
@@ -90,9 +87,6 @@ def ends(points: list[tuple[int, float]], unit: str) -> str:
     if len(values) < 2:
         return "".join(values) or "–"
     return f"{values[0].removesuffix(' ' + unit)} → {values[-1]}"
-
-
-# ---------------------------------------------------------------------------- drawing
 
 
 def looks(run: int, colour: int, dash: int) -> str:

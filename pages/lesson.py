@@ -30,13 +30,19 @@ COLOURS = (
     "#0e7490", "#a07d10", "#b3261e", "#6b45c9",
 )  # fmt: skip
 GLOSSARY = (
-    "A rollout is one sampled response. The G rollouts to one question are its group. An episode "
-    "samples many groups with frozen weights, then takes optimiser steps on them.",
-    "A rollout is effective if its advantage A is not 0. It is replayed if a batch trains on it again, "
-    "in place of one that is not effective.",
-    "Forced Rethinking makes a share q of the first answers, y1, go on after a trigger phrase; what "
-    "follows the trigger is y2. Held-out questions are never trained on: they are answered greedily "
-    "(the likeliest token each time) and once sampled (as in training).",
+    (
+        "A rollout is one sampled response. The G rollouts to one question are its group. An episode "
+        "samples many groups with frozen weights, then takes optimiser steps on them."
+    ),
+    (
+        "A rollout is effective if its advantage A is not 0. It is replayed if a batch trains on it again, "
+        "in place of one that is not effective."
+    ),
+    (
+        "Forced Rethinking makes a share q of the first answers, y1, go on after a trigger phrase; what "
+        "follows the trigger is y2. Held-out questions are never trained on: they are answered greedily "
+        "(the likeliest token each time) and once sampled (as in training)."
+    ),
 )
 # (title, file, line, the line that replaces it, what the walk then shows)
 EXERCISES = (
@@ -50,15 +56,15 @@ EXERCISES = (
         "The baseline after replacement", "train.py",
         '    if c.rethink_baseline == "after":',
         "    if True:",
-        "In section 4, the advantages of the group now sum to 0: the second look raised the mean, so "
-        "every sibling is worth less than in section 2, although nothing about it has changed.",
+        ("In section 4, the advantages of the group now sum to 0: the second look raised the mean, so "
+        "every sibling is worth less than in section 2, although nothing about it has changed."),
     ),
     (
         "A trigger of your own", "rethink.py",
         "        forced = tokenizer(TRIGGERS[kind], add_special_tokens=False).input_ids",
         '        forced = tokenizer("\\n\\nOnce more, dot by dot:", add_special_tokens=False).input_ids',
-        "In section 3, your sentence is forced, with mask 0. The toy's base has never seen it; the walk "
-        "finds a question where the policy goes on all the same, or says that there is none.",
+        ("In section 3, your sentence is forced, with mask 0. The toy's base has never seen it; the walk "
+        "finds a question where the policy goes on all the same, or says that there is none."),
     ),
 )  # fmt: skip
 

@@ -107,14 +107,12 @@ def fitting(questions: Iterable[dict], room: int = PICTURES) -> Iterator[tuple[d
             pictures += f'<img src="{escape(source)}" alt="picture {n}">'
         if missing:
             pictures += f'<p class="note">Not in this page: {missing} of its pictures.</p>'
-        yield (
-            question,
-            (
-                f'<div class="asked">{pictures}<div class="text">{escape(clip(wording(question)))}'
-                f'</div><p class="soft">Answer: <strong>{escape(clip(question["answer"]))}</strong></p>'
-                f'<p class="note">{escape(question.get("category") or "")}</p></div>'
-            ),
-        )
+        text, answer = escape(clip(wording(question))), escape(clip(question["answer"]))
+        yield question, (
+            f'<div class="asked">{pictures}<div class="text">{text}</div><p class="soft">Answer: '
+            f"<strong>{answer}</strong></p>"
+            f'<p class="note">{escape(question.get("category") or "")}</p></div>'
+        )  # fmt: skip
 
 
 def wording(question: dict) -> str:

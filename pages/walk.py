@@ -49,9 +49,6 @@ def new_run(c: Config, policy) -> Run:
     return Run(c, Path(c.out), policy, optimizer, None, [], 1, buffer)
 
 
-# ---------------------------------------------------------------------------- the question
-
-
 def find_questions(run: Run, steps) -> tuple[list[Sample], list[Sample]]:
     """The groups of two questions: the one to follow, and one whose responses are all alike."""
     c, followed, idle = run.config, None, None
@@ -80,9 +77,6 @@ def helped(group: list[Sample], merged: list[Sample]) -> list[int]:
     """Which members were wrong and are replaced by a second look."""
     pairs = enumerate(zip(group, merged))
     return [i for i, (first, kept) in pairs if kept is not first and not first.right]
-
-
-# ---------------------------------------------------------------------------- what becomes of it
 
 
 def follow(run: Run, steps, group: list[Sample], idle: list[Sample]) -> tuple[str, Trees]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rethink import OUTCOMES  # noqa: E402
+from rethink import OUTCOMES
 
 # Two-sided 95 % quantile of Student's t by number of seeds.
 T_95 = {

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pages import lesson, walk
 import toy
 import train
 from config import Config, parse
 from data import UserError
 from model import Sample, encode, response_logprobs
+from pages import lesson, walk
 from rethink import TRIGGERS
 
 WRONG, RIGHT = "Looks like \\boxed{plum}.", "So \\boxed{%s}."
@@ -71,7 +71,7 @@ def changed(number: int) -> types.ModuleType:
     source = (Path(train.__file__).parent / file).read_text()
     assert source.count(old) == 1
     module = types.ModuleType(Path(file).stem)
-    exec(compile(source.replace(old, new), file, "exec"), vars(module))
+    exec(compile(source.replace(old, new), file, "exec"), vars(module))  # noqa: S102  (our own)
     return module
 
 

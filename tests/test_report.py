@@ -13,10 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pages import curves
 import report
-from pages import transcripts
 from data import UserError
+from pages import curves, transcripts
 from record import Recorder
 from report import main, write_report
 
@@ -299,12 +298,13 @@ def test_a_resumed_run_writes_held_out_questions_once_and_answers_again(tmp_path
     for step in (0, 20, 40):
         measure(recorder, step)
     measure(Recorder(tmp_path, active=True, resume_step=20), 40)
-    rows = [json.loads(line) for line in open(tmp_path / "heldout.jsonl")]
+    path = tmp_path / "heldout.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [("question" in row, row["step"]) for row in rows] == [
         (True, 0), (False, 0), (False, 20), (False, 40),
     ]  # fmt: skip
     measure(Recorder(tmp_path, active=True), 0)  # from the beginning, where no checkpoint was left
-    assert sum(1 for _ in open(tmp_path / "heldout.jsonl")) == 2
+    assert len(path.read_text().splitlines()) == 2
 
 
 # ---------------------------------------------------------------------------- safety
