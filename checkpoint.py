@@ -133,35 +133,36 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
     parallel.barrier()
 
 
-def digests(directory: Path) -> dict[str, str]:
-    """{file: SHA-256 of what it holds}; each rank reads a share of the files."""
+def digests(directory: Path, alone: bool = False) -> dict[str, str]:
+    """{file: SHA-256 of what it holds}; each rank reads a share of the files, or this one all of them."""
+    rank, world = (0, 1) if alone else (parallel.rank(), parallel.world())
     names = sorted(p.name for p in directory.iterdir() if p.name != SUMS and p.is_file())
     found = []
-    for name in names[parallel.rank() :: parallel.world()]:
+    for name in names[rank::world]:
         try:
             with open(directory / name, "rb") as file:
                 found.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
         except OSError as error:
             found.append((name, error.strerror))
-    return dict(parallel.gather(found))
+    return dict(found if alone else parallel.gather(found))
 
 
-def find_damage(directory: Path) -> str | None:
-    """What is not as `save` wrote it, in words; all ranks must ask."""
+def find_damage(directory: Path, alone: bool = False) -> str | None:
+    """What is not as `save` wrote it, in words; unless `alone`, all ranks must ask."""
     if not (directory / SUMS).is_file():
         return f"{directory / SUMS} is missing"
     lines = (directory / SUMS).read_text(errors="replace").splitlines()
-    found = digests(directory)
+    found = digests(directory, alone)
     for digest, _, name in (line.partition("  ") for line in lines):
         if found.get(name) != digest:
             return f"{directory / name} {'was changed' if name in found else 'is missing'}"
     return None
 
 
-def check_model(path: str) -> None:
-    """Raise UserError where --model is a checkpoint of ours and not as it was written; all ranks must ask."""
+def check_model(path: str, alone: bool = False) -> None:
+    """Raise UserError where --model is a checkpoint of ours and not as it was written."""
     directory = find_checkpoint(path)
-    if (directory / SUMS).exists() and (damage := find_damage(directory)):
+    if (directory / SUMS).exists() and (damage := find_damage(directory, alone)):
         raise UserError(f"--model: {damage}; if that was meant, delete {directory / SUMS}")
 
 

@@ -10,6 +10,19 @@ from dataclasses import asdict, dataclass, field, fields
 
 from data import TEMPLATES, UserError
 
+# The most that a flag of train.py or eval.py may be, where more would end in no error but in a wait
+# without end or in no memory.
+MOST = {
+    "heldout": 100_000, "limit": 10_000_000,  # measured to 0.2 points; larger than any benchmark
+    "episode_queries": 100_000, "group_size": 1024, "samples": 1024,  # a hundred times the paper's
+    "max_new_tokens": 1 << 17, "max_prompt_tokens": 1 << 17,  # no Qwen-VL attends to more
+    "min_image_tokens": 1 << 17, "max_image_tokens": 1 << 17,
+    "min_pixels": 178_956_970, "max_pixels": 178_956_970,  # PIL refuses larger pictures
+    "temperature": 100,  # sampling is uniform long before
+    "keep_last": 1_000_000, "passes": 1_000_000,
+}  # fmt: skip
+SIZE = (1 << 31) - 1  # any other whole number: sizes of tensors, and seeds
+
 
 def flag(default, help: str, choices: tuple | None = None, low=None, high=None):
     """A field that is a flag; its value lies in [low, high] where these are given."""
@@ -233,12 +246,15 @@ def read_flags(kind: type, program: str, description: str, argv: list[str]) -> d
     given = vars(parser.parse_args(argv))
     for f in fields(kind):
         value, low, high = given.get(f.name), f.metadata["low"], f.metadata["high"]
+        most = MOST.get(f.name, SIZE if f.type is int else math.inf)
         if isinstance(value, float) and not math.isfinite(value):
             fail(f"--{f.name} {value}: must be a finite number")
         if value is not None and high is not None and not low <= value <= high:
             fail(f"--{f.name} {value}: must lie between {low} and {high}")
         if value is not None and low is not None and not value >= low:
             fail(f"--{f.name} {value}: must be at least {low}")
+        if isinstance(value, (int, float)) and not -most <= value <= most:
+            fail(f"--{f.name} {value}: must be at most {most}")
     return given
 
 
@@ -250,8 +266,8 @@ def read_bool(text: str) -> bool:
 
 def check(config: Config) -> None:
     """Raise UserError where values do not fit together."""
-    if not config.temperature > 0:
-        raise UserError(f"--temperature {config.temperature}: must be above 0 to sample a group")
+    if not config.temperature >= 0.01:  # 0 is greedy: no group; and logits divided by less overflow
+        raise UserError(f"--temperature {config.temperature}: must be at least 0.01")
     if config.steps == 0 and config.data == "toy":
         raise UserError("--steps 0 passes over a data file: give --data FILE, or --steps N")
     responses = config.episode_queries * config.group_size

@@ -36,7 +36,9 @@ from data import (
     TEMPLATES,
     UserError,
     check_images,
+    hold,
     load_questions,
+    printable,
     read_json,
     read_jsonl,
     read_rows,
@@ -116,6 +118,8 @@ def parse(argv: list[str]) -> Config:
         raise UserError(
             "--benchmark toy makes its questions: leave out --data, or ask --benchmark own"
         )
+    if config.temperature and config.temperature < 0.01:
+        raise UserError(f"--temperature {config.temperature}: must be 0, or at least 0.01")
     if config.temperature is None:
         config.temperature = 0.6 if config.samples > 1 else 0.0
     if config.responses and len(names(config)) > 1:
@@ -254,6 +258,7 @@ def answers_from_file(config: Config, name: str, ids: set[str]) -> dict[str, lis
 def evaluate(config: Config) -> dict[str, dict]:
     """All benchmarks asked for; each one's files are written before the next begins."""
     out, summaries = choose_out(config), {}
+    lock = hold(out) if RANK == 0 else None
     read_summary(out)  # what is wrong with it is said now, not after hours of work
     for name in names(config):
         items, left_out, ids = items_of(name, config)
@@ -263,7 +268,7 @@ def evaluate(config: Config) -> dict[str, dict]:
             told = ", ".join(
                 f"{k} {v}" for k, v in made.items() if k != "saved" and (v or k == "temperature")
             )
-            print(f"{name}: {len(items)} questions, results in {out}; {told}")
+            print(printable(f"{name}: {len(items)} questions, results in {out}; {told}"))
         if config.responses:
             check_owner(config, name, out)
             check_images([item.question for item in items], seen=False)
@@ -290,6 +295,8 @@ def evaluate(config: Config) -> dict[str, dict]:
         save(out, name, marked | others, summaries[name])
         if config.show:
             print(scores.unanswered([line for lines in marked.values() for line in lines]))
+    if lock:
+        lock.close()
     return summaries
 
 
@@ -372,7 +379,7 @@ def main(argv: list[str]) -> int:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"eval.py: {error}; what is done is kept", file=sys.stderr)
+        print(printable(f"eval.py: {error}; what is done is kept"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("eval.py: stopped; the same line goes on from here", file=sys.stderr)

@@ -20,6 +20,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ from torch.distributed.tensor import DTensor
 from data import UserError
 from model import Policy
 
+PULSE = 2.0  # seconds between two signs of life
+SILENT = 90  # pulses missed, three minutes, and a rank is lost; what holds Python may take one
+
 
 def start() -> torch.device:
     """Join the other processes of torchrun, if any, and return this one's device."""
@@ -50,6 +54,7 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        end_with_parent()
         dist.init_process_group(backend)
     elif cuda:
         # One GPU shards over itself: fp32 weights with bf16 compute come by the same path.
@@ -60,6 +65,18 @@ def start() -> torch.device:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """From now on end where torchrun has gone: a rank that outlives it would write beside the next run."""
+    parent = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(PULSE)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def leave(code: int) -> None:
@@ -77,21 +94,17 @@ def is_broken(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-PULSE = 2.0  # seconds between two signs of life
-SILENT = 90  # pulses missed, three minutes, and a rank is lost; what holds Python may take one
-
-
 @contextlib.contextmanager
 def watch(advice: Callable[[], str]):
-    """Inside, a thread ends this process where torchrun is gone, or another rank: a collective with a rank
-    that is stopped, or on a lost node, would wait for half an hour and then not say for whom.
+    """Inside, a thread ends this process where another rank is lost: a collective with a rank that is
+    stopped, or on a lost node, would wait for half an hour and then not say for whom.
 
     advice  what to do then; said by the first rank that is left
     """
     if world() == 1:
         yield
         return
-    over, parent = threading.Event(), os.getppid()
+    over = threading.Event()
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     others = [r for r in range(world()) if r != rank()]
 
@@ -99,8 +112,6 @@ def watch(advice: Callable[[], str]):
         store, me, missed = dist.TCPStore(*address, is_master=False), f"alive {rank()}", Counter()
         seen: dict[int, int] = {}
         while not over.wait(PULSE):
-            if os.getppid() != parent:
-                os._exit(1)
             try:
                 store.add(me, 1)
                 now = {r: store.add(f"alive {r}", 0) for r in others}

@@ -26,7 +26,7 @@ from pathlib import Path
 from string import Template
 
 from benchmarks.scores import paired
-from data import NUMBER, UserError, read_json, read_jsonl, write_atomically
+from data import NUMBER, UserError, printable, read_json, read_jsonl, write_atomically
 from pages.curves import Chart, draw, ends, looks, series, show_number, swatch
 from pages.transcripts import OUTCOMES, heldout, rollouts
 
@@ -361,7 +361,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help=about)
     folders = parser.parse_args(argv).runs
     try:
-        print(write_report(folders))
+        print(printable(str(write_report(folders))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -24,6 +24,7 @@ from data import UserError, check_images, read_json, read_jsonl, write_atomicall
 
 # Prompt tokens run at once: of a 7B they hold 10 GB of activations and 7 GB of cache.
 PREFILL_TOKENS = 1 << 17
+PATIENCE = 3600  # seconds that rank 0 waits for one more answer of the others; a batch takes minutes
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 # ---------------------------------------------------------------------------- files
@@ -107,8 +108,13 @@ def bring_policy(settings: dict, tensor: int):
     """The policy on this rank's device, or its slice of it: bfloat16 on a GPU, float32 on a CPU."""
     import torch  # late, because marking responses needs none of it
 
+    import checkpoint
+    import parallel
     from model import find_checkpoint, load_policy
 
+    if WORLD > 1:
+        parallel.end_with_parent()
+    checkpoint.check_model(settings["model"], alone=True)
     device, dtype = torch.device("cpu"), torch.float32
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -159,9 +165,15 @@ def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, 
             drop_cut_line(path)
         with open(path, "ab") as file:
             ask(items, answers, settings, config, file)
-    while RANK == 0 and undone(answers):
-        answers = all_answers()
+    left, since = len(undone(answers)), time.monotonic()
+    while RANK == 0 and left:  # other ranks are still answering
         time.sleep(0.2)
+        answers = all_answers()
+        if len(undone(answers)) < left:
+            left, since = len(undone(answers)), time.monotonic()
+        if time.monotonic() - since > PATIENCE:
+            raise UserError(f"{out}: {left} questions of other ranks got no answer in {PATIENCE} s; "
+                            "end them, and give the same line again")  # fmt: skip
     return {id_: [found[k] for k in sorted(found)] for id_, found in answers.items()}
 
 

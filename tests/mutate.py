@@ -61,7 +61,7 @@ def start(
         if world > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-        train.grade = lambda sample, text=None: float(lucky(sample))
+        train.is_right = lambda sample, text=None: lucky(sample)
         code = action()
     except BaseException:  # noqa: BLE001, a child must never return into its parent's work
         import traceback

@@ -106,7 +106,7 @@ MISTAKES = {
     "group of one": (["--group_size", "1"], ["--group_size 1", "at least 2"]),
     "nan": (["--lr", "nan"], ["--lr nan"]),
     "share above 1": (["--rethink_fraction", "1.5"], ["--rethink_fraction 1.5", "between 0 and 1"]),
-    "cold": (["--temperature", "0"], ["--temperature 0", "above 0"]),
+    "cold": (["--temperature", "0"], ["--temperature 0", "at least 0.01"]),
     "nothing to do": (["--save_every", "0"], ["--save_every 0", "at least 1"]),
     "a batch that does not divide": (
         ["--episode_queries", "3", "--group_size", "8", "--batch_size", "16"],
