@@ -29,6 +29,7 @@ import json
 import os
 import re
 import socket
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -311,7 +312,18 @@ def read_jsonl(path: Path, shape=None, growing: bool = False) -> Iterator[tuple[
     for number, line in enumerate(read_bytes(path).splitlines(keepends=True), 1):
         if line.strip() and not (growing and not line.endswith(b"\n")):
             place = f"{path}:{number}"
-            yield place, parse_json(line, place, shape)
+            row = parse_json(line, place, shape)
+            if "line_crc32" in row and row.pop("line_crc32") != zlib.crc32(
+                json.dumps(row).encode()
+            ):
+                raise UserError(f"{place}: changed since it was written; remove the line, or its "
+                                "line_crc32 if that was meant")  # fmt: skip
+            yield place, row
+
+
+def seal(row: dict) -> str:
+    """A line of JSON with a checksum of itself, for `read_jsonl`: one flipped letter is another answer."""
+    return json.dumps(row | {"line_crc32": zlib.crc32(json.dumps(row).encode())}) + "\n"
 
 
 def find_file(path: Path) -> Path:

@@ -42,6 +42,7 @@ from data import (
     read_json,
     read_jsonl,
     read_rows,
+    seal,
     write_atomically,
 )
 from pages.transcripts import heldout
@@ -302,7 +303,7 @@ def evaluate(config: Config) -> dict[str, dict]:
 
 def save(out: Path, name: str, marked: dict[str, list[dict]], summary: dict) -> None:
     """NAME.jsonl in the order of the data, and this benchmark's entry in summary.json."""
-    lines = [json.dumps(line) + "\n" for lines in marked.values() for line in lines]
+    lines = [seal(line) for lines in marked.values() for line in lines]
     write_atomically(out / f"{name}.jsonl", "".join(lines))
     for part in out.glob(f"{name}.rank*.jsonl"):
         part.unlink()

@@ -20,11 +20,13 @@ from tqdm import tqdm
 
 from benchmarks import scores
 from benchmarks.readers import Item
-from data import UserError, check_images, read_json, read_jsonl, write_atomically
+from data import UserError, check_images, read_json, read_jsonl, seal, write_atomically
 
 # Prompt tokens run at once: of a 7B they hold 10 GB of activations and 7 GB of cache.
 PREFILL_TOKENS = 1 << 17
-PATIENCE = 3600  # seconds that rank 0 waits for one more answer of the others; a batch takes minutes
+PATIENCE = (
+    3600  # seconds that rank 0 waits for one more answer of the others; a batch takes minutes
+)
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 # ---------------------------------------------------------------------------- files
@@ -208,7 +210,7 @@ def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
                 for i, found in zip(batches[b], known, strict=True):
                     lines = marked_lines(items[i], given.get(i), settings["samples"])
                     new = [line for line in lines if line.get("sample", 0) not in found]
-                    file.writelines(json.dumps(line).encode() + b"\n" for line in new)
+                    file.writelines(seal(line).encode() for line in new)
                     file.flush()
                     credits += map(scores.credit, lines)
             bar.update(len(batches[b]))

@@ -14,9 +14,15 @@ import re
 from pathlib import Path
 
 from benchmarks.readers import BENCHMARKS, Benchmark, Item
-from data import UserError, read_rows
+from data import UserError, check_shape, read_rows
 
 SPLITS = {"train", "dev", "validation", "val", "test", "testmini"}
+
+# What marking and counting rely on, in an Item and its Question.
+ITEM = {
+    "text": str, "answer": str, "category": str, "choices": (list, type(None)),
+    "groups": [str], "cluster": (str, int), "stratum": str,
+}  # fmt: skip
 
 
 def is_wanted(benchmark: Benchmark, path: str) -> bool:
@@ -108,6 +114,7 @@ def load(name: str, data: str, several: bool = False) -> list[Item]:
         for place, row in read_rows(file):
             try:
                 item = BENCHMARKS[name].read(row)
+                check_shape(vars(item) | vars(item.question), ITEM, place)
             except KeyError as error:
                 columns = ", ".join(row)
                 raise UserError(
