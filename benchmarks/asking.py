@@ -126,9 +126,6 @@ def bring_policy(settings: dict, tensor: int):
     bounds = {name: settings[name] for name in names}
     if tensor == 1:
         return load_policy(settings["model"], dtype, **bounds).to(device)
-    import checkpoint
-    import parallel
-
     policy = load_policy(settings["model"], dtype, empty=True, **bounds)
     policy.compute_device, policy.slices = device, parallel.slices(policy, tensor)
     checkpoint.load_weights(find_checkpoint(settings["model"]), policy)
