@@ -31,15 +31,15 @@ from tqdm import tqdm
 import parallel
 import record
 import toy
-from data import NUMBER, UserError, read_json
+from data import UserError, read_json
 from model import Policy, Prompt, Sample, encode, find_checkpoint, is_finite, save_policy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SUMS = "SHA256SUMS"
 # What a Run counts, beside its settings, weights and samples.
-COUNTERS = ("step", "episode", "counts", "not_finite", "logp_mismatch")
-TRAINER = {"step": int, "episode": int, "counts": dict, "not_finite": int, "logp_mismatch": NUMBER,
-           "draws": int, "config": dict}  # fmt: skip
+COUNTERS = ("step", "episode", "counts", "not_finite")
+TRAINER = {"step": int, "episode": int, "counts": dict, "not_finite": int, "draws": int, "config": dict,
+           "data_checksum": int}  # fmt: skip
 SAMPLES = {"fresh": [dict], "buffer": [dict]}
 
 
@@ -176,6 +176,7 @@ def save_run(run) -> None:
     keep = run.config.keep_last + (run.not_finite > 0)
     trainer = {name: getattr(run, name) for name in COUNTERS}
     trainer |= {"draws": run.buffer.draws, "config": asdict(run.config)}
+    trainer["data_checksum"] = run.data_checksum
     # At an episode's end nothing will be drawn from the buffer any more.
     samples = {"fresh": run.fresh, "buffer": run.buffer.samples if run.fresh else []}
     save(run.out, run.policy, run.optimizer, trainer, samples, keep)
@@ -329,6 +330,10 @@ def resume_run(run) -> bool:
         if then != now and (name == "toy_level" or "toy" in (then, now)):
             raise UserError(f"{directory}: was made with --{name} {before[name]}; resume with that, or start "
                             f"a new run from it: --model {directory}")  # fmt: skip
+    if trainer.get("data_checksum", run.data_checksum) != run.data_checksum:
+        raise UserError(f"{directory}: the questions of {run.config.data}, or the flags that choose among them, "
+                        "changed since; resume with those of before, or start a new run from it: "
+                        f"--model {directory}")  # fmt: skip
     now, then = run.config.reward, before.get("reward", "")
     if bool(now) != bool(then):  # its file may have moved
         raise UserError(f"{directory}: was made {f'with --reward {then}' if then else 'without --reward'}; resume "

@@ -5,6 +5,7 @@ Everything the user can get wrong is found here, and said in one line, before an
 
 import contextlib
 import hashlib
+import json
 import math
 import re
 import runpy
@@ -12,6 +13,7 @@ import shutil
 import signal
 import sys
 import traceback
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,13 +49,13 @@ class Run:
     total_steps: int
     buffer: ReplayBuffer
     grade: Grade | None = None  # None: the rule's verdict, 1 or 0
+    data_checksum: int = 0  # of the questions, by which a resumed run knows them
     lock: TextIO | None = None  # on `out`, held while the file is open; rank 0's
     step: int = 0  # optimiser steps done, skipped ones included
     episode: int = 0  # episodes sampled
     fresh: list[Sample] = field(default_factory=list)  # of this episode, not yet trained on
     counts: dict = field(default_factory=dict)  # of this episode, for the metrics
     not_finite: int = 0  # steps in a row skipped for a gradient that was not finite
-    logp_mismatch: float = 0.0  # of this episode: sampling against the training forward pass
     measured: int = -1  # the step of the last measurement on held-out questions
     interrupted: bool = False  # by Ctrl-C or SIGTERM: finish the step, save, stop
 
@@ -74,6 +76,7 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     out, lock = choose_out(config)
     say(sources(config))
     questions, heldout = load_data(config)
+    checksum = data_checksum(questions + heldout) if questions else 0
     # Before the model is loaded, which takes minutes.
     pictures = check_pictures(questions + heldout) if questions else {}
     model = find_model(config)
@@ -105,7 +108,7 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     if parallel.rank() == 0 and not checkpoint.list_checkpoints(out):
         record.write_config(out, config)  # with the sizes that fit
     buffer = ReplayBuffer(config.ssr_alpha, config.seed, config.ssr_replacement)
-    return Run(config, out, policy, optimizer, questions, heldout, total, buffer, grade, lock)
+    return Run(config, out, policy, optimizer, questions, heldout, total, buffer, grade, checksum, lock)
 
 
 def say(line: str) -> None:
@@ -209,20 +212,28 @@ def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:
         config.heldout = 128 if config.heldout is None else config.heldout
         recipe = toy.LEVELS[config.toy_level]
         return None, toy.toy_questions(recipe, config.heldout, 0, heldout=True)
-    wanted = (config.pass_rate_column, config.pass_rate_min, config.pass_rate_max)
-    questions = parallel.agree(lambda: load_questions(config.data, wanted if wanted[0] else None))
+    everything = parallel.agree(lambda: load_questions(config.data))
     if config.heldout is None:
-        config.heldout = min(128, max(1, len(questions) // 10), len(questions) - 1)
-    if config.heldout >= len(questions):
-        raise UserError(
-            f"--heldout {config.heldout}: {config.data} has {len(questions)} questions; lower it, or 0 for none"
-        )
-    # By a hash of the id: the same questions are held out whatever the seed or the order of the file.
-    by_hash = sorted(questions, key=lambda q: hashlib.sha256(q.id.encode()).digest())
+        config.heldout = min(128, max(1, len(everything) // 10), len(everything) - 1)
+    # By a hash of the id, and before any filter: the same questions are held out whatever the seed, the order
+    # of the file or the pass rate, so that no stage trains on what another is measured on.
+    by_hash = sorted(everything, key=lambda q: hashlib.sha256(q.id.encode()).digest())
     kept_out = {q.id for q in by_hash[: config.heldout]}
-    return [q for q in questions if q.id not in kept_out], [
-        q for q in questions if q.id in kept_out
-    ]
+    selected = everything
+    if config.pass_rate_column:
+        wanted = (config.pass_rate_column, config.pass_rate_min, config.pass_rate_max)
+        selected = parallel.agree(lambda: load_questions(config.data, wanted))
+    training = [q for q in selected if q.id not in kept_out]
+    if not training:
+        raise UserError(
+            f"--heldout {config.heldout}: {config.data} has {len(selected)} questions to train on; lower it, or 0 for none"
+        )
+    return training, [q for q in everything if q.id in kept_out]
+
+
+def data_checksum(questions: list[Question]) -> int:
+    """Of what is asked and what is right, in order: the order of the file decides that of training."""
+    return zlib.crc32(json.dumps([(q.id, q.text, q.answer) for q in questions]).encode())
 
 
 def check_share(config: Config) -> None:

@@ -133,8 +133,11 @@ def step_metrics(run, branches: list, numbers: Counter) -> dict:
         "clip_fraction": clipped / tokens,
         "clip_fraction_fresh": (clipped - clipped_replayed) / max(1, tokens - replayed_tokens),
         "clip_fraction_replayed": clipped_replayed / max(1, replayed_tokens),
-        "entropy": numbers["entropy"] / tokens,
-        "logp_mismatch": run.logp_mismatch,
+        "entropy": numbers["entropy"] / max(1, numbers["trained_tokens"]),
+        "prompt_share": numbers["prompt_tokens"] / max(1, numbers["row_tokens"]),
+        "logp_mismatch": counts["mismatch"] / max(1, counts["mismatch_tokens"]),
+        "logp_mismatch_max": counts["mismatch_max"],
+        "logp_mismatch_kl": counts["mismatch_kl"] / max(1, counts["mismatch_tokens"]),
         "response_length": counts["response_tokens"] / responses,
         "response_tokens": counts["response_tokens"] * c.batch_size / responses,
         "truncated": counts["truncated"] / responses,
@@ -142,7 +145,7 @@ def step_metrics(run, branches: list, numbers: Counter) -> dict:
         "rethought": counts["kept"] / responses,
         **{f"rethink_{name}": counts[name] for name in ("attempted", "kept", "tokens", *OUTCOMES)},
         "lr": numbers["lr"],
-        "skipped": not branches or not finite,
+        "skipped": not numbers or not finite,
     }  # fmt: skip
 
 

@@ -24,7 +24,9 @@ import random
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from safetensors import SafetensorError
@@ -39,7 +41,7 @@ from data import Question, UserError, printable
 from grpo import group_advantages, group_baseline, is_clipped, policy_loss, token_weights
 from model import Prompt, Sample, answering_text, encode, response_logprobs, with_pixels
 from pages.walk import explain
-from prepare import Grade, Run, gentle_stop, prepare, rethinking
+from prepare import Grade, Run, gentle_stop, prepare, rethinking, say
 from record import Recorder, step_metrics
 from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks
 from reward import extract_answer, reward
@@ -48,6 +50,7 @@ from ssr import is_effective, replay_batch
 from tree import Trees, build_trees, pad_rows, plan_micro_batches
 
 STOP_AFTER = 5  # non-finite steps in a row
+MISMATCH_LIMIT = 0.02  # nats per token between sampling and training; beyond, a run is warned
 
 
 # ---------------------------------------------------------------------------- sample
@@ -84,8 +87,12 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
         counts = count_responses(groups)
         groups, outcomes = keep_second_looks(c, groups)
         if c.recompute_logprobs:
-            recompute_logprobs(run, groups)
+            differences = check_logprobs(run, groups)
+    if not c.recompute_logprobs:  # one group on each rank, by weights as they are when training
+        differences = check_logprobs(run, groups[:1])
     counts.update(outcomes)
+    counts.update(mismatch_tokens=len(differences), mismatch=float(differences.abs().sum()),
+                  mismatch_kl=float((differences.expm1() - differences).sum()))  # fmt: skip
     if parallel.world() > 1:  # pictures do not travel; `with_pixels` reads them again
         for sample in (s for group in groups for s in group):
             sample.prompt = replace(sample.prompt, pixel_values=None)
@@ -93,7 +100,16 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
                 sample.extension.prompt = sample.prompt
     numbered = parallel.gather(list(zip(numbers, groups)), run.policy)
     ordered = sorted(numbered, key=lambda pair: pair[0])
-    return [group for _, group in ordered], parallel.total(counts, run.policy)
+    counts = parallel.total(counts, run.policy)
+    counts["mismatch_max"] = max(parallel.gather([float(differences.abs().max())]))
+    mismatch = counts["mismatch"] / counts["mismatch_tokens"]
+    if not math.isfinite(mismatch):
+        raise UserError(f"episode {run.episode + 1}: log-probabilities are not finite, so the weights are not; "
+                        f"lower --lr, and go on from an earlier checkpoint in {run.out}")  # fmt: skip
+    if mismatch > MISMATCH_LIMIT:
+        say(f"warning: episode {run.episode + 1}: the policy that samples and the one that learns differ by "
+            f"{mismatch:.3f} nats per token (above {MISMATCH_LIMIT}); see logp_mismatch in README.md")  # fmt: skip
+    return [group for _, group in ordered], counts
 
 
 def sample_groups(run: Run, prompts: list[Prompt], keys: list[str], progress=lambda finished: None):
@@ -163,13 +179,21 @@ def count_responses(groups: list[list[Sample]]) -> Counter:
 
 
 @torch.no_grad()
-def recompute_logprobs(run: Run, groups: list[list[Sample]]) -> None:
-    """Behaviour log-probabilities by the training forward pass, in place of those met in sampling."""
+def check_logprobs(run: Run, groups: list[list[Sample]]) -> torch.Tensor:
+    """By how much the training forward pass differs from sampling: log-probabilities of sampled tokens.
+
+    With --recompute_logprobs the samples keep what the training forward pass says.
+    """
+    c, differences = run.config, []
     for group in groups:
         branches = [(group[0].prompt, [sample.tokens for sample in group])]
-        logprobs, _ = response_logprobs(run.policy, branches, run.config.temperature)
+        logprobs, _ = response_logprobs(run.policy, branches, c.temperature)
         for sample, row in zip(group, logprobs.cpu()):
-            sample.logprobs = row[: len(sample.tokens)]
+            row = row[: len(sample.tokens)]
+            differences.append((row - sample.logprobs)[sample.mask])
+            if c.recompute_logprobs:
+                sample.logprobs = row
+    return torch.cat(differences).double()
 
 
 # ---------------------------------------------------------------------------- update
@@ -209,8 +233,8 @@ class Terms:
         return (self.logprobs - self.old_logprobs).exp()
 
 
-def choose_batch(run: Run) -> tuple[list[Sample], list[Branch]]:
-    """The next B responses of the episode, and what is trained on in their stead."""
+def choose_batch(run: Run) -> list[Branch]:
+    """What is trained on in place of the next B responses of the episode."""
     c = run.config
     fresh, run.fresh = run.fresh[: c.batch_size], run.fresh[c.batch_size :]
     if c.ssr == "replay":
@@ -225,7 +249,7 @@ def choose_batch(run: Run) -> tuple[list[Sample], list[Branch]]:
         if imitate or id(sample) in branches:
             branch = branches.setdefault(id(sample), Branch(sample))
             branch.fresh, branch.imitate = True, imitate
-    return fresh, list(branches.values())
+    return list(branches.values())
 
 
 def batch_totals(c: Config, branches: list[Branch]) -> Counter:
@@ -239,7 +263,7 @@ def batch_totals(c: Config, branches: list[Branch]) -> Counter:
 
 
 def micro_batches(run: Run, branches: list[Branch]):
-    """This rank's share of the batch, micro-batch by micro-batch: (its branches, their trees).
+    """This rank's share of these branches, micro-batch by micro-batch: (its branches, their trees).
 
     A rank that runs out repeats a branch that counts for nothing: its gradients are 0, but all ranks
     must gather and reduce equally often.
@@ -251,12 +275,21 @@ def micro_batches(run: Run, branches: list[Branch]):
     plan = plan_micro_batches(lengths, parallel.world(), run.config.micro_batch_tokens)
     mine = [[[branches[i] for i in tree] for tree in micro] for micro in plan[parallel.rank()]]
     spare = [[Branch(branches[0].sample)]] if branches else []
-    for micro in mine + [spare] * (max(map(len, plan)) - len(mine)):
-        prompts = parallel.agree(
-            lambda: [with_pixels(run.policy, tree[0].sample.prompt) for tree in micro]  # noqa: B023
-        )
-        groups = [(p, [b.sample.tokens for b in tree]) for p, tree in zip(prompts, micro)]
-        yield [b for tree in micro for b in tree], build_trees(groups).to(run.policy.device)
+    mine += [spare] * (max(map(len, plan)) - len(mine))
+
+    def lay_out(micro: list[list[Branch]]) -> Trees:
+        return build_trees([
+            (with_pixels(run.policy, tree[0].sample.prompt), [b.sample.tokens for b in tree])
+            for tree in micro
+        ])  # fmt: skip
+
+    with ThreadPoolExecutor(1) as background:
+        # The next one's pictures are read and patched while this one is trained on.
+        trees = background.submit(lay_out, mine[0]) if mine else None
+        for micro, following in zip_longest(mine, mine[1:]):
+            now = parallel.agree(trees.result)
+            trees = following and background.submit(lay_out, following)
+            yield [b for tree in micro for b in tree], now.to(run.policy.device)
 
 
 def token_terms(run: Run, branches: list[Branch], trees: Trees, totals: Counter) -> Terms:
@@ -287,41 +320,39 @@ def token_terms(run: Run, branches: list[Branch], trees: Trees, totals: Counter)
 
 
 @torch.no_grad()
-def token_sums(run: Run, branches: list[Branch], t: Terms) -> dict[str, float]:
+def token_sums(branches: list[Branch], trees: Trees, t: Terms) -> dict[str, float]:
     """A micro-batch's sums for the metrics."""
     device = t.mask.device
     draws = torch.tensor([float(b.draws) for b in branches], device=device)[:, None]  # [B, 1]
     replays = torch.tensor([float(b.replays) for b in branches], device=device)[:, None]
-    on_policy = torch.tensor([b.sample.step == run.step for b in branches], device=device)[:, None]
-    drift = (t.logprobs - t.old_logprobs).abs().masked_fill(~(t.mask & on_policy), 0.0)
     sums = {
         "loss": t.policy_loss, "sft_loss": t.sft_loss,
-        "entropy": (t.entropy * t.mask * draws).sum(),
+        "entropy": (t.entropy * t.mask * draws).sum(), "trained_tokens": (t.mask * draws).sum(),
         "clipped": (t.clipped * draws).sum(), "clipped_replayed": (t.clipped * replays).sum(),
-        "replayed_tokens": (t.mask * replays).sum(), "mismatch": drift.max(),
+        "replayed_tokens": (t.mask * replays).sum(),
+        "prompt_tokens": (trees.branch == 0).sum(), "row_tokens": (trees.branch >= 0).sum(),
     }  # fmt: skip
     return {name: float(value) for name, value in sums.items()}
 
 
 def update(run: Run, branches: list[Branch]) -> Counter:
-    """One optimiser step on the batch: its sums and totals, all 0 for an empty batch.
+    """One optimiser step on the batch: its sums and totals, all 0 where nothing has a gradient.
 
+    Samples without advantage (--ssr off keeps them) have none: they count in the mean and are not run.
     The step is skipped where the gradient is not finite: its norm is that of all ranks' gradients, so
     all skip.
     """
     c = run.config
-    if not branches:
+    trained = [b for b in branches if b.imitate or is_effective(b.sample)]
+    if not trained:
         return Counter()
-    totals = batch_totals(c, branches)
-    sums, mismatch = Counter(), 0.0
-    for rows, trees in micro_batches(run, branches):
+    totals, sums = batch_totals(c, branches), Counter()
+    for rows, trees in micro_batches(run, trained):
         terms = token_terms(run, rows, trees, totals)
         loss = terms.policy_loss + c.rethink_sft_coef * terms.sft_loss
         # FSDP averages gradients over ranks; the loss is already divided by all ranks' tokens.
         (loss * parallel.world()).backward()
-        numbers = token_sums(run, rows, terms)
-        mismatch = max(mismatch, numbers.pop("mismatch"))
-        sums.update(numbers)
+        sums.update(token_sums(rows, trees, terms))
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.max_grad_norm or math.inf)
     norm = float(parallel.whole(norm))
     learning_rate = c.lr * lr_factor(run.step, run.total_steps, c)
@@ -332,7 +363,7 @@ def update(run: Run, branches: list[Branch]) -> Counter:
     run.optimizer.zero_grad()
     sums = parallel.total(sums)
     sums.update(totals)
-    sums.update(mismatch=max(parallel.gather([mismatch])), grad_norm=norm, lr=learning_rate)
+    sums.update(grad_norm=norm, lr=learning_rate)
     return sums
 
 
@@ -409,12 +440,9 @@ def is_measured(run: Run) -> bool:
 def train_step(run: Run, sampling_seconds: float) -> dict:
     """Choose a batch, update, and report: a line of metrics.jsonl."""
     start = time.perf_counter()
-    fresh, branches = choose_batch(run)
+    branches = choose_batch(run)
     numbers = update(run, branches)
-    # The first batch of an episode is trained by the weights that sampled it; the others have drifted.
-    if branches and fresh[0].step == run.step:
-        run.logp_mismatch = numbers["mismatch"]
-    if branches:  # ruined weights make all rewards equal: an empty batch is no sign of health
+    if numbers:  # ruined weights make all rewards equal: an empty batch is no sign of health
         run.not_finite = 0 if math.isfinite(numbers["grad_norm"]) else run.not_finite + 1
     row = step_metrics(run, branches, numbers)
     run.step += 1

@@ -355,29 +355,31 @@ def plan_micro_batches(
 
     branches  (question id, prompt length, response length) a branch
     ranks     how many share the work; each gets about the same number of tokens
-    budget    tokens of a micro-batch's rows, padding included. A group that is longer is cut into
-              several trees; one that is longer with a single branch gets a micro-batch of its own.
+    budget    tokens of a micro-batch's rows, padding included. The branches of a question are one
+              tree wherever it allows; a longer group is cut into few trees, and one that is longer
+              with a single branch gets a micro-batch of its own.
 
     Ranks may get different numbers of micro-batches: the caller fills up with empty ones.
 
     >>> branches = [("a", 10, 4), ("b", 10, 5), ("a", 10, 6), ("c", 10, 40)]
     >>> plan_micro_batches(branches, ranks=2, budget=40)
-    [[[[3]]], [[[0, 2], [1]]]]
+    [[[[3]]], [[[2, 0], [1]]]]
     """
     by_question: dict[str, list[int]] = {}
     for i, (question, _, _) in enumerate(branches):
         by_question.setdefault(question, []).append(i)
     trees = []  # (tokens of the row, branch indices)
     for members in by_question.values():
-        prompt = branches[members[0]][1]
-        row, length = [], prompt
-        for i in members:
-            if row and length + branches[i][2] > budget:
-                trees.append((length, row))
-                row, length = [], prompt
-            row.append(i)
-            length += branches[i][2]
-        trees.append((length, row))
+        rows = []  # [tokens of the row, branch indices]
+        # The longest first, each where it fits first: few rows.
+        for i in sorted(members, key=lambda i: -branches[i][2]):
+            _, prompt, response = branches[i]
+            row = next((row for row in rows if row[0] + response <= budget), None)
+            if row is None:
+                rows.append(row := [prompt, []])
+            row[0] += response
+            row[1].append(i)
+        trees += rows
     trees.sort(key=lambda tree: -tree[0])
     shares, loads = [[] for _ in range(ranks)], [0] * ranks
     for tree in trees:

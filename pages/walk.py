@@ -88,7 +88,7 @@ def follow(run: Run, steps, group: list[Sample], idle: list[Sample]) -> tuple[st
     parts.append(lesson.tell_rethinking(policy, c, group[i], merged[i], i, outcomes))
 
     run.fresh = merged + idle
-    _, branches = steps.choose_batch(run)
+    branches = steps.choose_batch(run)
     parts.append(lesson.tell_replay(merged, idle, run.buffer, [b.draws for b in branches]))
 
     totals = steps.batch_totals(c, branches)

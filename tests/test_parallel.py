@@ -259,7 +259,7 @@ def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(base, tmp_pat
     run_training(base, tmp_path, **settings)
     rows = steps_of(tmp_path)
     assert len(rows) == 4 and not any(row["skipped"] for row in rows)
-    assert all(0 < row["logp_mismatch"] < 0.5 for row in rows)  # bf16: not 1e-5
+    assert all(0 < row["logp_mismatch"] < 0.02 for row in rows)  # bf16: not 1e-5
     trained = weights_of(tmp_path / "checkpoint-4")
     assert all(tensor.dtype == torch.float32 for tensor in trained.values())
 

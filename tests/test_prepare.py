@@ -44,12 +44,31 @@ def mine(tmp_path_factory):
 @pytest.mark.parametrize(("n", "expected"), [(1, 0), (2, 1), (20, 2), (1000, 100), (2000, 128)])
 def test_by_default_a_tenth_of_a_file_is_held_out_and_never_more_than_128(monkeypatch, n, expected):
     questions = [Question(str(i), "?", [], "1") for i in range(n)]
-    monkeypatch.setattr(prepare, "load_questions", lambda path, wanted: questions)
+    monkeypatch.setattr(prepare, "load_questions", lambda path: questions)
     config = Config(model="m", data="mine.csv")
     training, heldout = prepare.load_data(config)
     assert (len(heldout), config.heldout, len(training)) == (expected, expected, n - expected)
     assert not {q.id for q in training} & {q.id for q in heldout}
     assert prepare.load_data(replace(config, heldout=0)) == (questions, [])
+
+
+def test_no_pass_rate_trains_on_what_is_held_out_under_another(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"qid": i, "question": "?", "answer": 1, "rate": i % 10 / 10} for i in range(100)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config(model="m", data=str(path), heldout=20)
+    ranges = [("", 0, 1), ("rate", 0.5, 1), ("rate", 0, 0.4)]
+    runs = [
+        prepare.load_data(
+            replace(config, pass_rate_column=column, pass_rate_min=low, pass_rate_max=high)
+        )
+        for column, low, high in ranges
+    ]
+    sizes = [len(training) for training, _ in runs]
+    assert sizes[0] == 80 == sizes[1] + sizes[2] and min(sizes) > 20
+    heldout = {q.id for q in runs[0][1]}
+    for training, kept_out in runs:
+        assert {q.id for q in kept_out} == heldout and not heldout & {q.id for q in training}
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 18, 63])

@@ -32,7 +32,8 @@ import record
 import toy
 import train
 from config import Config
-from model import save_policy
+from data import UserError
+from model import Sample, save_policy
 from rethink import TRIGGERS
 from reward import reward
 
@@ -214,11 +215,11 @@ def test_the_gradient_is_that_of_the_formula(base, tmp_path, monkeypatch, change
     expected, real = [], train.choose_batch
 
     def choose_batch(run):
-        fresh, branches = real(run)
+        branches = real(run)
         loss = formula_loss(run, branches)
         gradients = torch.autograd.grad(loss, list(run.policy.parameters()))
         expected.append(dict(zip(dict(run.policy.named_parameters()), gradients)))
-        return fresh, branches
+        return branches
 
     monkeypatch.setattr(train, "choose_batch", choose_batch)
     seen = spy_on_updates(monkeypatch)
@@ -259,8 +260,10 @@ def test_gradient_checkpointing_does_not_change_the_gradient(base, tmp_path, mon
     assert relative_distance(seen[0][2], seen[1][2]) < 1e-5
 
 
-def test_recomputed_log_probabilities_take_the_place_of_the_sampled(base, tmp_path, monkeypatch):
-    """A sampler that is wrong by 1 shows in logp_mismatch; recomputing mends it."""
+def test_recomputed_log_probabilities_take_the_place_of_the_sampled(
+    base, tmp_path, monkeypatch, capsys
+):
+    """A sampler that is wrong by 1 shows in logp_mismatch and is warned of; recomputing mends the ratios."""
     let_be_right(monkeypatch, lucky)
     real = train.generate
 
@@ -273,10 +276,66 @@ def test_recomputed_log_probabilities_take_the_place_of_the_sampled(base, tmp_pa
 
     monkeypatch.setattr(train, "generate", wrong)
     settings = {"steps": 1, "heldout": 0, "rethink_fraction": 0.5, "batch_size": 32}
-    run_training(base, tmp_path / "sampled", **settings)
-    run_training(base, tmp_path / "recomputed", **settings, recompute_logprobs="true")
-    assert abs(steps_of(tmp_path / "sampled")[0]["logp_mismatch"] - 1.0) < 1e-3
-    assert steps_of(tmp_path / "recomputed")[0]["logp_mismatch"] < 1e-4
+    clipped = []
+    for recompute in ("false", "true"):
+        run_training(base, tmp_path / recompute, **settings, recompute_logprobs=recompute)
+        [row] = steps_of(tmp_path / recompute)
+        assert row["logp_mismatch"] == pytest.approx(1.0, abs=1e-3)
+        assert row["logp_mismatch_max"] == pytest.approx(1.0, abs=1e-3)
+        assert row["logp_mismatch_kl"] == pytest.approx(math.exp(-1), abs=1e-3)
+        assert "differ by 1.000 nats per token" in capsys.readouterr().out
+        clipped.append(row["clip_fraction"])
+    assert clipped[0] > 0 == clipped[1]
+
+
+def test_the_mismatch_is_measured_where_nothing_is_trained(base, tmp_path, monkeypatch, capsys):
+    let_be_right(monkeypatch, lambda sample: False)
+    run_training(base, tmp_path, steps=2, heldout=0)
+    for row in steps_of(tmp_path):
+        assert row["skipped"] and 0 < row["logp_mismatch"] < row["logp_mismatch_max"] < 1e-4
+        assert 0 <= row["logp_mismatch_kl"] < 1e-8
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_without_replay_samples_without_advantage_count_and_are_not_run(base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, lucky)
+    ran, real = [], train.token_terms
+
+    def watch(run, branches, *rest):
+        ran.extend(b.sample.advantage for b in branches)
+        return real(run, branches, *rest)
+
+    monkeypatch.setattr(train, "token_terms", watch)
+    run_training(base, tmp_path, steps=1, heldout=0, ssr="off", batch_size=32)
+    [row] = steps_of(tmp_path)
+    assert row["batch_responses"] == 32 > len(ran) > 0 and 0.0 not in ran
+    assert 0 < row["prompt_share"] < 1
+
+
+def test_the_next_micro_batch_is_laid_out_while_this_one_is_trained_on(monkeypatch, prompts):
+    """In order, one ahead and no further; what goes wrong there is raised here."""
+    laid_out = []
+
+    def build(groups):
+        laid_out.append(len(groups[0][1][0]))
+        if laid_out[-1] == 2:
+            raise UserError("no picture")
+        return SimpleNamespace(to=lambda device: len(groups[0][1][0]))
+
+    monkeypatch.setattr(train, "build_trees", build)
+    monkeypatch.setattr(train, "with_pixels", lambda policy, prompt: prompt)
+    branches = [
+        train.Branch(Sample(prompts[0], torch.ones(n), torch.ones(n), torch.ones(n), "", "stop"))
+        for n in (5, 4, 3, 2, 1)
+    ]
+    run = SimpleNamespace(policy=SimpleNamespace(device="cpu"), config=Config(micro_batch_tokens=1))
+    seen = []
+    with pytest.raises(UserError, match="no picture"):
+        for [branch], trees in train.micro_batches(run, branches):
+            assert len(branch.sample.tokens) == trees
+            seen.append(trees)
+            assert len(laid_out) <= len(seen) + 1
+    assert seen == [5, 4, 3] and laid_out == [5, 4, 3, 2]
 
 
 # ---------------------------------------------------------------------------- the reward
@@ -413,7 +472,8 @@ def test_five_steps_in_a_row_that_are_not_finite_stop_the_run(base, tmp_path, mo
     assert len(steps_of(tmp_path)) == 8
 
 
-def test_a_broken_weight_stops_the_run(base, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("ssr", ["replay", "off"])
+def test_a_broken_weight_stops_the_run(base, tmp_path, monkeypatch, capsys, ssr):
     real = train.prepare
 
     def ruined(config, grade):
@@ -423,7 +483,7 @@ def test_a_broken_weight_stops_the_run(base, tmp_path, monkeypatch, capsys):
         return prepared
 
     monkeypatch.setattr(train, "prepare", ruined)
-    assert train.main(flags(base, tmp_path, steps=20, heldout=0, ssr="off")) == 2
+    assert train.main(flags(base, tmp_path, steps=20, heldout=0, ssr=ssr)) == 2
     assert "not finite" in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -291,10 +291,15 @@ def test_a_group_that_fits_is_one_tree():
     assert sorted(micro_batch) == [[0, 2, 3], [1]]
 
 
-def test_a_group_longer_than_the_budget_is_cut_into_several_trees():
-    branches = [("a", 10, 20)] * 4
-    plan = plan_micro_batches(branches, ranks=1, budget=50)
-    assert plan == [[[[0, 1]], [[2, 3]]]]
+@pytest.mark.parametrize(
+    ("lengths", "trees"),
+    [([20, 20, 20, 20], [[0, 1], [2, 3]]), ([10, 30, 30, 10], [[0, 1], [2, 3]])],
+    ids=["alike", "unlike"],  # one after the other, the unlike ones would take three trees
+)
+def test_a_group_longer_than_the_budget_is_cut_into_few_trees(lengths, trees):
+    [micro_batches] = plan_micro_batches([("a", 10, n) for n in lengths], ranks=1, budget=50)
+    assert [len(micro) for micro in micro_batches] == [1, 1]
+    assert sorted(sorted(tree) for micro in micro_batches for tree in micro) == trees
 
 
 def test_ranks_with_nothing_to_do_get_no_micro_batch():
