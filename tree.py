@@ -239,10 +239,17 @@ def tree_attention(trees: Trees, module, query, key, value, **options) -> torch.
 
 @dataclass
 class Segments:
-    """Pieces of one row, each of which attends to itself alone: windows or pictures of patches."""
+    """Pieces of one row, each of which attends to itself alone: windows or pictures of patches.
 
-    batches: list[tuple[torch.Tensor, torch.Tensor | None]]  # indices [B, L]; mask [B, 1, 1, L]
-    place: torch.Tensor  # [T]: where each patch stands in the batches, one after the other
+    Put one after the other by their lengths they are M patches, padding included.
+    """
+
+    batches: list[
+        tuple[int, int, torch.Tensor | None]
+    ]  # B segments of L patches; mask [B, 1, 1, L]
+    index: torch.Tensor | None  # [M]: which patch stands there; None: all in the order of the row
+    place: torch.Tensor | None  # [T]: where each patch stands
+    real: torch.Tensor | None  # [M, 1, 1]: False at padding; None: there is none
 
 
 def pack_segments(lengths: list[int], device: torch.device) -> Segments:
@@ -250,25 +257,45 @@ def pack_segments(lengths: list[int], device: torch.device) -> Segments:
     to one length. Built on the host, once for all layers.
 
     >>> segments = pack_segments([1, 2], torch.device("cpu"))
-    >>> segments.batches[0][0], segments.batches[0][1][:, 0, 0].int(), segments.place
-    (tensor([[0, 1],
-            [1, 2]]), tensor([[1, 0],
-            [1, 1]], dtype=torch.int32), tensor([0, 2, 3]))
+    >>> segments.batches[0][2][:, 0, 0].int(), segments.index, segments.place
+    (tensor([[1, 0],
+            [1, 1]], dtype=torch.int32), tensor([0, 1, 1, 2]), tensor([0, 2, 3]))
     """
+
+    def move(x):
+        return x.to(device, non_blocking=True)
+
     by_length = {}
     for start, length in zip(accumulate(lengths, initial=0), lengths):
         by_length.setdefault(max(length, SHORT - 1), []).append((start, length))
-    batches, place, offset = [], torch.empty(sum(lengths), dtype=torch.long), 0
+    batches, index, real = [], [], []
     for members in by_length.values():
         start, length = torch.tensor(members).T[..., None]  # [B, 1] each
         column = torch.arange(int(length.max()))
-        real = column < length  # [B, L]
-        index = (start + column).clamp(max=len(place) - 1)
-        place[index[real]] = offset + real.flatten().nonzero()[:, 0]
-        offset += real.numel()
-        mask = None if real.all() else real[:, None, None].to(device, non_blocking=True)
-        batches.append((index.to(device, non_blocking=True), mask))
-    return Segments(batches, place.to(device, non_blocking=True))
+        inside = column < length  # [B, L]
+        batches.append((*inside.shape, None if inside.all() else move(inside[:, None, None])))
+        index.append((start + column).clamp(max=sum(lengths) - 1).flatten())
+        real.append(inside.flatten())
+    index, real = torch.cat(index), torch.cat(real)
+    if real.all() and torch.equal(index, torch.arange(len(index))):
+        return Segments(batches, None, None, None)
+    place = torch.empty(sum(lengths), dtype=torch.long)
+    place[index[real]] = real.nonzero()[:, 0]
+    padded = None if real.all() else move(real[:, None, None])
+    return Segments(batches, move(index), move(place), padded)
+
+
+class Rearrange(torch.autograd.Function):
+    """x[index], whose gradient is gathered too (by `back`): autograd would add it up, row by row."""
+
+    @staticmethod
+    def forward(ctx, x, index, back):
+        ctx.save_for_backward(back)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
 def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q, **options):
@@ -280,15 +307,20 @@ def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q, *
     segments = cu_seq_lens_q
     if isinstance(segments, torch.Tensor):
         segments = pack_segments(segments.diff().tolist(), query.device)
-    out = []
-    for index, mask in segments.batches:
-        q, k, v = (
-            x[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
-            for x in (query, key, value)
-        )  # [B, L, h, d]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, h, d]
+    if segments.index is not None:  # the gradient is 0 at padding, which nothing looks at
+        rows = [Rearrange.apply(x, segments.index, segments.place) for x in rows]
+    out, start = [], 0
+    for B, L, mask in segments.batches:
+        q, k, v = (x[start : start + B * L].unflatten(0, (B, L)).transpose(1, 2) for x in rows)
         out.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0].flatten(0, 1))
-    return torch.cat(out).index_select(0, segments.place)[None], None
+        start += B * L
+    out = torch.cat(out) if len(out) > 1 else out[0]
+    if segments.real is not None:
+        out = out * segments.real
+    if segments.index is not None:
+        out = Rearrange.apply(out, segments.place, segments.index)
+    return out[None], None
 
 
 AttentionInterface.register("flash_packed", packed_attention)

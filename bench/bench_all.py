@@ -7,7 +7,8 @@
 Each bench is a process of its own, so that none meets what another left in memory. One that fails
 is named, and the others run all the same. On a GPU that is the ladder of sampling and its share of
 the memory roofline, and the ways of training, their MFU and memory, with activations kept and
-recomputed; on any machine the grader, and on a CPU one rank against two, and TRL where it is installed.
+recomputed; on any machine whether every fast path is right, the vision tower and the grader; on a CPU
+one rank against two, and TRL where it is installed.
 """
 
 import argparse
@@ -33,6 +34,7 @@ def benches(quick: bool) -> list[list[str]]:
         timed = [[*command, "--lengths", "1"] for command in timed]
     else:
         timed = [["bench_rollout.py"], ["bench_train.py"], ["bench_ranks.py"], ["bench_trl.py"]]
+    timed = [["bench_paths.py"], ["bench_vision.py"], *timed]
     return [
         *([*command, "--quick"] if quick else command for command in timed),
         ["bench_reward.py"],

@@ -3,12 +3,16 @@
 import importlib.util
 
 import bench_all
+import bench_paths
 import bench_rollout
 import bench_train
 import bench_trl
+import bench_vision
 import benching
 import pytest
 import torch
+
+import decoding
 
 
 @pytest.mark.parametrize("bench", [bench_train, bench_rollout])
@@ -42,6 +46,29 @@ def test_the_rungs_of_the_ladder_sample_the_same_tokens_greedily():
     assert all(torch.equal(first, other) for other in others)
 
 
+def test_every_fast_path_is_right_in_bf16_and_what_was_not_checked_is_said(capsys):
+    assert bench_paths.main(["--quick"]) == 0
+    table = capsys.readouterr().out
+    assert table.count("| right") == len(bench_paths.SCORES) + 2 + torch.cuda.is_available() * 4
+    assert ("were not checked" in table) != torch.cuda.is_available()
+
+
+def test_scores_rounded_to_bf16_are_caught(monkeypatch):
+    policy = benching.random_policy(benching.SHAPES["quick"], "cpu", torch.bfloat16)
+    bench_paths.speak_up(policy)
+    bench_paths.add_key_bias(policy, 1000)
+    monkeypatch.setattr(decoding, "product", lambda a, b: (a @ b).float())
+    _, _, measured, limit = bench_paths.check_rollout(policy, 48, 24, 1000)
+    assert measured > 10 * limit
+
+
+def test_the_vision_bench_shows_both_towers_and_that_they_agree(capsys):
+    bench_vision.main(["--quick"])
+    out = capsys.readouterr().out
+    assert all(f"| {way} " in out for way in bench_vision.WAYS)
+    assert float(out.split("difference of the features: ")[1].split()[0].rstrip(".")) < 1e-5
+
+
 def test_step_memory_sees_what_torch_takes():
     peak = benching.cpu_step_memory(lambda: torch.ones(48 * benching.MIB // 4))
     if peak is None:
@@ -51,7 +78,7 @@ def test_step_memory_sees_what_torch_takes():
 
 def test_one_command_runs_every_bench():
     there = {path.name for path in bench_all.HERE.glob("bench_*.py")} - {"bench_all.py"}
-    on_a_gpu = {"bench_rollout.py", "bench_train.py", "bench_reward.py"}
+    on_a_gpu = {f"bench_{x}.py" for x in ("paths", "vision", "rollout", "train", "reward")}
     named = {name for name, *_ in bench_all.benches(quick=False)}
     assert named == (on_a_gpu if torch.cuda.is_available() else there)
 
