@@ -18,10 +18,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from benchmarks import mega
-from benchmarks.rules import extract, literal, same_quantity, value
+from benchmarks.rules import (
+    close,
+    equal_lists,
+    extract,
+    literal,
+    pick,
+    quotient,
+    same_quantity,
+    value,
+)
 from data import MARKER, Question, parse_choices, place_markers, with_choices
 from grading.choices import LETTERS, named
-from grading.spelling import compact, tidy, ungrouped
+from grading.spelling import compact, tidy
 from reward import is_correct
 
 
@@ -99,39 +108,6 @@ def gold_text(row: dict) -> str:
     return answer
 
 
-def pick(gold: str, choices: list[str]) -> Callable[[str], bool]:
-    """The rule of a multiple-choice question whose gold answer is a letter, in any wrapping."""
-    right = named(gold, choices, strict=False)
-    if not right or len(right) > 1:
-        raise ValueError(f"the answer {gold!r} is not the letter of an option")
-    return lambda text: named(text, choices, strict=False) == right
-
-
-def close(text: str, gold: str, decimals: int) -> bool:
-    r"""Equal after rounding both numbers, if one is a decimal; exact forms are never rounded.
-
-    >>> close("\\frac{36}{13}", "2.77", 2), close("1/55", "1/60", 2)
-    (True, False)
-    """
-    if not re.search(r"\.[0-9]", text + " " + gold):
-        return False
-    ours, theirs = value(text), value(gold)
-    return None not in (ours, theirs) and round(ours, decimals) == round(theirs, decimals)
-
-
-def equal_lists(text: str, gold: str) -> bool:
-    """Printed lists with equal elements in order.
-
-    >>> equal_lists("$[1.0, 2]$", "[1, 2]"), equal_lists("[2, 1]", "[1, 2]")
-    (True, False)
-    """
-    try:
-        ours, theirs = literal(ungrouped(text)), literal(gold)
-    except ValueError:
-        return False
-    return isinstance(ours, (list, tuple)) and list(ours) == list(theirs)
-
-
 # ---------------------------------------------------------------------------- MathVista
 
 
@@ -201,16 +177,6 @@ def mathverse(row: dict) -> Item:
 
 
 # ---------------------------------------------------------------------------- MathVision
-
-
-def quotient(text: str) -> str:
-    """A ratio of two as their quotient; any other text as it is.
-
-    >>> quotient("$3: 4$"), quotient("3/4")
-    ('(3)/(4)', '3/4')
-    """
-    parts = tidy(text).split(":")
-    return f"({parts[0].strip()})/({parts[1].strip()})" if len(parts) == 2 else text
 
 
 def mathvision(row: dict) -> Item:

@@ -16,12 +16,13 @@ the model wrote).
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import mpmath
 
 from grading.choices import named
+from grading.spelling import tidy, ungrouped
 from grading.structure import readings, same, value_of
 from grading.value import Point, evaluate, symbols
 from reward import MAX_LENGTH, extract_answer, is_correct
@@ -165,3 +166,46 @@ def same_quantity(prediction: str, gold: str) -> bool:
     sides = [readings(text[:MAX_LENGTH])[0] for text in (prediction, gold)]
     a, b = (side[0] == "relation" and value_of(side) or side for side in sides)
     return a[0] == b[0] == "value" and same(a, b)
+
+
+def pick(gold: str, choices: list[str]) -> Callable[[str], bool]:
+    """The rule of a multiple-choice question whose gold answer is a letter, in any wrapping."""
+    right = named(gold, choices, strict=False)
+    if not right or len(right) > 1:
+        raise ValueError(f"the answer {gold!r} is not the letter of an option")
+    return lambda text: named(text, choices, strict=False) == right
+
+
+def close(text: str, gold: str, decimals: int) -> bool:
+    r"""Equal after rounding both numbers, if one is a decimal; exact forms are never rounded.
+
+    >>> close("\\frac{36}{13}", "2.77", 2), close("1/55", "1/60", 2)
+    (True, False)
+    """
+    if not re.search(r"\.[0-9]", text + " " + gold):
+        return False
+    ours, theirs = value(text), value(gold)
+    return None not in (ours, theirs) and round(ours, decimals) == round(theirs, decimals)
+
+
+def equal_lists(text: str, gold: str) -> bool:
+    """Printed lists with equal elements in order.
+
+    >>> equal_lists("$[1.0, 2]$", "[1, 2]"), equal_lists("[2, 1]", "[1, 2]")
+    (True, False)
+    """
+    try:
+        ours, theirs = literal(ungrouped(text)), literal(gold)
+    except ValueError:
+        return False
+    return isinstance(ours, (list, tuple)) and list(ours) == list(theirs)
+
+
+def quotient(text: str) -> str:
+    """A ratio of two as their quotient; any other text as it is.
+
+    >>> quotient("$3: 4$"), quotient("3/4")
+    ('(3)/(4)', '3/4')
+    """
+    parts = tidy(text).split(":")
+    return f"({parts[0].strip()})/({parts[1].strip()})" if len(parts) == 2 else text
