@@ -208,8 +208,8 @@ class Policy(nn.Module):
         keys, values = [], []
 
         def attend(module, q, k, v, scaling, **_):
-            keys.append(k)
-            values.append(v)
+            keys.append(k.contiguous())  # head by head, as decoding reads them at every token
+            values.append(v.contiguous())
             mixed = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scaling, enable_gqa=True
             )

@@ -2,15 +2,15 @@
 
 torchrun starts one process a GPU (gloo on CPUs). `shard` splits every parameter over them; a layer
 is gathered just before it runs and let go after. Sampling would gather all layers once per token, so
-for a rollout `weights_to_sample` gathers each once. A model that fits is kept whole, and decoding then uses no
-collective at all: ranks may decode different lengths without waiting for each other. Of one that does not
-fit, the ranks of a node (`--tensor N` of them) keep a *slice* of every layer each:
+for a rollout `weights_to_sample` gathers each once. A model that fits is kept whole, and decoding
+then uses no collective at all: ranks may decode different lengths without waiting for each other. Of
+one that does not fit, ranks of a node (`--tensor N` of them) keep a *slice* of every layer each:
 
     attention  o_proj(mix(x)) = sum over ranks of  O[:, mine] mix of my heads
     MLP        down(act(gate x) * up x) = sum over ranks of  down[:, mine] (act(gate[mine] x) * up[mine] x)
 
 so heads and MLP columns never leave their rank, and a token costs two sums over the ranks per layer
-(Megatron-LM, arXiv 1909.08053) instead of moving all weights. These ranks sample the same responses together.
+(Megatron-LM, arXiv 1909.08053) instead of moving all weights. These ranks sample the same responses.
 
 Collectives must be called by all ranks alike, or the run hangs. So nothing here decides by what
 one rank alone knows: samples are exchanged (`gather`), and every rank then computes the same plan.

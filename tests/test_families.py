@@ -23,12 +23,15 @@ from conftest import (
 )
 from family_ranks import evaluate, gradients, load_sharded, one_batch, responses
 from safetensors.torch import load_file, save_file
+from tiny import flags, make_base, steps_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import parallel
 import toy
+import train
 from data import Question, UserError
 from model import FAMILIES, Policy, encode, load_policy, response_logprobs, save_policy
+from reward import extract_answer
 from rollout import generate
 
 LIMIT = 150  # seconds: longer is a hang
@@ -146,7 +149,20 @@ def test_linear_attention_is_refused_in_one_line_that_says_why(tmp_path):
     assert "\n" not in str(refused.value)
 
 
-# ---------------------------------------------------------------------------- two ranks
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reinforcement_teaches_every_family(name, tmp_path):
+    """Of six colours to guess, three are paid for: from a half of the guesses to nearly all."""
+
+    def paid(text, question):
+        return float(extract_answer(text) in ("red", "green", "blue"))
+
+    settings = {"steps": 14, "heldout": 0, "batch_size": 32, "save_every": 100, "lr": 3e-3}
+    assert train.main(flags(make_base(name), tmp_path, **settings), paid) == 0
+    rewards = [row["reward"] for row in steps_of(tmp_path)]
+    assert sum(rewards[:2]) / 2 < 0.75 and sum(rewards[-4:]) / 4 > 0.85
+
+
+# ---------------------------------------------------------------------------- several ranks
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ TEMPORARY = tempfile.TemporaryDirectory(prefix="tiny-")  # goes when the tests e
 
 
 @functools.cache
-def make_base() -> Path:
+def make_base(family: str = "qwen2_5_vl") -> Path:
     """Two seconds of supervision teach a small policy to guess a colour, half of the time twice:
 
         Looks like \\boxed{red}.
@@ -28,7 +28,7 @@ def make_base() -> Path:
 
     So boxes are filled, responses end, and what follows a forced trigger is an answer again.
     """
-    policy = toy.new_policy(0, hidden=32, layers=2, heads=2)
+    policy = toy.new_policy(0, hidden=32, layers=2, heads=2, family=family)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-2, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=90)
     rng, colours = random.Random(0), list(toy.COLOURS)[:6]
@@ -51,7 +51,7 @@ def make_base() -> Path:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    directory = Path(TEMPORARY.name) / "base"
+    directory = Path(TEMPORARY.name) / family
     save_policy(policy, directory)
     return directory
 
