@@ -1,20 +1,29 @@
-"""One decoding step: a cache of keys and values, and the next token of every row.
+"""One decoding step: keys and values in pages, and the next token of every row.
 
-While decoding, a row's attention has two halves, under one softmax:
+What a row has said and what its prompt holds lies in pages, each the keys and values of up to L tokens
+that follow one another:
 
-    prefix  [N, H, P, d]   one per question: the G rows that share it attend as G queries of one matrix
-    suffix  [B, H, S, d]   one per row: what the row itself has said, written in place
+    prompt pages    [M, H, L, d]   read by the G rows of a group as G queries of one matrix: a prompt is
+                                   stored once and read once per step, however many responses it has
+    response pages  [M, H, L, d]   read by one row, written in place
 
-so the prompt is stored once and read once per step, however many responses it has. A step looks
-at no value and writes in place, so that a GPU can replay it as a whole (`record`). rollout.py decides
-which rows are decoded, and when they end.
+A row takes a page when its last one is full and gives all back when it ends, so that memory follows what
+has been said, not the longest response. Attention is one softmax, computed page by page:
 
-Letters: N prompts, B rows, H key-value heads, g query heads per key-value head, P prompt tokens,
-S tokens of a response so far, d features per head, D features, V vocabulary.
+    top_p = max_j s_pj    sum_p = sum_j exp(s_pj - top_p)    out_p = sum_j exp(s_pj - top_p) v_pj
+    out   = sum_p w_p out_p / sum_p w_p sum_p    with    w_p = exp(top_p - max_p top_p)
+
+A page read by G rows has G *parts*; `Cache.table` says which parts a row adds up. A step looks at no value
+and writes in place, so that a GPU can replay it as a whole (`record`). rollout.py decides which rows
+are decoded, and when they end.
+
+Letters: N prompts, B rows, M pages, L tokens of a page, C parts of a row, H key-value heads, g query heads
+per key-value head, P prompt tokens, d features per head, D features, V vocabulary.
 """
 
+import heapq
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional as F
@@ -23,157 +32,261 @@ from data import UserError
 from model import NEVER, Policy, Prompt, masked_logits, product
 from tree import join_pictures
 
+PROMPT_PAGE, RESPONSE_PAGE = 256, 64  # tokens, at most
 
-def replace_each(tensors: list[torch.Tensor], change: Callable) -> None:
-    """Change a list's tensors one after the other: only one exists twice at a time."""
-    for i, tensor in enumerate(tensors):
-        tensors[i] = change(tensor)
+
+class Pages:
+    """Keys and values of M pages, a tensor per layer. Page 0 is nobody's: rows that have ended write there."""
+
+    def __init__(self, like: list[torch.Tensor], size: int):
+        self.k, self.v = (
+            [x.new_zeros(1, x.shape[1], size, x.shape[3]) for x in like] for _ in "kv"
+        )
+        self.size = size
+        self.free: list[int] = []  # a heap
+
+    def __len__(self) -> int:
+        return len(self.k[0])
+
+    @property
+    def used(self) -> int:
+        return len(self) - 1 - len(self.free)
+
+    def change(self, change: Callable) -> None:
+        """Replace tensors one after the other: only one exists twice at a time."""
+        for tensors in (self.k, self.v):
+            for i, tensor in enumerate(tensors):
+                tensors[i] = change(tensor)
+
+    def take(self, count: int) -> list[int]:
+        """The lowest free pages. Where there are too few, an eighth more are made."""
+        if count > len(self.free):
+            more = max(count - len(self.free), len(self) // 8)
+            for page in range(len(self), len(self) + more):
+                heapq.heappush(self.free, page)
+            self.change(lambda x: torch.cat((x, x.new_zeros(more, *x.shape[1:]))))
+        return [heapq.heappop(self.free) for _ in range(count)]
+
+    def give_back(self, pages: list[int]) -> None:
+        for page in pages:
+            heapq.heappush(self.free, page)
+
+    def pack(self, owned: list[list[int]]) -> None:
+        """Move the pages in use, all of which are `owned`, to the front, and forget the others."""
+        used = {page for pages in owned for page in pages}
+        size = len(used) + 1
+        gaps = [page for page in range(1, size) if page not in used]
+        moved = dict(zip(sorted(page for page in used if page >= size), gaps))
+
+        def moving(x):
+            x[list(moved.values())] = x[list(moved)]
+            return x[:size].clone()
+
+        self.change(moving)
+        self.free = []
+        for pages in owned:
+            pages[:] = [moved.get(page, page) for page in pages]
 
 
 @dataclass
+class Group:
+    """A question under way."""
+
+    n: int  # which one
+    prompt: Prompt
+    key: str  # of its randomness
+    pages: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Seat:
+    """What the host knows of a row."""
+
+    group: Group
+    member: int
+    limit: int  # of its length
+    length: int = 1
+    pages: list[int] = field(default_factory=list)
+
+
 class Cache:
-    """Keys and values of N prompts and B rows, a tensor a layer."""
+    """The pages of all prompts and rows, and who reads which."""
 
-    prefix_k: list[torch.Tensor]  # [N, H, P, d]
-    prefix_v: list[torch.Tensor]
-    prefix_bias: torch.Tensor  # [N, P]: 0, or NEVER at padding
-    suffix_k: list[torch.Tensor]  # [B, H, S, d]
-    suffix_v: list[torch.Tensor]
-    slot: torch.Tensor  # [B] n * G + g, with n counting the prompts still here
-    group_size: int
-
-    def select(self, index: torch.Tensor) -> None:
-        """Keep these rows; drop the prompts that have none left."""
-        replace_each(self.suffix_k, lambda k: k[index])
-        replace_each(self.suffix_v, lambda v: v[index])
-        prompt, member = self.slot[index] // self.group_size, self.slot[index] % self.group_size
-        kept, renumbered = prompt.unique(return_inverse=True)
-        if len(kept) < len(self.prefix_bias):
-            replace_each(self.prefix_k, lambda k: k[kept])
-            replace_each(self.prefix_v, lambda v: v[kept])
-            self.prefix_bias = self.prefix_bias[kept]
-        self.slot = renumbered * self.group_size + member
+    def __init__(self, keys: list[torch.Tensor], group_size: int, limit: int):
+        """keys  of the first prompts, [N, H, P, d] per layer;  limit  of the tokens of a response"""
+        self.prompts = Pages(keys, min(PROMPT_PAGE, -(-keys[0].shape[2] // 8) * 8))
+        self.responses = Pages(keys, min(RESPONSE_PAGE, limit))
+        self.group_size = group_size
+        self.longest = 0  # pages of a prompt
+        self.most_pages = -(-limit // self.responses.size)  # of a response
+        self.layout: dict[str, torch.Tensor] = {}
+        self.stale = True  # pages have changed hands since it was made
 
     @property
-    def size(self) -> int:
-        """Tokens a row that there is room for."""
-        return self.suffix_k[0].shape[2]
+    def tokens(self) -> int:
+        """That there is room for in the pages in use."""
+        return sum(pages.used * pages.size for pages in (self.prompts, self.responses))
 
-    def grow(self, size: int, limit: int) -> None:
-        """Room for `size` tokens a row. Doubled when full, so that few steps copy anything."""
-        if size > self.size:
-            room = min(max(64, 2 * size), limit) - self.size
-            replace_each(self.suffix_k, lambda k: F.pad(k, (0, 0, 0, room)))
-            replace_each(self.suffix_v, lambda v: F.pad(v, (0, 0, 0, room)))
+    def store(self, groups: list[Group], keys: list, values: list) -> None:
+        """Put prompts into pages: keys and values [N, H, P, d] per layer, taken out of their lists."""
+        L, self.stale = self.prompts.size, True
+        for group in groups:
+            group.pages = self.prompts.take(-(-len(group.prompt.input_ids) // L))
+        self.longest = max(self.longest, *(len(group.pages) for group in groups))
+        owner = [n for n, group in enumerate(groups) for _ in group.pages]
+        place = [c for group in groups for c in range(len(group.pages))]
+        pages = [page for group in groups for page in group.pages]
+        for store, given in ((self.prompts.k, keys), (self.prompts.v, values)):
+            for i, x in enumerate(given):
+                x = F.pad(x, (0, 0, 0, -x.shape[2] % L)).unflatten(2, (-1, L))  # [N, H, C, L, d]
+                store[i][pages] = x.transpose(1, 2)[owner, place]
+                given[i] = None
+
+    def reserve(self, seat: Seat, steps: int) -> None:
+        """Pages for so many more tokens of a response."""
+        tokens = min(seat.length + steps, seat.limit)
+        missing = -(-tokens // self.responses.size) - len(seat.pages)
+        if missing > 0:
+            seat.pages += self.responses.take(missing)
+            self.stale = True
+
+    def leave(self, seat: Seat, others: list[Seat | None]) -> None:
+        self.stale = True
+        self.responses.give_back(seat.pages)
+        if not any(other and other.group is seat.group for other in others):
+            self.prompts.give_back(seat.group.pages)
+
+    def pack(self, seats: list[Seat]) -> None:
+        """Forget all pages but those of these rows."""
+        self.stale = True
+        self.prompts.pack(list({id(seat.group): seat.group.pages for seat in seats}.values()))
+        self.responses.pack([seat.pages for seat in seats])
+
+    def lay_out(self, seats: list[Seat | None]) -> None:
+        """Say who reads which page, at the same place in memory as before where the sizes allow."""
+        if not self.stale:
+            return
+        G, shared = self.group_size, len(self.prompts) * self.group_size  # parts of prompt pages
+        owner = [0] * (shared + len(self.responses))
+        start, seen = [0] * len(self.responses), [0] * len(self.prompts)
+        table = []
+        for row, seat in enumerate(seats):
+            group, own = (seat.group.pages, seat.pages) if seat else ([], [])
+            parts = [page * G + seat.member for page in group]
+            parts += [0] * (self.longest - len(parts)) + [shared + page for page in own]
+            table.append(parts + [0] * (self.longest + self.most_pages - len(parts)))
+            for part in parts:
+                owner[part] = row
+            for i, page in enumerate(own):
+                start[page] = i * self.responses.size
+            for i, page in enumerate(group):
+                seen[page] = len(seat.group.prompt.input_ids) - i * self.prompts.size
+        hidden = torch.arange(self.prompts.size) >= torch.tensor(seen)[:, None]
+        layout = {
+            "table": torch.tensor(table),  # [B, C] a row's parts, its prompt's first; 0 at padding
+            "owner": torch.tensor(owner),  # [parts] the row that adds it up
+            "start": torch.tensor(start),  # [M] place of a response page's first token
+            "bias": hidden * torch.tensor(NEVER),  # [M, L] of prompt pages: NEVER at padding
+        }
+        for name, tensor in layout.items():
+            old = self.layout.get(name)
+            if old is not None and old.shape == tensor.shape:
+                old.copy_(tensor)
+            else:
+                self.layout[name] = tensor.to(self.prompts.k[0].device)
+        self.stale = False
+
+    @property
+    def shapes(self) -> tuple:
+        """What a recorded step is good for."""
+        return len(self.prompts), *self.layout["table"].shape, len(self.responses)
 
 
 # ---------------------------------------------------------------------------- the model, token by token
 
 
-def prefill(policy: Policy, prompts: list[Prompt], group_size: int) -> tuple[torch.Tensor, Cache]:
-    """Run N prompts, right-padded, once. Returns the last token's hidden state [N, D] and the cache."""
+def prefill(policy: Policy, prompts: list[Prompt]) -> tuple[torch.Tensor, list, list]:
+    """Run N prompts, right-padded: hidden states of their last tokens [N, D], keys and values."""
     N, P = len(prompts), max(len(p.input_ids) for p in prompts)
+    device = policy.device
+    if device.type == "cuda":  # whose fast kernels want it so
+        P = -(-P // 8) * 8
     input_ids = torch.zeros(N, P, dtype=torch.long)
     position_ids = torch.zeros(3, N, P, dtype=torch.long)
-    bias = torch.full((N, P), NEVER)
     for n, prompt in enumerate(prompts):
         length = len(prompt.input_ids)
         input_ids[n, :length] = prompt.input_ids
         position_ids[:, n, :length] = prompt.position_ids
-        bias[n, :length] = 0.0
     last = torch.tensor([len(p.input_ids) - 1 for p in prompts])
     pixels, grids = join_pictures(prompts)
-
-    device = policy.device
     hidden, keys, values = policy.prefill(
         input_ids.to(device),
         position_ids.to(device),
         None if pixels is None else pixels.to(device),
-        grids,
+        None if grids is None else grids.to(device),
     )
-    B = N * group_size
-    empty = [k.new_zeros(B, k.shape[1], 0, k.shape[3]) for k in keys]
-    cache = Cache(
-        keys,
-        values,
-        bias.to(device),
-        empty,
-        list(empty),
-        torch.arange(B, device=device),
-        group_size,
-    )
-    return hidden[torch.arange(N, device=device), last.to(device)], cache
+    return hidden[torch.arange(N, device=device), last.to(device)], keys, values
 
 
-def decode_step(policy: Policy, cache: Cache, tokens, positions, at, span: int) -> torch.Tensor:
-    """Feed one token a row and return its hidden state [B, D].
+def decode_step(policy: Policy, cache: Cache, tokens, positions, at) -> torch.Tensor:
+    """Feed one token per row and return its hidden state [B, D].
 
     tokens     [B] ids; positions [B] their M-RoPE position (one number: for text all three agree)
-    at         [B] where in the suffix the token stands
-    span       at least 1 + the largest `at`, known to the host: attention reads no further
+    at         [B] which token of its response it is
     """
+    pages = cache.responses
     x = policy.text_model.embed_tokens(tokens)[:, None]  # [B, 1, D]
-    row = torch.arange(len(tokens), device=x.device)
-    unseen = torch.arange(span, device=x.device) > at[:, None]  # [B, S]
-    bias = torch.cat((cache.prefix_bias[cache.slot // cache.group_size], unseen * NEVER), dim=-1)
-    bias = bias[:, None, None]  # [B, 1, 1, P + S]
+    table, owner, start, prompt_bias = cache.layout.values()
+    shared = len(cache.prompts) * cache.group_size
+    part = table.gather(1, cache.longest + at[:, None] // pages.size)[:, 0]
+    page = (part - shared).clamp(min=0)  # [B]
+    place = start[:, None] + torch.arange(pages.size, device=x.device)  # [M, L]
+    bias = prompt_bias[:, None, None], ((place > at[owner[shared:], None]) * NEVER)[:, None, None]
 
     def attend(attention, q, k, v, scaling, **_):
         """q [B, h, 1, d]; k, v [B, H, 1, d] -> [B, 1, h, d], as `tree.carried_attention` has it."""
         i = attention.layer_idx
-        cache.suffix_k[i][row, :, at] = k[:, :, 0]
-        cache.suffix_v[i][row, :, at] = v[:, :, 0]
-        mixed = shared_prefix_attention(
-            q.view(len(k), k.shape[1], -1, q.shape[-1]) * scaling,
-            (cache.prefix_k[i], cache.prefix_v[i]),
-            (cache.suffix_k[i][:, :, :span], cache.suffix_v[i][:, :, :span]),
-            bias,
-            cache.slot,
-            cache.group_size,
-        )
-        return mixed.flatten(1, 2)[:, None]
+        pages.k[i][page, :, at % pages.size] = k[:, :, 0]
+        pages.v[i][page, :, at % pages.size] = v[:, :, 0]
+        q = q.view(len(k), k.shape[1], -1, q.shape[-1]) * scaling  # [B, H, g, d]
+        prompt_page = cache.prompts.k[i], cache.prompts.v[i], bias[0]
+        response_page = pages.k[i], pages.v[i], bias[1]
+        return paged_attention(q, prompt_page, response_page, table, owner).flatten(1, 2)[:, None]
 
     return policy.decoder(x, positions.expand(3, 1, -1).mT, attend)[:, 0]
 
 
-def shared_prefix_attention(q, prefix, suffix, bias, slot, group_size: int) -> torch.Tensor:
-    """Attention of B rows over their prompt and over themselves, as one softmax. [B, H, g, d]
+def paged_attention(q, prompts, responses, table, owner) -> torch.Tensor:
+    """Attention of B rows over their pages, as one softmax: see the top. [B, H, g, d]
 
-    q       [B, H, g, d] scaled queries: H key-value heads, each read by g query heads
-    prefix  k, v [N, H, P, d];  suffix  k, v [B, H, S, d]
-    bias    [B, 1, 1, P + S]: 0, or NEVER at what a row must not see
-    slot    [B] n * group_size + member, ascending
+    q          [B, H, g, d] scaled queries: H key-value heads, each read by g query heads
+    prompts    (k, v [M, H, L, d], bias [M, 1, 1, L]: NEVER where a row must not look);  responses  alike
+    table      [B, C] the parts that a row adds up;  owner  [parts] the row whose query a part answers
     """
-    N, P = len(prefix[0]), prefix[0].shape[2]
-    shared = by_prompt(q, slot, N, group_size)  # [N, H, G g, d]
-    over_prompt = by_row(product(shared, prefix[0].mT), slot, group_size)  # [B, H, g, P]
-    scores = torch.cat((over_prompt, product(q, suffix[0].mT)), dim=-1) + bias
-    weights = scores.softmax(-1).to(q.dtype)
-    shared = by_prompt(weights[..., :P], slot, N, group_size)  # [N, H, G g, P]
-    return by_row(shared @ prefix[1], slot, group_size) + weights[..., P:] @ suffix[1]
+    M, g = len(prompts[0]), q.shape[2]
+    shared = len(owner) - len(responses[0])
+    queries = q[owner[:shared].view(M, -1)]  # [M, G, H, g, d]
+    of_prompts = attend_page(queries.transpose(1, 2).flatten(2, 3), *prompts)
+    of_responses = attend_page(q[owner[shared:]], *responses)
+    out, top, total = (
+        torch.cat((x.unflatten(2, (-1, g)).transpose(1, 2).flatten(0, 1), y))
+        for x, y in zip(of_prompts, of_responses)
+    )  # [parts, H, g, d], [parts, H, g] twice
+    tops = top[table]  # [B, C, H, g]
+    highest = tops.amax(1)  # [B, H, g]
+    norm = (total[table] * (tops - highest[:, None]).exp()).sum(1)
+    weight = (top - highest[owner]).exp() / norm[owner]  # [parts, H, g]
+    out = out.mul_(weight[..., None]).flatten(1)
+    mixed = F.embedding_bag(table, out, mode="sum", padding_idx=0)  # one kernel: gather and sum
+    return mixed.view(q.shape).to(q.dtype)
 
 
-def by_prompt(x: torch.Tensor, slot, N: int, group_size: int) -> torch.Tensor:
-    """[B, H, g, e] -> [N, H, G g, e]: the rows of a group side by side, so that their prompt is read once.
-
-    Members that have left are rows of zeros, which cost nothing: reading is what takes the time.
-
-    >>> x = torch.tensor([5.0, 7.0]).view(2, 1, 1, 1)  # the first of one group, the last of another
-    >>> by_prompt(x, torch.tensor([0, 3]), N=2, group_size=2).flatten(1)
-    tensor([[5., 0.],
-            [0., 7.]])
-    """
-    _, H, g, e = x.shape
-    if len(x) < N * group_size:
-        x = x.new_zeros(N * group_size, H, g, e).index_copy_(0, slot, x)
-    return x.view(N, group_size, H, g, e).transpose(1, 2).reshape(N, H, group_size * g, e)
-
-
-def by_row(x: torch.Tensor, slot, group_size: int) -> torch.Tensor:
-    """[N, H, G g, e] -> [B, H, g, e]: the way back."""
-    N, H, _, e = x.shape
-    x = x.view(N, H, group_size, -1, e).transpose(1, 2).reshape(N * group_size, H, -1, e)
-    return x[slot] if len(slot) < len(x) else x
+def attend_page(q, k, v, bias) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out [M, H, r, d], top [M, H, r], sum [M, H, r]) of r queries per page, in fp32."""
+    scores = product(q, k.mT).add_(bias)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    return product(weights.to(v.dtype), v), top[..., 0], weights.sum(-1)
 
 
 def recordable(policy: Policy) -> bool:

@@ -96,7 +96,7 @@ class Config:
         1, "ranks of a node that answer together, each with 1/N of every layer; 1: whole", low=1
     )
     cuda_graphs: bool = flag(True, "on a GPU, launch a decoding step as a whole")
-    seed: int = flag(0, "of sampling; each batch has its own: go on with the same --rows")
+    seed: int = flag(0, "of sampling; what is drawn does not depend on --rows or ranks")
 
 
 def parse(argv: list[str]) -> Config:

@@ -56,6 +56,7 @@ class Extension:
     keep: int  # at least 1
     forced: list[int]
     kind: str  # of the trigger, recorded as Sample.rethought
+    limit: int | None = None  # of the whole response's length
 
 
 def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, key: tuple):
@@ -80,7 +81,8 @@ def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, key
         forced = tokenizer(TRIGGERS[kind], add_special_tokens=False).input_ids
         if keep < 1 or keep + len(forced) + settings.min_tokens > max_new_tokens:
             return None
-        return Extension(keep, forced, kind)
+        # What is longer is never kept: it need not be said.
+        return Extension(keep, forced, kind, keep + len(forced) + settings.max_tokens)
 
     return extend if settings.fraction > 0 else None
 

@@ -1,9 +1,20 @@
 """Sampling G responses per question: prefill once, decode many, forced tokens.
 
 A group shares its prompt, so the prompt runs through the model once per question and its keys and
-values serve all G rows (decoding.py). Rows that have finished leave the batch. What the policy said is
-recorded as it is said: its token ids, their log-probabilities (the behaviour policy's, which PPO's
-ratio needs), and a mask that is False where a token was forced.
+values serve all G rows (decoding.py). Lengths are long-tailed, so rows that have ended are refilled: a
+question enters as soon as G rows are free. With 4 rows, G = 2 and the questions a to d:
+
+    row 0   a a a a a c c c c c c c c c c       when a's last row ends its pages are free, and so are
+    row 1   a a a . . c c c c                   two rows: c enters
+    row 2   b b b b b b b b d d d d d           the same with b and d
+    row 3   b b b b b . . . d d d d d d d       nobody waits any more: rows that end are dropped
+            ------------ steps ---------->
+
+What the policy said is recorded as it is said: its token ids, their log-probabilities (the behaviour
+policy's, which PPO's ratio needs), and a mask that is False where a token was forced.
+
+A response's randomness is its own: a hash of its question's key, its member and the token's place. So the
+same responses come out beside whatever else is sampled, in any order, on any number of rows and ranks.
 
 Forced tokens are how Forced Rethinking (paper, Section 4.3; rethink.py) is sampled: when a row
 ends, `extend` may set it back behind some token and queue others; the row goes on from its own
@@ -15,18 +26,31 @@ change the distribution whose log-probability is taken; nothing is read from gen
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from data import Question
-from decoding import decode_step, prefill, record, recordable, sample_token
+from decoding import (
+    Cache,
+    Group,
+    Seat,
+    decode_step,
+    prefill,
+    record,
+    recordable,
+    sample_token,
+)
 from model import Policy, Prompt, Sample, decode
 from rethink import Extension
 
-COMPACT_BELOW = 0.75  # finished rows leave when at most this share of the batch still decodes
-
+PACK_BELOW = (
+    0.75  # where nobody waits, rows are dropped once at most this share of them still decodes
+)
+# Looking at `done` makes the host wait for a GPU; a row that has ended decodes on until then.
+CHECK_EVERY = {"cpu": 2, "cuda": 16}
+PREFILL_TOKENS = 1 << 14  # run at once, padding included: of a 7B they hold 1.3 GB of activations
 
 # (index of the prompt, index in the group, the finished response) -> how it goes on, or None
 Extend = Callable[[int, int, Sample], Extension | None]
@@ -34,83 +58,76 @@ Extend = Callable[[int, int, Sample], Extension | None]
 
 @dataclass
 class Rows:
-    """B responses under way. `length[b]` counts tokens said; the last said is fed next.
+    """B rows on the device. `length[b]` counts tokens said; the last said is fed next.
 
     A row of length 3 has said three tokens and fed two: its next step feeds the third at place 2 and
     writes the fourth at place 3. An extension that keeps 2 tokens sets the length back to 2: what the
     cache holds from place 1 on is written over.
     """
 
-    origin: torch.Tensor  # [B] n * G + g: which response of which prompt; -1 once collected
     first: torch.Tensor  # [B] M-RoPE position of the first response token
     luck: torch.Tensor  # [B] what its random numbers are drawn from
+    limit: torch.Tensor  # [B] of its length
     length: torch.Tensor  # [B]
     done: torch.Tensor  # [B] bool
-    tokens: torch.Tensor  # [B, S]
-    logprobs: torch.Tensor  # [B, S]
-    sampled: torch.Tensor  # [B, S] bool, False where forced
-    forced: torch.Tensor  # [B, S] ids to force at a place, or -1
+    tokens: torch.Tensor  # [B, R]
+    logprobs: torch.Tensor  # [B, R]
+    sampled: torch.Tensor  # [B, R] bool, False where forced
+    forced: torch.Tensor  # [B, R] ids to force at a place, or -1
 
-    def select(self, index: torch.Tensor) -> "Rows":
+    def select(self, index: list[int]) -> "Rows":
         return Rows(*(tensor[index] for tensor in vars(self).values()))
 
-
-# ---------------------------------------------------------------------------- the loop
+    def put(self, index: list[int], rows: "Rows") -> None:
+        for name, tensor in vars(rows).items():
+            getattr(self, name)[index] = tensor
 
 
 def generate(
     policy: Policy,
-    prompts: list[Prompt],
+    prompts: Iterable[Prompt],
     group_size: int,
     max_new_tokens: int,
     temperature: float = 1.0,
     keys: list[str] | None = None,
     extend: Extend | None = None,
     max_rows: int = 256,
-    progress: Callable[[int], None] = lambda finished: None,
+    finished: Callable[[int, int, Sample], None] = lambda n, g, sample: None,
 ) -> list[list[Sample]]:
-    """Sample `group_size` responses to each prompt: a list of Samples a prompt, in order.
+    """Sample `group_size` responses to each prompt: a list of Samples per prompt, in order.
 
+    prompts      may be made as they are needed: each is taken when the one before it has entered
     temperature  0 decodes greedily; log-probabilities are then those at temperature 1
     keys         per prompt, what its randomness depends on; default: `question_keys`
     extend       asked once for each response that ends; see rethink.Extension. What it extends comes back
                  as Sample.extension of the response that it extends
     max_rows     responses decoded at once: their cache is what bounds it
-    progress     called with the number of responses that have just finished
-
-    Prompts of like length are decoded together, so that little is padded.
+    finished     called with (n, g, Sample) for each response that is complete, second look included
     """
-    keys = keys or question_keys([prompt.question for prompt in prompts])
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
-    per_batch = max(1, max_rows // group_size)
-    batches = [order[i : i + per_batch] for i in range(0, len(order), per_batch)]
-    groups: list[list[Sample]] = [[] for _ in prompts]
     was_training = policy.training
     policy.eval()  # transformers keeps no cache while it checkpoints activations
-    with torch.no_grad():
-        for chosen in batches:
-            batch = generate_batch(
-                policy, [prompts[i] for i in chosen], group_size, max_new_tokens, temperature,
-                [keys[i] for i in chosen], extend and renumber(extend, chosen), progress,
-            )  # fmt: skip
-            for i, group in zip(chosen, batch):
-                groups[i] = group
-    policy.train(was_training)
-    return groups
+    try:
+        with torch.no_grad():
+            return Sampler(
+                policy, prompts, group_size, max_new_tokens, temperature, keys, extend, max_rows
+            ).run(finished)
+    finally:
+        policy.train(was_training)
 
 
-def question_keys(questions: list[Question], *of) -> list[str]:
-    """What a question's randomness depends on: `of` (seed, step, ...), its id, and how often it came before.
+def question_key(id_: str, time: int, *of) -> str:
+    """What a question's randomness depends on: `of` (seed, step, ...), its id, and the how many-th time."""
+    return f"{of} {id_!r} {time}"
+
+
+def question_keys(questions: Iterable[Question], *of) -> list[str]:
+    """The key of each of these questions.
 
     >>> question_keys([Question(id, "", [], "") for id in "aba"], 0, 16)
-    ["(0, 16) 'a' 0", "(0, 16) 'b' 0", "(0, 16) 'a' 1"]
+    ["(0, 16) 'a' 1", "(0, 16) 'b' 1", "(0, 16) 'a' 2"]
     """
     seen: Counter = Counter()
-    keys = []
-    for question in questions:
-        keys.append(f"{of} {question.id!r} {seen[question.id]}")
-        seen[question.id] += 1
-    return keys
+    return [question_key(q.id, seen.update([q.id]) or seen[q.id], *of) for q in questions]
 
 
 def luck_of(*key) -> int:
@@ -118,72 +135,170 @@ def luck_of(*key) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
-def renumber(extend: Extend, chosen: list[int]) -> Extend:
-    return lambda n, g, sample: extend(chosen[n], g, sample)
+# ---------------------------------------------------------------------------- the loop
 
 
-def generate_batch(
-    policy, prompts, group_size, max_new_tokens, temperature, keys, extend, progress
-) -> list[list[Sample]]:
-    """`generate` for prompts that fit in one batch."""
-    device = policy.device
-    eos = torch.tensor(policy.eos_ids, device=device)
-    hidden, cache = prefill(policy, prompts, group_size)
-    hidden = hidden.repeat_interleave(group_size, 0)  # [B, D]
-    rows = new_rows(prompts, keys, group_size, max_new_tokens, device)
-    samples: list[list[Sample]] = [[None] * group_size for _ in prompts]
-    may_force = extend is not None
-    sampled = sample_token(policy, hidden, temperature, rows.luck, rows.length)
-    advance(rows, *sampled, eos, may_force)
-    as_graph = recordable(policy)
-    # Looking at `done` makes the host wait for the GPU; a row that has ended decodes on until then.
-    check_every = 16 if device.type == "cuda" else 2
-    # What attention reads of the suffix is rounded up to it: a recorded step has fixed shapes.
-    block = 256 if as_graph else 1
+class Sampler:
+    """One call of `generate`: B rows on the device, and what the host knows of them."""
 
-    def step():
-        next_token(policy, cache, rows, span, temperature, eos, may_force)
+    def __init__(self, policy, prompts, group_size, size, temperature, keys, extend, max_rows):
+        self.policy, self.group_size, self.size = policy, group_size, size
+        self.temperature, self.keys, self.extend = temperature, keys, extend
+        self.eos = torch.tensor(policy.eos_ids, device=policy.device)
+        B = max(1, max_rows // group_size) * group_size
+        self.rows = new_rows([0] * B, [0] * B, size, policy.device)
+        self.rows.done[:], self.rows.length[:] = True, 1
+        self.seats: list[Seat | None] = [None] * B
+        self.cache: Cache | None = None
+        self.groups: list[list[Sample]] = []
+        self.prompts, self.seen = iter(prompts), Counter()
+        self.waiting = self.next_group()
 
-    run_step, recorded = step, None
-    while True:
-        finish(policy, rows, prompts, keys, samples, extend, progress)
-        live = (~rows.done).nonzero()[:, 0]
-        longest = int(rows.length[live].max()) if len(live) else max_new_tokens
-        # To the next multiple of `check_every`: then cuts in `block`s fall on checks too.
-        steps = min(check_every - longest % check_every, max_new_tokens - longest)
-        if steps == 0:
-            return samples
-        if len(live) <= COMPACT_BELOW * len(rows.done):
-            rows = rows.select(live)
-            cache.select(live)
-        span = min(-(-(longest + steps) // block) * block, max_new_tokens)
-        cache.grow(span, max_new_tokens)
-        shapes = (len(rows.done), span, cache.size)
-        if as_graph and shapes != recorded:
-            step()  # libraries set themselves up when they are first used: not while recording
-            run_step = step  # lets go of the last recording's memory
-            run_step, recorded, steps = record(step), shapes, steps - 1
-        for _ in range(steps):
-            run_step()
+    def next_group(self) -> Group | None:
+        """The next question, as soon as the one before it has entered: it is encoded ahead of its time."""
+        prompt = next(self.prompts, None)
+        if prompt is None:
+            return None
+        n, id_ = len(self.groups), prompt.question.id
+        self.groups.append([None] * self.group_size)
+        self.seen[id_] += 1
+        return Group(n, prompt, self.keys[n] if self.keys else question_key(id_, self.seen[id_]))
+
+    def run(self, finished) -> list[list[Sample]]:
+        check_every = CHECK_EVERY[self.policy.device.type]
+        step, recorded = self.next_token, None
+        while True:
+            self.collect(finished)
+            self.enter()
+            if not any(self.seats):
+                return self.groups
+            left = max(seat.limit - seat.length for seat in self.seats if seat)
+            steps = min(check_every, left)
+            self.arrange(steps)
+            if steps and recordable(self.policy) and recorded != self.cache.shapes:
+                step = self.next_token  # lets go of the last recording's memory
+                step()  # libraries set themselves up when they are first used: not while recording
+                step, recorded, steps = record(step), self.cache.shapes, steps - 1
+            for _ in range(steps):
+                step()
+
+    def next_token(self) -> None:
+        """Feed every row its last token and write its next one. Waits for nothing; all in place."""
+        rows, at = self.rows, self.rows.length - 1
+        token = rows.tokens.gather(1, at[:, None])[:, 0]
+        hidden = decode_step(self.policy, self.cache, token, rows.first + at, at)
+        said = sample_token(self.policy, hidden, self.temperature, rows.luck, rows.length)
+        advance(rows, *said, self.eos, self.extend is not None)
+
+    def enter(self) -> None:
+        """Let questions in where G rows are free and the cache has room."""
+        free = [row for row, seat in enumerate(self.seats) if seat is None]
+        coming: list[Group] = []
+        while self.waiting and len(free) >= (len(coming) + 1) * self.group_size:
+            if not self.has_room([*coming, self.waiting]):
+                break
+            coming.append(self.waiting)
+            self.waiting = self.next_group()
+        batches: list[list[Group]] = []
+        for group in sorted(coming, key=lambda group: len(group.prompt.input_ids)):
+            if not batches or len(group.prompt.input_ids) * (len(batches[-1]) + 1) > PREFILL_TOKENS:
+                batches.append([])
+            batches[-1].append(group)
+        for batch in batches:
+            self.admit(batch, [free.pop(0) for _ in range(len(batch) * self.group_size)])
+
+    def has_room(self, coming: list[Group]) -> bool:
+        """Few responses are long at the same time: the cache need not hold B of the longest. This bounds
+        it at a quarter of that (and two pages per row), but for what rows under way still say."""
+        if self.cache is None or not any(self.seats):
+            return True
+        B, pages = len(self.seats), self.cache.responses
+        prompts = B // self.group_size * self.cache.longest * self.cache.prompts.size
+        tokens = sum(len(x.prompt.input_ids) + self.group_size * pages.size for x in coming)
+        return self.cache.tokens + tokens <= prompts + B * max(self.size // 4, 2 * pages.size)
+
+    def admit(self, groups: list[Group], free: list[int]) -> None:
+        """Run prompts and put the first token of their responses into free rows."""
+        hidden, keys, values = prefill(self.policy, [group.prompt for group in groups])
+        if self.cache is None:
+            self.cache = Cache(keys, self.group_size, self.size)
+        self.cache.store(groups, keys, values)
+        seats = [Seat(group, g, self.size) for group in groups for g in range(self.group_size)]
+        first = [seat.group.prompt.next_position for seat in seats]
+        luck = [luck_of(seat.group.key, seat.member) for seat in seats]
+        rows = new_rows(first, luck, self.size, self.policy.device)
+        hidden = hidden.repeat_interleave(self.group_size, 0)  # [B, D]
+        said = sample_token(self.policy, hidden, self.temperature, rows.luck, rows.length)
+        advance(rows, *said, self.eos, False)
+        self.rows.put(free, rows)
+        for row, seat in zip(free, seats):
+            self.seats[row] = seat
+
+    def arrange(self, steps: int) -> None:
+        """Pages for the next steps; where nobody waits, without the rows that have ended."""
+        live = [row for row, seat in enumerate(self.seats) if seat]
+        if self.waiting is None and len(live) <= PACK_BELOW * len(self.seats):
+            self.rows = self.rows.select(live)
+            self.seats = [self.seats[row] for row in live]
+            self.cache.pack(self.seats)
+        for seat in filter(None, self.seats):
+            self.cache.reserve(seat, steps)
+        self.cache.lay_out(self.seats)
+
+    def collect(self, finished) -> None:
+        """Take responses that have ended out of their rows, or send them on to a second look."""
+        rows, ended = self.rows, []
+        lengths, done = torch.stack((rows.length, rows.done.long())).tolist()
+        for row, seat in enumerate(self.seats):
+            if seat:
+                seat.length = lengths[row]
+                ended += [row] if done[row] else []
+        if not ended:
+            return
+        longest = max(lengths[row] for row in ended)
+        tokens, logprobs, sampled = (
+            x[ended, :longest].cpu() for x in (rows.tokens, rows.logprobs, rows.sampled)
+        )
+        for i, row in enumerate(ended):
+            seat, R = self.seats[row], lengths[row]
+            y, n, g = tokens[i, :R].clone(), seat.group.n, seat.member
+            sample = Sample(
+                seat.group.prompt, y, logprobs[i, :R].clone(), sampled[i, :R].clone(),
+                decode(self.policy, y), "stop" if int(y[-1]) in self.policy.eos_ids else "length",
+            )  # fmt: skip
+            first = self.groups[n][g]
+            if first is None:
+                self.groups[n][g] = first = sample
+                extension = self.extend(n, g, sample) if self.extend else None
+                if extension:
+                    self.look_again(row, extension)
+                    continue
+            else:
+                sample.rethought, first.rethought, first.extension = first.rethought, None, sample
+            self.seats[row] = None
+            self.cache.leave(seat, self.seats)
+            finished(n, g, first)
+
+    def look_again(self, row: int, extension: Extension) -> None:
+        """Set a row that has ended back behind the token that it keeps, and queue the forced ones."""
+        rows, seat = self.rows, self.seats[row]
+        # Moves to the extension when that is done.
+        self.groups[seat.group.n][seat.member].rethought = extension.kind
+        forced = torch.tensor(extension.forced, device=rows.forced.device)
+        rows.forced[row, extension.keep : extension.keep + len(forced)] = forced
+        rows.sampled[row, extension.keep :] = True
+        rows.luck[row] = luck_of(seat.group.key, seat.member, "second look")
+        seat.limit = min(self.size, extension.limit or self.size)
+        seat.length = extension.keep
+        rows.length[row], rows.limit[row], rows.done[row] = extension.keep, seat.limit, False
 
 
-def next_token(policy, cache, rows, span, temperature, eos, may_force) -> None:
-    """Feed every row its last token and write its next one. Waits for nothing; all in place."""
-    at = rows.length - 1
-    token = rows.tokens.gather(1, at[:, None])[:, 0]
-    hidden = decode_step(policy, cache, token, rows.first + at, at, span)
-    sampled = sample_token(policy, hidden, temperature, rows.luck, rows.length)
-    advance(rows, *sampled, eos, may_force)
-
-
-def new_rows(prompts: list[Prompt], keys: list[str], group_size: int, size: int, device) -> Rows:
-    B = len(prompts) * group_size
-    luck = [luck_of(key, g) for key in keys for g in range(group_size)]
-    first = torch.tensor([p.next_position for p in prompts]).repeat_interleave(group_size)
+def new_rows(first: list[int], luck: list[int], size: int, device) -> Rows:
+    B = len(first)
     return Rows(
-        origin=torch.arange(B, device=device),
-        first=first.to(device),
+        first=torch.tensor(first, device=device),
         luck=torch.tensor(luck, device=device),
+        limit=torch.full((B,), size, device=device),
         length=torch.zeros(B, dtype=torch.long, device=device),
         done=torch.zeros(B, dtype=torch.bool, device=device),
         tokens=torch.zeros(B, size, dtype=torch.long, device=device),
@@ -209,46 +324,4 @@ def advance(rows: Rows, token, logprob, eos, may_force: bool) -> None:
     rows.tokens.scatter_(1, at, torch.where(keep, rows.tokens.gather(1, at), token[:, None]))
     rows.logprobs.scatter_(1, at, torch.where(keep, rows.logprobs.gather(1, at), logprob[:, None]))
     rows.length += ~rows.done
-    rows.done |= ends | (rows.length >= size)
-
-
-def finish(policy: Policy, rows: Rows, prompts, keys, samples, extend, progress) -> None:
-    """Collect the responses that have ended; extend those that `extend` wants longer, in place."""
-    ended = (rows.done & (rows.origin >= 0)).nonzero()[:, 0]
-    if len(ended) == 0:
-        return
-    group_size = len(samples[0])
-    longest = int(rows.length[ended].max())
-    origin, length = rows.origin[ended].tolist(), rows.length[ended].tolist()
-    tokens, logprobs, sampled = (
-        x[ended, :longest].cpu() for x in (rows.tokens, rows.logprobs, rows.sampled)
-    )
-    finished = 0
-    for i, row in enumerate(ended.tolist()):
-        n, g = divmod(origin[i], group_size)
-        y = tokens[i, : length[i]].clone()
-        sample = Sample(
-            prompts[n], y, logprobs[i, : length[i]].clone(), sampled[i, : length[i]].clone(),
-            decode(policy, y), "stop" if int(y[-1]) in policy.eos_ids else "length",
-        )  # fmt: skip
-        rows.origin[row] = -1  # collected
-        if samples[n][g] is not None:
-            first = samples[n][g]
-            sample.rethought, first.extension = first.rethought, sample
-            first.rethought = None
-            continue
-        samples[n][g] = sample
-        finished += 1
-        extension = extend(n, g, sample) if extend else None
-        if extension:
-            sample.rethought = extension.kind  # moves to the extension when that is done
-            end = extension.keep + len(extension.forced)
-            rows.forced[row, extension.keep : end] = torch.tensor(
-                extension.forced, device=rows.forced.device
-            )
-            rows.sampled[row, extension.keep :] = True
-            rows.luck[row] = luck_of(keys[n], g, "second look")
-            rows.length[row] = extension.keep
-            rows.done[row] = False
-            rows.origin[row] = origin[i]
-    progress(finished)
+    rows.done |= ends | (rows.length >= rows.limit)

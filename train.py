@@ -83,7 +83,7 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     bar = tqdm(total=len(mine) * c.group_size, desc=f"sampling episode {run.episode + 1}",
                unit="response", leave=False, disable=parallel.rank() > 0)  # fmt: skip
     with parallel.weights_to_sample(run.policy), bar:
-        groups = sample_groups(run, prompts, keys, bar.update)
+        groups = sample_groups(run, prompts, keys, lambda *_: bar.update())
         counts = count_responses(groups)
         groups, outcomes = keep_second_looks(c, groups)
         if c.recompute_logprobs:
@@ -112,7 +112,7 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     return [group for _, group in ordered], counts
 
 
-def sample_groups(run: Run, prompts: list[Prompt], keys: list[str], progress=lambda finished: None):
+def sample_groups(run: Run, prompts: list[Prompt], keys: list[str], finished=lambda n, g, sample: None):
     """G responses to each prompt, graded and compared. Some carry a second look, graded as well."""
     c = run.config
     extend = extender(
@@ -120,7 +120,7 @@ def sample_groups(run: Run, prompts: list[Prompt], keys: list[str], progress=lam
     )
     groups = generate(
         run.policy, prompts, c.group_size, c.max_new_tokens, c.temperature,
-        keys, extend, c.rollout_rows, progress,
+        keys, extend, c.rollout_rows, finished,
     )  # fmt: skip
     looks = [look for group in groups for s in group for look in (s, s.extension) if look]
     parallel.agree(lambda: [grade(run, look) for look in looks])

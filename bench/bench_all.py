@@ -33,7 +33,8 @@ def benches(quick: bool) -> list[list[str]]:
         ]
         timed = [[*command, "--lengths", "1"] for command in timed]
     else:
-        timed = [["bench_rollout.py"], ["bench_train.py"], ["bench_ranks.py"], ["bench_trl.py"]]
+        names = ("rollout", "tails", "train", "ranks", "trl")
+        timed = [[f"bench_{name}.py"] for name in names]
     timed = [["bench_paths.py"], ["bench_vision.py"], *timed]
     return [
         *([*command, "--quick"] if quick else command for command in timed),

@@ -1,14 +1,16 @@
-"""Asking a policy all questions of a benchmark: batched, on many ranks, killed and resumed.
+"""Asking a policy all questions of a benchmark: on many ranks, killed and resumed.
 
-Every response is a line of OUT/NAME.jsonl, written and flushed as soon as its batch is done, so a
-run that is killed loses at most a batch and goes on by id. Under torchrun each rank answers every
-WORLD-th batch with a policy of its own and writes OUT/NAME.rankR.jsonl; rank 0 waits for the files
-to be complete and merges them. There is no collective: ranks never wait for each other's batches.
-Of a model that does not fit on a GPU, `--tensor N` ranks hold a slice each and answer the same batches together.
+Every response is a line of OUT/NAME.jsonl, written and flushed as soon as it is complete, so a run that
+is killed loses what was under way and goes on by id. A row that has ended is given the next question
+(rollout.py): a long answer holds up no other. Under torchrun each rank answers every WORLD-th question
+with a policy of its own and writes OUT/NAME.rankR.jsonl; rank 0 waits for the files to be complete
+and merges them. There is no collective: ranks never wait for each other. Of a model that does not fit
+on a GPU, `--tensor N` ranks hold a slice each and answer the same questions together.
 
-What we do differently from the common kits: batches are cut from all questions, done or not, and
-each has a seed of its own, so a resumed run draws what the killed one would have drawn, whatever
-the number of ranks; and responses made with other settings are never mixed in (OUT/NAME.run.json).
+What we do differently from the common kits: a response's randomness depends on the seed, the question
+and the sample's number alone, so a resumed run draws what the killed one would have drawn, whatever
+the number of rows and ranks; and responses made with other settings are never mixed in
+(OUT/NAME.run.json).
 """
 
 import json
@@ -22,11 +24,7 @@ from benchmarks import scores
 from benchmarks.readers import Item
 from data import UserError, check_images, read_json, read_jsonl, seal, write_atomically
 
-# Prompt tokens run at once: of a 7B they hold 10 GB of activations and 7 GB of cache.
-PREFILL_TOKENS = 1 << 17
-PATIENCE = (
-    3600  # seconds that rank 0 waits for one more answer of the others; a batch takes minutes
-)
+PATIENCE = 3600  # seconds that rank 0 waits for one more answer of the others
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 # ---------------------------------------------------------------------------- files
@@ -133,7 +131,7 @@ def bring_policy(settings: dict, tensor: int):
 
 
 def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, config) -> dict:
-    """{id: [answer]} by asking what is not in OUT yet, each rank its share of the batches.
+    """{id: [answer]} by asking what is not in OUT yet, each rank its share.
 
     settings  what the answers depend on (`made_with`); config  the rest, such as --rows
     """
@@ -177,7 +175,7 @@ def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, 
 
 
 def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
-    """Ask this rank's batches of prompts of like length, the longest first; append what comes."""
+    """Ask this rank's share of the questions, the longest prompts first; append what comes."""
     from model import prompt_length
 
     policy = bring_policy(settings, config.tensor)
@@ -191,76 +189,59 @@ def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
         prompt_length(policy, item.question, item.template or settings["template"], size)
         for item, size in zip(items, sizes, strict=True)
     ]
-    # The stable order and the cut depend on the questions alone: see the top.
     order = sorted(range(len(items)), key=lambda i: -lengths[i])
-    batches = cut(order, lengths, max(1, config.rows // settings["samples"]))
-    mine = range(RANK // config.tensor, len(batches), WORLD // config.tensor)
-    credits: list[float] = []
-    total = sum(len(batches[b]) for b in mine)
-    with tqdm(total=total, desc="questions", disable=RANK > 0) as bar:
-        for b in mine:
-            short = [i for i in batches[b] if lengths[i] <= settings["max_prompt_tokens"]]
-            known = [answers.get(items[i].question.id, {}) for i in batches[b]]
-            if any(len(found) < settings["samples"] for found in known):
-                asked = ask_batch(policy, [items[i] for i in short], settings, config.rows, b)
-                given = dict(zip(short, asked, strict=True))
-                for i, found in zip(batches[b], known, strict=True):
-                    lines = marked_lines(items[i], given.get(i), settings["samples"])
-                    new = [line for line in lines if line.get("sample", 0) not in found]
-                    file.writelines(seal(line).encode() for line in new)
-                    file.flush()
-                    credits += map(scores.credit, lines)
-            bar.update(len(batches[b]))
-            bar.set_postfix(accuracy=f"{sum(credits) / max(len(credits), 1):.3f}")
+    samples, credits = settings["samples"], []
+    known = [answers.get(item.question.id, {}) for item in items]
+    mine = [
+        i for i in order[RANK // config.tensor :: WORLD // config.tensor] if len(known[i]) < samples
+    ]
+    short = [i for i in mine if lengths[i] <= settings["max_prompt_tokens"]]
+    with tqdm(total=len(mine) * samples, desc="responses", disable=RANK > 0) as bar:
+
+        def write(i: int, k: int, answer: dict) -> None:
+            line = scores.mark(items[i], answer) | ({"sample": k} if k else {})
+            if k not in known[i]:
+                file.write(seal(line).encode())
+                file.flush()
+            credits.append(scores.credit(line))
+            bar.update()
+            bar.set_postfix(accuracy=f"{sum(credits) / len(credits):.3f}")
+
+        for i in (i for i in mine if lengths[i] > settings["max_prompt_tokens"]):
+            for k in range(samples):
+                write(i, k, {"response": "", "finish": "overlong", "tokens": 0})
+
+        def finished(n: int, k: int, sample) -> None:
+            sample.prompt.pixel_values = None  # seen, and too large to keep all of them
+            write(short[n], k, answer_of(sample))
+
+        respond(policy, [items[i] for i in short], settings, config.rows, finished)
 
 
-def cut(order: list[int], lengths: list[int], size: int) -> list[list[int]]:
-    """Batches of at most `size` prompts and PREFILL_TOKENS, padding included; `order` is longest first.
-
-    >>> cut([2, 0, 1], [PREFILL_TOKENS // 2, 5, PREFILL_TOKENS // 2], size=64)
-    [[2, 0], [1]]
-    """
-    batches, longest = [], 0
-    for i in order:
-        if not batches or len(batches[-1]) == min(size, max(1, PREFILL_TOKENS // longest)):
-            batches.append([])
-            longest = lengths[i]
-        batches[-1].append(i)
-    return batches
-
-
-def ask_batch(policy, items: list[Item], settings: dict, rows: int, batch: int) -> list[list]:
-    """The Samples of each item. The seed belongs to the batch."""
+def respond(policy, items: list[Item], settings: dict, rows: int, finished) -> None:
+    """Sample responses to the items; `finished` hears of each as soon as it is complete."""
     import torch
 
     from model import encode
     from rethink import Rethinking, extender
     from rollout import generate, question_keys
 
-    templates = [item.template or settings["template"] for item in items]
-    prompts = [encode(policy, x.question, t) for x, t in zip(items, templates, strict=True)]
+    # Encoded as they are needed: the pictures of a benchmark do not fit in memory.
+    prompts = (encode(policy, x.question, x.template or settings["template"]) for x in items)
     keys = question_keys([item.question for item in items], settings["seed"])
     count, length = settings["samples"], settings["max_new_tokens"]
     extend = None
     if settings["force_rethink"]:  # all that leave room; the trigger is drawn blindly
-        key = (settings["seed"], batch)
-        extend = extender(Rethinking(1.0), policy.tokenizer, None, length, key)
+        rethinking = Rethinking(1.0, max_tokens=length)
+        extend = extender(rethinking, policy.tokenizer, None, length, (settings["seed"],))
     try:
-        return generate(
-            policy, prompts, count, length, settings["temperature"], keys, extend, max_rows=rows
+        generate(
+            policy, prompts, count, length, settings["temperature"], keys, extend, rows, finished
         )
     except torch.OutOfMemoryError:
         raise UserError(
             f"out of memory with --rows {rows}: lower it, or --max_image_tokens; what is done is kept"
         ) from None
-
-
-def marked_lines(item: Item, group: list | None, samples: int) -> list[dict]:
-    """Lines of a question's Samples; without them, the prompt was too long to ask."""
-    given = [{"response": "", "finish": "overlong", "tokens": 0}] * samples
-    if group is not None:
-        given = [answer_of(sample) for sample in group]
-    return scores.mark_all(item, given, samples)
 
 
 def answer_of(sample) -> dict:

@@ -27,7 +27,6 @@ from test_benchmarks import (
 )
 
 import eval as evaluation
-import rollout
 import toy
 from benchmarks import asking, readers, scores
 from data import TEMPLATES
@@ -350,7 +349,9 @@ def test_two_results_are_shown_side_by_side(tmp_path, capsys):
 
 
 @pytest.fixture
-def asked(tmp_path, model):
+def asked(tmp_path, model, monkeypatch):
+    bring = asking.bring_policy  # in float64: rows beside others round differently
+    monkeypatch.setattr(asking, "bring_policy", lambda *args: bring(*args).double())
     rows = [mathvision_row(str(i), options=[], answer="1") for i in range(6)]
     data = write_parquet(tmp_path / "test.parquet", rows)
     flags = ["--benchmark", "mathvision", "--data", data, "--model", model, "--rows", 4,
@@ -393,35 +394,35 @@ def test_a_second_look_without_an_answer_of_its_own_is_no_answer():
         assert scores.rethinking([item], [[line]])["force_rethink"][outcome] == 1
 
 
-def kill_in_batch(number: int, monkeypatch):
-    """Ctrl-C arrives while that batch is sampled."""
-    done, generate = [], rollout.generate
+def kill_after(number: int, monkeypatch):
+    """Ctrl-C arrives when so many responses have been written."""
+    done, answer_of = [], asking.answer_of
 
-    def killed(*args, **kwargs):
+    def killed(sample):
         if len(done) == number:
             raise KeyboardInterrupt
         done.append(1)
-        return generate(*args, **kwargs)
+        return answer_of(sample)
 
-    monkeypatch.setattr(rollout, "generate", killed)
+    monkeypatch.setattr(asking, "answer_of", killed)
 
 
 def test_a_killed_run_goes_on_by_id_and_ends_as_if_it_had_not_been(tmp_path, asked, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(*asked, "--out", whole) == 0
     with monkeypatch.context() as patch:
-        kill_in_batch(2, patch)
+        kill_after(8, patch)
         assert run(*asked, "--out", cut) == 130
     path = cut / "mathvision.jsonl"
     assert len(path.read_text().splitlines()) == 8
     # The kill also cut the last line that was being written.
     path.write_bytes(path.read_bytes()[:-20])
-    assert run(*asked, "--out", cut) == 0
+    assert run(*asked, "--rows", 7, "--out", cut) == 0
     assert path.read_text() == (whole / "mathvision.jsonl").read_text()
     assert summary_of(cut, "mathvision") == summary_of(whole, "mathvision")
     # A complete run only reads what is there.
     with monkeypatch.context() as patch:
-        kill_in_batch(0, patch)
+        kill_after(0, patch)
         assert run(*asked, "--out", cut) == 0
 
 

@@ -16,6 +16,7 @@ from conftest import (
     to_meta,
 )
 
+import decoding
 import model
 import rollout
 import toy
@@ -70,26 +71,6 @@ def test_the_number_of_rows_decoded_at_once_changes_no_greedy_token(policy, prom
         for sample in group:
             assert sample.prompt is prompts[i] and same(sample, alone)
             torch.testing.assert_close(sample.logprobs, alone.logprobs, atol=1e-5, rtol=0)
-
-
-def test_rows_that_have_finished_leave_and_the_others_do_not_notice(policy, prompts, monkeypatch):
-    sizes = []
-    step = rollout.decode_step
-
-    def watched(policy, cache, tokens, *rest):
-        sizes.append(len(tokens))
-        return step(policy, cache, tokens, *rest)
-
-    monkeypatch.setattr(rollout, "decode_step", watched)
-    results = {}
-    for below in (0.0, 0.75, 1.0):  # never, as it comes, at once
-        sizes.clear()
-        monkeypatch.setattr(rollout, "COMPACT_BELOW", below)
-        results[below] = [g[0] for g in generate(policy, prompts, 1, 40, temperature=0)]
-        assert sizes == sorted(sizes, reverse=True)
-        assert sizes[0] == 4 and (sizes[-1] == 1) == (below > 0)
-    for below in (0.75, 1.0):
-        assert all(same(a, b) for a, b in zip(results[below], results[0.0]))
 
 
 def test_nothing_is_taken_from_generation_config(own_policy, policy, prompts):
@@ -276,7 +257,7 @@ def sampled_and_trained(policy, prompts, monkeypatch) -> tuple:
     policy.eos_ids = [0]  # greedy decoding does not say it here: all rows stay
     groups = generate(policy, prompts, 1, 20, temperature=0)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
-    trees = [(prompts[i], [groups[i][0].tokens]) for i in order]
+    trees = [(prompts[i], [groups[i][0].tokens]) for i in order]  # as the rows were filled
     with torch.no_grad():
         policy(build_trees(trees))
     hidden = torch.stack(said, dim=1).flatten(0, 1), torch.cat(trained)
@@ -324,11 +305,19 @@ def test_no_prompts_give_no_responses(policy):
     assert generate(policy, [], 4, 10) == []
 
 
-def test_progress_counts_every_response_once(policy, prompts):
-    for extend in (None, extend_every([30, 31], 12)):
-        finished = []
-        generate(policy, prompts, 5, 12, 1.0, drawn(prompts, 9), extend, 10, finished.append)
-        assert sum(finished) == 5 * len(prompts)
+@pytest.mark.parametrize("extended", [False, True])
+def test_every_response_is_handed_on_once_when_it_is_complete(policy, prompts, extended):
+    extend = extend_every([30, 31], 12) if extended else None
+    seen = []
+    groups = generate(
+        policy, prompts, 5, 12, 1.0, drawn(prompts, 9), extend, 10,
+        lambda n, g, sample: seen.append((n, g, id(sample), id(sample.extension))),
+    )  # fmt: skip
+    assert sorted(seen) == [
+        (n, g, id(sample), id(sample.extension))
+        for n, group in enumerate(groups)
+        for g, sample in enumerate(group)
+    ]
 
 
 def test_the_policy_is_left_in_the_mode_it_was_in(own_policy, prompts):
@@ -342,13 +331,29 @@ def test_the_policy_is_left_in_the_mode_it_was_in(own_policy, prompts):
         assert not sample.logprobs.requires_grad
 
 
-def test_prompts_run_once_whatever_is_sampled_and_extended(own_policy, prompts):
+@pytest.mark.parametrize(("max_rows", "prefills"), [(256, 1), (8, 4)])
+def test_a_prompt_runs_once_whatever_is_sampled_and_extended(
+    own_policy, prompts, max_rows, prefills
+):
     runs = Counter()
     prefill = own_policy.prefill
     own_policy.prefill = lambda *prompts: runs.update(["text"]) or prefill(*prompts)
     own_policy.model.model.visual.register_forward_hook(lambda *_: runs.update(["pictures"]))
-    generate(own_policy, prompts, 8, 20, 1.0, drawn(prompts, 10), extend_every([30, 31], 20))
-    assert runs == {"text": 1, "pictures": 1}
+    extend = extend_every([30, 31], 20)
+    generate(own_policy, prompts, 8, 20, 1.0, drawn(prompts, 10), extend, max_rows)
+    pictures = 1 if prefills == 1 else 3  # one question has none
+    assert runs == {"text": prefills, "pictures": pictures}
+
+
+def test_a_prefill_is_bounded_by_tokens(own_policy, prompts, monkeypatch):
+    """256 held-out questions must not enter at once, though one response each leaves them room."""
+    shapes = []
+    prefill = own_policy.prefill
+    own_policy.prefill = lambda ids, *rest: shapes.append(ids.shape) or prefill(ids, *rest)
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 100)
+    generate(own_policy, prompts * 5, 1, 2)
+    assert sum(N for N, _ in shapes) == 20 and len(shapes) > 5
+    assert all(N == 1 or N * P <= 100 for N, P in shapes)
 
 
 # ---------------------------------------------------------------------------- CUDA graphs
@@ -360,67 +365,69 @@ def test_a_decoding_step_looks_at_no_value_and_copies_from_no_other_device(
     own_policy, prompts, temperature, some_have_left
 ):
     """What a CUDA graph needs, seen without a GPU: the step runs where tensors have no values."""
-    _, cache = rollout.prefill(own_policy, prompts, 2)
-    rows = rollout.new_rows(prompts, drawn(prompts, 0), 2, 16, "cpu")
-    cache.grow(8, 16)
+    extend = extend_every([30, 31], 16)
+    sampler = rollout.Sampler(own_policy, prompts, 2, 16, temperature, None, extend, 8)
+    with torch.no_grad():
+        sampler.enter()
     if some_have_left:
-        left = torch.tensor([0, 3, 4])
-        rows = rows.select(left)
-        cache.select(left)
-    policy = to_meta(own_policy)
-    for thing in (rows, cache):
+        for row in (1, 2, 5, 6, 7):
+            sampler.cache.leave(sampler.seats[row], [])
+            sampler.seats[row] = None
+    sampler.arrange(8)
+    assert len(sampler.rows.done) == (3 if some_have_left else 8)
+    sampler.policy = to_meta(own_policy)
+    sampler.eos = sampler.eos.to("meta")
+    for thing in (
+        sampler.rows,
+        *(x for x in vars(sampler.cache).values() if isinstance(x, decoding.Pages)),
+    ):
         for name, value in vars(thing).items():
             if isinstance(value, torch.Tensor):
                 setattr(thing, name, value.to("meta"))
-            elif isinstance(value, list):
+            elif name in "kv":
                 setattr(thing, name, [x.to("meta") for x in value])
-    arguments = policy, cache, rows, 8, temperature, torch.tensor([1, 2], device="meta"), True
-    rollout.next_token(*arguments)  # once as it is, as before recording
-    memory = [id(x) for x in vars(rows).values()]
-    with StaysOn("meta") as watch:
-        rollout.next_token(*arguments)
+    layout = sampler.cache.layout
+    layout.update({name: tensor.to("meta") for name, tensor in layout.items()})
+    with torch.no_grad():
+        sampler.next_token()  # once as it is, as before recording
+        memory = addresses(sampler)
+        with StaysOn("meta") as watch:
+            sampler.next_token()
     assert watch.operations > 50
-    assert [id(x) for x in vars(rows).values()] == memory
+    assert addresses(sampler) == memory
 
 
-def addresses(rows, cache) -> list:
-    lists = [cache.prefix_k, cache.prefix_v, cache.suffix_k, cache.suffix_v]
-    tensors = [*vars(rows).values(), cache.slot, cache.prefix_bias, *(x for y in lists for x in y)]
-    return [(x.data_ptr(), x.shape) for x in tensors]
+def addresses(sampler) -> list:
+    """Where all lies that a step reads and writes."""
+    cache = sampler.cache
+    pages = [x for pages in (cache.prompts, cache.responses) for x in (*pages.k, *pages.v)]
+    tensors = [*vars(sampler.rows).values(), *cache.layout.values(), *pages]
+    return [(id(x), x.shape) for x in tensors]
 
 
 @pytest.mark.parametrize("extend", [False, True])
 def test_a_recorded_step_meets_its_memory_where_it_was(own_policy, prompts, monkeypatch, extend):
     """With a stand-in for CUDA graphs that looks; and the tokens are those of unrecorded steps."""
     policy = own_policy.double()  # steps of another width round differently
-    forced = extend_every([30, 31, 32], 60) if extend else None
-    want = generate(policy, prompts, 4, 60, 1.0, drawn(prompts, 20), forced)
-    now, records, replays = [], [], []
-    real = rollout.next_token
-
-    def next_token(policy, cache, rows, span, *rest):
-        now[:] = [addresses(rows, cache), span]
-        real(policy, cache, rows, span, *rest)
+    extend = extend_every([30, 31, 32], 60) if extend else None
+    want = generate(policy, prompts, 4, 60, 1.0, drawn(prompts, 20), extend)
+    records, replays = [], []
 
     def record(step):
-        recorded = list(now)  # of the step that ran as it is
+        recorded = addresses(step.__self__)
         records.append(recorded)
 
         def replay():
+            assert addresses(step.__self__) == recorded
             step()
-            assert now == recorded
             replays.append(1)
 
         return replay
 
-    monkeypatch.setattr(rollout, "next_token", next_token)
     monkeypatch.setattr(rollout, "record", record)
     monkeypatch.setattr(rollout, "recordable", lambda policy: True)
-    got = generate(policy, prompts, 4, 60, 1.0, drawn(prompts, 20), forced)
-    for ours, theirs in zip(got, want):
-        for a, b in zip(ours, theirs):
-            assert same(a, b) and (a.extension is None) == (b.extension is None)
-            assert a.extension is None or same(a.extension, b.extension)
+    got = generate(policy, prompts, 4, 60, 1.0, drawn(prompts, 20), extend, 8)
+    assert [said(group) for group in got] == [said(group) for group in want]
     assert 2 < len(records) < len(replays)
 
 
@@ -452,6 +459,103 @@ def test_on_a_gpu_recorded_steps_decode_and_sample_as_they_should(own_policy, pr
         for sample, row in zip(group, want.cpu()):
             R = len(sample.tokens)
             torch.testing.assert_close(sample.logprobs, row[:R], atol=1e-3, rtol=0)
+
+
+# ---------------------------------------------------------------------------- rows that are refilled
+
+
+class Scripted:
+    """In place of a policy: how long a response gets is lognormal, by its luck; nothing is computed.
+
+    Counts decoding steps and the most tokens that the cache has had room for.
+    """
+
+    device, eos_ids, training = torch.device("cpu"), [1], False
+
+    def __init__(self, monkeypatch, mean: float, sigma: float, longest: int):
+        self.mean, self.sigma, self.longest, self.steps, self.peak = mean, sigma, longest, 0, 0
+        for name in ("prefill", "decode_step", "sample_token"):
+            monkeypatch.setattr(rollout, name, getattr(self, name))
+        monkeypatch.setattr(rollout, "decode", lambda policy, tokens: "")
+        monkeypatch.setattr(rollout, "CHECK_EVERY", {"cpu": 16})  # as on a GPU
+        store = decoding.Cache.store
+
+        def watched(cache, groups, keys, values):
+            given = keys[0].shape[0] * keys[0].shape[2]
+            store(cache, groups, keys, values)
+            self.look_at(cache, given)
+
+        monkeypatch.setattr(decoding.Cache, "store", watched)
+
+    def eval(self):
+        pass
+
+    def train(self, mode):
+        pass
+
+    def look_at(self, cache, given: int = 0):
+        room = sum(len(pages) * pages.size for pages in (cache.prompts, cache.responses))
+        self.peak = max(self.peak, room + given)
+
+    def prefill(self, policy, prompts):
+        keys, values = ([torch.zeros(len(prompts), 1, len(prompts[0].input_ids), 1)] for _ in "kv")
+        return torch.zeros(len(prompts), 1), keys, values
+
+    def decode_step(self, policy, cache, tokens, positions, at):
+        self.steps += 1
+        self.look_at(cache)
+        return torch.zeros(len(tokens), 1)
+
+    def sample_token(self, policy, hidden, temperature, luck, place):
+        z = (2 * uniform(luck, torch.tensor(0)) - 1).erfinv() * 2**0.5
+        length = self.mean * (self.sigma * z - self.sigma**2 / 2).exp()
+        token = (place + 1 >= length.clamp(1, self.longest)).long()
+        return token, torch.zeros(len(token))
+
+
+def in_fixed_batches(groups, rows: int, P: int, longest: int) -> tuple[int, int]:
+    """(steps, peak) as before rows were refilled: batches run until their last row ends, rows that have
+    ended leave at three quarters, and a row's cache doubles when the longest outgrows it."""
+    group_size, steps, peak = len(groups[0]), 0, 0
+    for i in range(0, len(groups), rows // group_size):
+        batch = [
+            (n, len(s.tokens))
+            for n in range(len(groups))[i : i + rows // group_size]
+            for s in groups[n]
+        ]
+        said, size = 1, 0
+        while live := [row for row in batch if row[1] > said]:
+            run = min(16 - said % 16, longest - said)
+            batch = live if len(live) <= 0.75 * len(batch) else batch
+            span = min(-(-(said + run) // 256) * 256, longest)
+            size = size if span <= size else min(2 * span, longest)
+            peak = max(peak, len(batch) * size + len({n for n, _ in batch}) * P)
+            said, steps = said + run, steps + run
+    return steps, peak
+
+
+@pytest.mark.parametrize(
+    ("questions", "group_size", "rows", "mean", "sigma", "longest", "P"),
+    [
+        (128, 8, 256, 500, 0.5, 2048, 400),
+        (128, 8, 256, 500, 0.7, 2048, 400),
+        (128, 8, 256, 500, 0.9, 2048, 400),
+        (256, 1, 64, 1000, 0.7, 8192, 400),
+    ],
+)  # fmt: skip
+def test_refilled_rows_take_few_steps_and_no_more_memory(
+    prompts, monkeypatch, questions, group_size, rows, mean, sigma, longest, P
+):
+    """Training's shape at three spreads of length, and evaluation's."""
+    policy = Scripted(monkeypatch, mean, sigma, longest)
+    one = replace(prompts[0], input_ids=torch.zeros(P, dtype=torch.long))
+    groups = generate(policy, [one] * questions, group_size, longest, max_rows=rows)
+    lengths = [len(s.tokens) for group in groups for s in group]
+    assert len(lengths) == questions * group_size
+    before, peak_before = in_fixed_batches(groups, rows, P, longest)
+    assert policy.steps <= sum(lengths) / rows + max(lengths)
+    assert policy.steps <= before / 2
+    assert policy.peak <= peak_before
 
 
 # ---------------------------------------------------------------------------- forced tokens

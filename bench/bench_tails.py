@@ -1,0 +1,147 @@
+"""Responses of very different lengths: refilled rows against HF generate and against an older commit.
+
+    python bench/bench_tails.py                     a small model on a CPU
+    python bench/bench_tails.py --against e869fd3   also that commit, checked out in a temporary worktree
+    python bench/bench_tails.py --group_size 1      an evaluation: one response per question
+    python bench/bench_tails.py --quick             shapes that take seconds, to see that it runs
+
+A random policy says all ids about equally often, so if 1 in 50 of them ends a turn, lengths are about
+geometric with mean 50; they are cut at four times the mean, as 2048 tokens are for a mean of 500. HF
+generate gets batches of --rows rows, each of which runs until its last row ends. All ways draw from the
+same distribution, so what is compared is response tokens per second. Each way is a process of its own
+that waits while another runs; they take turns.
+"""
+
+import argparse
+import importlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def make_policy(args):
+    import benching
+
+    policy = benching.random_policy(benching.SHAPES["quick" if args.quick else "small"])
+    allowed = [i for i in range(policy.head_weight().shape[0]) if i not in policy.banned_ids]
+    policy.eos_ids = allowed[:: args.mean]
+    prompts = [benching.random_prompt(policy, args.prompt, seed) for seed in range(args.questions)]
+    return policy, prompts
+
+
+def ours(args, policy, prompts) -> int:
+    """Tokens said."""
+    from rollout import generate
+
+    limit = 4 * args.mean
+    groups = generate(policy, prompts, args.group_size, limit, max_rows=args.rows)
+    return sum(len(sample.tokens) for group in groups for sample in group)
+
+
+def hf_generate(args, policy, prompts) -> int:
+    import bench_rollout
+    import torch
+
+    per_batch, tokens = max(1, args.rows // args.group_size), 0
+    ends = torch.tensor(policy.eos_ids)
+    for i in range(0, len(prompts), per_batch):
+        out = policy.model.generate(
+            **bench_rollout.hf_inputs(policy, prompts[i : i + per_batch]), do_sample=True,
+            max_new_tokens=4 * args.mean, top_k=0, top_p=1.0, eos_token_id=policy.eos_ids,
+            num_return_sequences=args.group_size, suppress_tokens=policy.banned_ids,
+        )[:, args.prompt :]  # fmt: skip
+        before = torch.isin(out, ends).cumsum(1) - torch.isin(out, ends).long()
+        tokens += int((before == 0).sum())
+    return tokens
+
+
+def work(args) -> None:
+    """A way's process: for each line that comes, sample everything and say what it took."""
+    sys.path[:0] = [args.root, str(HERE)]
+    for name in ("data", "model", "rollout", "toy"):  # of `root`, before benching finds its own
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    policy, prompts = make_policy(args)
+    sample = hf_generate if args.worker == "HF generate" else ours
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        tokens = sample(args, policy, prompts)
+        print(tokens, time.perf_counter() - start, flush=True)
+
+
+def measure(ways: dict[str, str], argv: list[str], repeats: int) -> dict[str, list[float]]:
+    """Tokens per second of each way, in turns; the first turn is not counted. {way: its code's folder}"""
+    command = [sys.executable, __file__, *argv]
+    workers = {
+        way: subprocess.Popen([*command, "--worker", way, "--root", root], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for way, root in ways.items()
+    }  # fmt: skip
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(repeats + 1):
+        for way, worker in workers.items():
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+            tokens, seconds = map(float, worker.stdout.readline().split())
+            rates[way] += [tokens / seconds] if turn else []
+    for worker in workers.values():
+        worker.communicate()
+    return rates
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--against", default="", help="a commit of this repository")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model, few questions, one repeat"
+    )
+    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--group_size", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=64, help="its tokens")
+    parser.add_argument(
+        "--mean", type=int, default=50, help="tokens of a response; four times this at most"
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--root", default=str(HERE.parent), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.questions, args.mean, args.repeats = 4, 8, 1
+    if args.worker:
+        work(args)
+        return
+    import benching
+
+    with tempfile.TemporaryDirectory() as folder:
+        ways = {"HF generate": args.root, "refilled rows": args.root}
+        git = ["git", "-C", str(HERE), "worktree"]
+        if args.against:
+            ways[args.against] = folder
+            subprocess.run([*git, "add", "--detach", "-f", folder, args.against], check=True, capture_output=True)  # fmt: skip
+        try:
+            rates = measure(ways, argv, args.repeats)
+        finally:
+            if args.against:
+                subprocess.run([*git, "remove", "--force", folder], check=False)
+    rates = {way: statistics.median(seen) for way, seen in rates.items()}
+    rows = [
+        [way, rate, benching.times(rates["refilled rows"], rate)] for way, rate in rates.items()
+    ]
+    print(benching.table(["way", "response tokens/s", "refilled rows are"], rows))
+    print(
+        f"\n{args.questions} questions x {args.group_size}, {args.rows} rows, prompts of {args.prompt}, "
+        f"responses of {args.mean} on average; median of {args.repeats}, one thread.\n{benching.machine()}"
+    )
+
+
+if __name__ == "__main__":
+    main()
