@@ -2,9 +2,10 @@
 
     OUT/checkpoint-STEP/
         config.json, *.safetensors, tokenizer ...   the policy in the hub's layout: any tool loads it
+        adapter/                                    with --lora_rank: the adapter alone, as PEFT reads it
         trainer.json                                step, episode, settings: everything but tensors
         samples.json                                what is left of the episode, and the replay buffer
-        state-PART-of-PARTS.safetensors             each part's fp32 weights and Adam moments
+        state-PART-of-PARTS.safetensors             each part's fp32 weights that train, and Adam moments
         SHA256SUMS                                  of all these files, as sha256sum writes and checks it
 
 A checkpoint is written under another name and renamed when it is whole, so one that can be seen is
@@ -28,14 +29,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import lora
 import parallel
 import record
 import toy
 from data import UserError, read_json
-from model import Policy, Prompt, Sample, encode, find_checkpoint, is_finite, save_policy
+from model import (
+    Policy,
+    Prompt,
+    Sample,
+    encode,
+    find_checkpoint,
+    is_finite,
+    save_settings,
+    save_some_weights,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SUMS = "SHA256SUMS"
+# A file of the hub's copy: what a rank holds in the host's memory while it writes.
+FILE_BYTES = 5 * 10**9
 # What a Run counts, beside its settings, weights and samples.
 COUNTERS = ("step", "episode", "counts", "not_finite")
 TRAINER = {"step": int, "episode": int, "counts": dict, "not_finite": int, "draws": int, "config": dict,
@@ -79,10 +92,17 @@ def unpack_sample(row: dict, prompts: dict) -> Sample:
     return Sample(prompt=prompt, **row)
 
 
+def trained(policy: Policy):
+    return ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
+
+
 def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """This rank's part of the weights and of the optimiser, by name."""
+    """This rank's part of the weights that train and of the optimiser, by name.
+
+    Frozen ones are those of --model, and resuming finds them there.
+    """
     tensors = {}
-    for name, parameter in policy.named_parameters():
+    for name, parameter in trained(policy):
         tensors[f"param/{name}"] = parallel.local(parameter.detach()).contiguous()
         state = optimizer.state.get(parameter)
         if state:  # none where there was no gradient yet, as in the tower before the first picture
@@ -109,14 +129,11 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
         save_file(
             state_tensors(policy, optimizer), unfinished / f"state-{index}-of-{count}.safetensors"
         )
-    whole = {}
-    dtype = torch.bfloat16 if policy.device.type == "cuda" else torch.float32
-    for name, parameter in policy.model.named_parameters():  # a head that is tied comes once
-        tensor = parallel.whole(parameter.detach())  # every rank takes part; the first keeps it
-        if first:
-            whole[name] = tensor.to("cpu", dtype)
+    save_weights(unfinished, policy)
+    adapter = lora.adapter_weights(policy)
     if first:
-        save_policy(policy, unfinished, whole)
+        if adapter:
+            lora.save_adapter(policy, adapter, trainer["config"]["model"], unfinished / "adapter")
         packed = {name: [pack_sample(s) for s in part] for name, part in samples.items()}
         (unfinished / "samples.json").write_text(json.dumps(packed))
         (unfinished / "trainer.json").write_text(json.dumps(trainer, indent=1))
@@ -182,6 +199,54 @@ def save_run(run) -> None:
     save(run.out, run.policy, run.optimizer, trainer, samples, keep)
 
 
+def save_weights(directory: Path, policy: Policy) -> None:
+    """The hub's copy, adapters merged, in the dtype of computing. All ranks gather, each writes some files.
+
+    For 72B these are 147 GB: one rank would write for minutes while the others wait.
+    """
+    files = weight_files(policy)
+    projections = lora.adapted(policy)
+    rank, world = parallel.rank(), parallel.world()
+    where = {}  # the hub's name of a weight -> its file
+    for start in range(0, len(files), world):
+        mine = {}
+        for number, part in enumerate(files[start : start + world]):
+            for name, parameter in part.items():
+                projection = projections.get(name.removesuffix(".weight"))
+                tensor = parameter.detach().to(policy.compute_dtype)
+                tensor = lora.merged(projection) if projection else parallel.whole(tensor)
+                if number == rank:
+                    mine[name] = tensor.to("cpu", policy.compute_dtype)
+        if mine:
+            path = directory / file_name(start + rank, len(files))
+            where |= dict.fromkeys(save_some_weights(policy, mine, path), path.name)
+    where = parallel.gather(list(where.items()))
+    if rank == 0:
+        save_settings(policy, directory, policy.compute_dtype)
+        if len(files) > 1:
+            index = {"metadata": {}, "weight_map": dict(where)}
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def file_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+
+
+def weight_files(policy: Policy) -> list[dict]:
+    """The model's parameters by name, cut into the files of the hub's copy."""
+    files, size = [{}], 0
+    for name, parameter in policy.model.named_parameters():  # a head that is tied comes once
+        if name.endswith(lora.NAMES):
+            continue
+        more = parameter.numel() * policy.compute_dtype.itemsize
+        if files[-1] and size + more > FILE_BYTES:
+            files.append({})
+            size = 0
+        files[-1][name] = parameter
+        size += more
+    return files
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
     """OUT's checkpoints, oldest first. Any other name is somebody else's."""
     found = [p for p in directory.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", p.name)]
@@ -209,46 +274,51 @@ def read_rows(files: list, name: str, start: int, stop: int) -> torch.Tensor:
     return torch.cat(parts) if parts else piece[0:0]
 
 
+def state_files(directory: Path) -> list:
+    """The parts of a checkpoint's state in order, open; none where it is not one of ours."""
+    paths = sorted(directory.glob("state-*-of-*.safetensors"), key=number_of)
+    return [safe_open(path, framework="pt") for path in paths]
+
+
 def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict:
     """Restore weights and optimiser, whatever the number of ranks was. Returns trainer.json.
 
-    Raises UserError where the checkpoint is of another model or lacks a file.
+    Raises UserError where the checkpoint is of another model, trained other weights, or lacks a file.
     """
     trainer = read_json(directory / "trainer.json", TRAINER)
-    paths = sorted(directory.glob("state-*-of-*.safetensors"), key=number_of)
-    files = [safe_open(path, framework="pt") for path in paths]
+    files = state_files(directory)
     names = set(files[0].keys())
-    for name, parameter in policy.named_parameters():
-        mine = parallel.local(parameter)
-        start, stop = rows_of(parameter)
-        if f"param/{name}" not in names:
+    parameters = dict(trained(policy))
+    saved = {name.removeprefix("param/") for name in names if name.startswith("param/")}
+    if different := sorted(saved ^ parameters.keys()):
+        where = "only in the checkpoint" if different[0] in saved else "not in the checkpoint"
+        raise UserError(
+            f"{directory}: a checkpoint of another model, or that trained other weights ({different[0]} is "
+            f"{where}); give --model, --lora_rank and --train_vision as before"
+        )
+    for name, parameter in parameters.items():
+        start, stop = parallel.rows_of(parameter)
+        shapes = [file.get_slice(f"param/{name}").get_shape() for file in files]
+        found = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+        if found != list(parameter.shape):
             raise UserError(
-                f"{directory}: no weights for {name}; it is a checkpoint of another model"
-            )
-        rows = sum(file.get_slice(f"param/{name}").get_shape()[0] for file in files)
-        if rows != parameter.shape[0]:
-            raise UserError(
-                f"{directory}: {name} has {rows} rows, not {parameter.shape[0]}; give --model as before"
+                f"{directory}: {name} has shape {found}, not {list(parameter.shape)}; give --model and "
+                "--lora_rank as before"
             )
         with torch.no_grad():
-            mine.copy_(read_rows(files, f"param/{name}", start, stop))
+            rows = read_rows(files, f"param/{name}", start, stop)
+            parallel.local(parameter).copy_(rows)
         if f"step/{name}" not in names:
             continue
-        state = {"step": files[0].get_tensor(f"step/{name}")[0]}
+        # On the parameter's device: a fused optimiser reads it there.
+        step = files[0].get_tensor(f"step/{name}")[0].to(parameter.device)
+        state = {"step": step}
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(parameter)
             values = read_rows(files, f"{moment}/{name}", start, stop)
             parallel.local(state[moment]).copy_(values)
         optimizer.state[parameter] = state
     return trainer
-
-
-def rows_of(parameter: torch.Tensor) -> tuple[int, int]:
-    """Which rows [start, stop) of a parameter this rank holds: FSDP2 splits as torch.chunk does."""
-    index, count = parallel.shard_place(parameter)
-    size = parameter.shape[0] if parameter.ndim else 0
-    per_rank = -(-size // count)
-    return min(per_rank * index, size), min(per_rank * (index + 1), size)
 
 
 def module_name(key: str) -> str:
@@ -269,6 +339,9 @@ def module_name(key: str) -> str:
 def load_weights(directory: Path, policy: Policy) -> None:
     """Fill a sharded policy from published safetensors: each rank reads its own rows and no more.
 
+    A checkpoint of our own holds the weights that were trained in fp32 too, beside the hub's copy in bf16:
+    those are taken, or a second stage would begin by forgetting the smallest updates of the first.
+
     Raises UserError naming a weight that the checkpoint lacks, or that has another shape.
     """
     where = {}
@@ -277,7 +350,11 @@ def load_weights(directory: Path, policy: Policy) -> None:
             with safe_open(path, framework="pt") as file:
                 keys = file.keys()
             where |= {module_name(key): (path, key) for key in keys}
+    own = state_files(directory)
+    exact = set(own[0].keys()) if own else set()
     for name, parameter in policy.model.named_parameters():
+        if name.endswith(lora.NAMES):
+            continue  # new ones, by `lora.initialise`: the copy has the old ones merged
         if name not in where:
             raise UserError(f"--model {directory}: no weights for {name} in its safetensors")
         path, key = where[name]
@@ -288,15 +365,18 @@ def load_weights(directory: Path, policy: Policy) -> None:
             turned = shape != wanted and [*shape[:-2], *shape[:-3:-1]] == wanted and len(shape) == 3
             if shape != wanted and not turned:
                 raise UserError(f"{path}: {key} has shape {shape}, not {wanted}")
-            rows = piece[slice(*rows_of(parameter))]
-            if not is_finite(rows):
-                raise UserError(f"{path}: {key} holds values that are not finite")
-            rows = rows.mT if turned else rows
-            with torch.no_grad():
-                if parameter.is_meta:  # for eval.py --tensor
-                    parallel.keep_slice(policy, name, rows)
-                else:
-                    parallel.local(parameter).copy_(rows)
+            start, stop = parallel.rows_of(parameter)
+            rows = piece[start:stop].mT if turned else piece[start:stop]
+        # Not for eval.py --tensor, whose parameters are meta: it samples from the hub's copy.
+        if f"param/model.{name}" in exact and not parameter.is_meta:
+            rows = read_rows(own, f"param/model.{name}", start, stop)
+        if not is_finite(rows):
+            raise UserError(f"{path}: {key} holds values that are not finite")
+        with torch.no_grad():
+            if parameter.is_meta:
+                parallel.keep_slice(policy, name, rows)
+            else:
+                parallel.local(parameter).copy_(rows)
 
 
 SURPRISES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
@@ -324,10 +404,12 @@ def resume_run(run) -> bool:
         lambda: readable(directory, lambda: load_state(directory, run.policy, run.optimizer))
     )
     before = trainer["config"]
-    for name in ("data", "toy_level"):
+    # With frozen weights, --model is half of the policy.
+    frozen = any(not p.requires_grad for p in run.policy.parameters())
+    for name in ("data", "toy_level", *(["model"] if frozen else [])):
         now, then = getattr(run.config, name), before.get(name)
         # A file may have moved; what its questions are is checked where they are needed.
-        if then != now and (name == "toy_level" or "toy" in (then, now)):
+        if then != now and (name != "data" or "toy" in (then, now)):
             raise UserError(f"{directory}: was made with --{name} {before[name]}; resume with that, or start "
                             f"a new run from it: --model {directory}")  # fmt: skip
     if trainer.get("data_checksum", run.data_checksum) != run.data_checksum:

@@ -21,6 +21,7 @@ Letters in shape comments: N questions or trees, G responses a question, P promp
 R response tokens, T tokens of a packed row, K response tokens of a batch, V vocabulary, D features.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,8 +31,10 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import (
@@ -104,6 +107,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.compute_device: torch.device | None = None
+        self.compute_dtype = torch.float32  # bf16 with `parallel.shard`'s mixed precision
         self.sampling = False  # weights are whole or in slices, to be used directly
         self.slices = (
             None  # parallel.Slices: ranks that sample together, each a part of every layer
@@ -538,11 +542,28 @@ def check_encoding(policy: Policy) -> None:
         raise UserError(f"no token ends a turn: eos_token_id is {policy.eos_ids}")
 
 
-def save_policy(policy: Policy, directory: Path, state_dict: dict | None = None) -> None:
-    """Write the model in the layout of the hub: `from_pretrained` and others' tools load it.
+def save_policy(policy: Policy, directory: Path) -> None:
+    """Write the model in the layout of the hub: `from_pretrained` and others' tools load it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.detach() for name, p in policy.model.named_parameters()}  # tied ones once
+    save_some_weights(policy, weights, directory / "model.safetensors")
+    save_settings(policy, directory, policy.model.dtype)
 
-    state_dict  full tensors on the CPU, for a model whose own parameters are sharded.
-    """
-    policy.model.save_pretrained(directory, state_dict=state_dict)
+
+def save_some_weights(policy: Policy, weights: dict[str, torch.Tensor], path: Path) -> list[str]:
+    """Write weights, by their names in the model, under the hub's names, which are returned."""
+    weights = revert_weight_conversion(policy.model, weights)
+    save_file({k: w.contiguous() for k, w in weights.items()}, path, {"format": "pt"})
+    return list(weights)
+
+
+def save_settings(policy: Policy, directory: Path, dtype: torch.dtype) -> None:
+    """All but the weights; config.json says that they are of this dtype."""
+    config = copy.deepcopy(policy.model.config)
+    config.architectures = [type(policy.model).__name__]
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype
+    config.save_pretrained(directory)
+    policy.model.generation_config.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
     policy.image_processor.save_pretrained(directory)

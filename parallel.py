@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -41,11 +42,14 @@ from torch.distributed.tensor import DTensor
 from data import UserError
 from model import Policy
 
+# One rank may be busy while all others wait: bringing up the toy's base, writing a checkpoint.
+PATIENCE = timedelta(hours=3)
 PULSE = 2.0  # seconds between two signs of life
 SILENT = 90  # pulses missed, three minutes, and a rank is lost; what holds Python may take one
 
 
-def start() -> torch.device:
+
+def start(precision: str = "auto") -> torch.device:
     """Join the other processes of torchrun, if any, and return this one's device."""
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -55,9 +59,9 @@ def start() -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         end_with_parent()
-        dist.init_process_group(backend)
-    elif cuda:
-        # One GPU shards over itself: fp32 weights with bf16 compute come by the same path.
+        dist.init_process_group(backend, timeout=PATIENCE)
+    elif cuda or precision == "bf16":
+        # One rank shards over itself: fp32 weights with bf16 compute come by the same path.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
@@ -194,14 +198,25 @@ def barrier() -> None:
 # ---------------------------------------------------------------------------- sharding
 
 
-def shard(
-    policy: Policy, device: torch.device, over: str = "world", offload: bool = False
-) -> Policy:
-    """Move to the device; where there is a process group, split over it. Compute is bf16 on GPUs.
+def is_half(device: torch.device, precision: str) -> bool:
+    return precision == "bf16" or precision == "auto" and device.type == "cuda"
 
-    over     "world" splits over all ranks; "node" splits within a node and keeps a copy on each
-             (hybrid sharding: gathers stay on the fast links, gradients are averaged across nodes)
-    offload  keep weights, gradients and optimiser state in the host's memory between uses
+
+def shard(
+    policy: Policy,
+    device: torch.device,
+    over: str = "world",
+    offload: bool = False,
+    precision: str = "auto",
+) -> Policy:
+    """Move to the device; where there is a process group, split over it.
+
+    over       "world" splits over all ranks; "node" splits within a node and keeps a copy on each
+               (hybrid sharding: gathers stay on the fast links, gradients are averaged across nodes)
+    offload    keep weights, gradients and optimiser state in the host's memory between uses
+    precision  "bf16": layers are gathered and computed in bf16; weights that train, their gradients once
+               reduced, and Adam's moments are fp32, since an update of 1e-6 vanishes in bf16. Frozen
+               weights are bf16 throughout. "fp32": everything. "auto": bf16 on a GPU
 
     Units: the vision tower (one gather beats one a block for a small tower), each decoder layer, and the
     rest: embedding, last norm and head, which the first and the last operation need. A policy on the
@@ -210,7 +225,12 @@ def shard(
     policy.compute_device = device
     if not dist.is_initialized():
         return policy.to(device)
-    half = torch.bfloat16 if device.type == "cuda" else None
+    half = torch.bfloat16 if is_half(device, precision) else None
+    if half:
+        policy.compute_dtype = half
+        for parameter in policy.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(half)
     options = {
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=half, reduce_dtype=torch.float32 if half else None
@@ -241,6 +261,14 @@ def fill_buffers(policy: Policy, device: torch.device) -> None:
             module.to(device)
 
 
+def optimizer(policy: Policy, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what trains. Fused: the default form makes copies of all gradients, 14 GiB for 3B."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        trained, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
+    )
+
+
 def mesh_over(device_type: str, over: str):
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if over == "node" and world() > local_ranks:
@@ -255,6 +283,14 @@ def shard_place(tensor: torch.Tensor) -> tuple[int, int]:
         return 0, 1
     mesh = tensor.device_mesh["shards"]
     return mesh.get_local_rank(), mesh.size()
+
+
+def rows_of(parameter: torch.Tensor) -> tuple[int, int]:
+    """Which rows [start, stop) of a parameter this rank holds: FSDP2 splits as torch.chunk does."""
+    index, count = shard_place(parameter)
+    size = parameter.shape[0] if parameter.ndim else 0
+    per_rank = -(-size // count)
+    return min(per_rank * index, size), min(per_rank * (index + 1), size)
 
 
 def shard_place_of(policy: Policy) -> tuple[int, int, int]:

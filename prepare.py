@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import lora
 import parallel
 import record
 import toy
@@ -70,7 +71,7 @@ def rethinking(c: Config) -> Rethinking:
 
 def prepare(config: Config, grade: Grade | None = None) -> Run:
     """Load, check and shard everything. Raises UserError, on all ranks alike, for what cannot work."""
-    device = parallel.start()
+    device = parallel.start(config.precision)
     check_share(config)
     grade = own_reward(config, grade)
     out, lock = choose_out(config)
@@ -87,21 +88,23 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
         model, min_pixels=config.min_pixels, max_pixels=config.max_pixels, empty=empty,
         min_image_tokens=config.min_image_tokens, max_image_tokens=config.max_image_tokens,
     ))  # fmt: skip
-    parallel.agree(lambda: check_room(out, policy, config.keep_last + 1))
     if questions is not None:
         questions = drop_long_prompts(config, policy, questions, pictures)
         heldout = drop_long_prompts(config, policy, heldout, pictures)
         fit_sizes(config, len(questions))
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.model.model.visual.requires_grad_(config.train_vision)
+    if config.lora_rank:
+        lora.adapt(policy, config.lora_rank, config.lora_alpha)
     policy.slices = parallel.agree(lambda: parallel.slices(policy, config.tensor))
-    policy = parallel.shard(policy, device, config.shard, config.offload).train()
+    policy = parallel.shard(policy, device, config.shard, config.offload, config.precision).train()
     policy.cuda_graphs = config.cuda_graphs
+    parallel.agree(lambda: check_room(out, policy, config.keep_last + 1))
     if empty:
         parallel.agree(lambda: checkpoint.load_weights(find_checkpoint(model), policy))
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
+    lora.initialise(policy, config.seed)
+    optimizer = parallel.optimizer(policy, config.lr, config.weight_decay)
     total = config.steps
     if total == 0:
         total = config.passes * len(questions) * config.group_size // config.batch_size
@@ -161,9 +164,10 @@ def load_reward(place: str) -> Grade | None:
 
 
 def check_room(out: Path, policy: Policy, checkpoints: int) -> None:
-    """Raise UserError where the disk cannot hold them: weights and two moments in fp32, and the hub's copy."""
-    copy = 2 if torch.cuda.is_available() else 4
-    needed = (12 + copy) * sum(p.numel() for p in policy.parameters()) * checkpoints
+    """Raise UserError where the disk cannot hold them: what trains and its moments in fp32, and the hub's copy."""
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    copy = policy.compute_dtype.itemsize * sum(p.numel() for p in policy.parameters())
+    needed = (12 * trained + copy) * checkpoints
     free = shutil.disk_usage(out).free
     if free < needed:
         raise UserError(f"--out {out}: {free >> 20} MiB free, {checkpoints} checkpoints need "

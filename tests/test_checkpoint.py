@@ -32,7 +32,7 @@ import checkpoint
 import parallel
 import toy
 import train
-from checkpoint import list_checkpoints, pack_sample, read_rows, rows_of, unpack_sample
+from checkpoint import list_checkpoints, pack_sample, read_rows, unpack_sample
 from data import write_atomically
 from model import Sample, encode
 from record import forget_after
@@ -194,15 +194,15 @@ import checkpoint, tiny, train
 
 torch.set_num_threads(int(sys.argv[2]))
 train.is_right = lambda sample, text=None: tiny.lucky(sample)
-save_policy, saves = checkpoint.save_policy, []
+save_settings, saves = checkpoint.save_settings, []
 
-def save_and_die(policy, directory, weights):
-    save_policy(policy, directory, weights)
+def save_and_die(policy, directory, dtype):
+    save_settings(policy, directory, dtype)
     saves.append(directory)
     if len(saves) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoint.save_policy = save_and_die
+checkpoint.save_settings = save_and_die
 train.main(sys.argv[3:])
 """
 
@@ -515,7 +515,7 @@ def test_any_number_of_ranks_finds_its_rows(tmp_path, monkeypatch, rows, before,
     files = [safe_open(tmp_path / str(i), framework="pt") for i in range(before)]
     for i, expected in enumerate(parts_for(after)):
         monkeypatch.setattr(parallel, "shard_place", lambda _, i=i: (i, after))
-        assert torch.equal(read_rows(files, "w", *rows_of(tensor)), expected)
+        assert torch.equal(read_rows(files, "w", *parallel.rows_of(tensor)), expected)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

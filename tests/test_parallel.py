@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import (
@@ -98,16 +97,21 @@ def distance(a: dict, b: dict) -> tuple[float, float]:
     return float((flat_a - flat_b).abs().max()), float((flat_a - flat_b).norm() / flat_b.norm())
 
 
-@pytest.mark.parametrize("budget", [*BUDGETS, "offload"])
+KINDS = {"lora": {"lora_rank": 3}, "frozen": {"train_vision": "false"}}
+
+
+@pytest.mark.parametrize("budget", [*BUDGETS, "offload", *KINDS])
 def test_two_ranks_take_the_gradient_of_one(ranks, base, tmp_path, budget):
     """Whatever micro-batches each has, and with text on one and pictures on the other."""
-    run = train.prepare(parse(flags(base, tmp_path, max_grad_norm=0, micro_batch_tokens=8192)))
+    kind = KINDS.get(budget, {})
+    run = train.prepare(parse(flags(base, tmp_path, max_grad_norm=0, micro_batch_tokens=8192, **kind)))
     one = gradients_of_hand_made_batch(run)
     two = load_file(ranks("") / f"gradient-{budget}.safetensors")
     largest, relative = distance(two, one)
     print(f"budget {budget}: largest difference {largest:.1e}, relative {relative:.1e}")
     assert largest < 1e-5 and relative < 1e-5
-    assert all(bool(g.any()) for name, g in one.items() if "visual.blocks" in name)
+    assert all(bool(g.any()) for name, g in one.items() if "visual.blocks" in name or "lora" in name)
+    assert any("visual" in name for name in one) == (not kind)
 
 
 def test_hybrid_sharding_splits_within_a_node_and_takes_the_gradient_of_one(nodes, base, tmp_path):
@@ -247,21 +251,23 @@ def test_one_rank_goes_on_from_two(ranks, base, tmp_path, monkeypatch):
 
 
 def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(base, tmp_path, monkeypatch):
-    def start():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        return torch.device("cpu")
-
-    half = parallel.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    monkeypatch.setattr(parallel, "start", start)
-    monkeypatch.setattr(parallel, "MixedPrecisionPolicy", lambda **_: half)
     let_be_right(monkeypatch, lucky)
-    settings = {"rethink_fraction": 0.5, "gradient_checkpointing": "true"}
+    settings = {"precision": "bf16", "rethink_fraction": 0.5, "gradient_checkpointing": "true"}
     run_training(base, tmp_path, **settings)
     rows = steps_of(tmp_path)
     assert len(rows) == 4 and not any(row["skipped"] for row in rows)
     assert all(0 < row["logp_mismatch"] < 0.02 for row in rows)  # bf16: not 1e-5
-    trained = weights_of(tmp_path / "checkpoint-4")
-    assert all(tensor.dtype == torch.float32 for tensor in trained.values())
+    # The copy for others is what was computed with, and says so; a second stage starts from fp32.
+    saved = tmp_path / "checkpoint-4"
+    assert {tensor.dtype for tensor in weights_of(saved).values()} == {torch.bfloat16}
+    assert "float32" not in (saved / "config.json").read_text()
+    run = train.prepare(parse(flags(saved, tmp_path / "stage2", **settings)))
+    with safe_open(saved / "state-0-of-1.safetensors", framework="pt") as state:
+        for name, parameter in run.policy.named_parameters():
+            exact = state.get_tensor(f"param/{name}")
+            assert exact.dtype == torch.float32
+            assert torch.equal(parallel.local(parameter), exact)
+    parallel.stop()
 
 
 # ---------------------------------------------------------------------------- mistakes

@@ -96,7 +96,8 @@ def heldout_of(out: Path) -> list[dict]:
 
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "model.safetensors")
+    files = sorted(directory.glob("model*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def same_tensors(a: dict, b: dict) -> bool:

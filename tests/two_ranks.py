@@ -23,6 +23,7 @@ from tiny import flags, lucky, odd_sum
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import lora
 import parallel
 import toy
 import train
@@ -65,9 +66,11 @@ def gradients_of_hand_made_batch(run) -> dict[str, torch.Tensor]:
     found = {}
 
     def note(optimizer, args, kwargs):
-        for name, parameter in run.policy.named_parameters():
+        for name, parameter in checkpoint.trained(run.policy):
             found[name] = parallel.whole(parameter.grad).clone()
 
+    for module in lora.adapted(run.policy).values():  # at its start of 0, A has no gradient
+        parallel.local(module.lora_B.detach()).fill_(0.02)
     handle = run.optimizer.register_step_pre_hook(note)
     train.update(run, hand_made_batch(run.policy))
     handle.remove()
@@ -118,6 +121,8 @@ def gradients(base: Path, out: Path) -> None:
     for budget in BUDGETS:
         gradient(base, out, str(budget), micro_batch_tokens=budget)
     gradient(base, out, "offload", offload="true")
+    gradient(base, out, "lora", lora_rank=3)
+    gradient(base, out, "frozen", train_vision="false")
 
 
 def across_nodes(base: Path, out: Path) -> dict:
@@ -276,8 +281,9 @@ def errors(base: Path, out: Path) -> dict:
 
 def main(base: Path, out: Path, nodes: bool) -> None:
     device = parallel.start()
+    checkpoint.FILE_BYTES = 100_000  # so that the hub's copy takes several files, and both ranks write
     stop, parallel.stop = parallel.stop, lambda: None  # one process group for all checks
-    parallel.start = lambda: device
+    parallel.start = lambda precision: device
     checks = {
         "gradient": lambda: gradients(base, out),
         "offload": lambda: offloaded(base, out / "offload"),
