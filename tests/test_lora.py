@@ -222,9 +222,14 @@ def test_a_frozen_tower_stays_has_no_moments_and_no_backward(base, tmp_path):
         assert torch.equal(before[name], after[name]) == ("visual" in name), name
     assert not any("visual" in name for name in state_of(tmp_path / "checkpoint-4"))
     policy = train.prepare(parse(flags(base, tmp_path / "new", train_vision="false"))).policy
+    seen = []
+    policy.model.model.visual.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.pooler_output)
+    )
     prompt = encode(policy, QUESTIONS[1], "bare")
-    inputs = policy.embed(prompt.input_ids[None], prompt.pixel_values, prompt.image_grid_thw)
-    inputs["inputs_embeds"].sum().backward()
+    response = random_response(5, 0, policy)
+    response_logprobs(policy, [(prompt, [response])])[0].sum().backward()
+    assert len(seen) == 1 and not seen[0].requires_grad
     assert all(p.grad is None for p in policy.model.model.visual.parameters())
     assert policy.text_model.embed_tokens.weight.grad is not None
 
