@@ -13,6 +13,9 @@ for a k-th of the work. `plan_micro_batches` cuts an optimiser batch into micro-
 ranks. It is a pure function of the lengths, so every rank computes the whole plan and none has to
 ask.
 
+Pictures are packed in the same spirit: the patches of all of them on one row, on which each window or
+picture attends to itself alone (`packed_attention`), equal ones in one call.
+
 Letters: N trees, G branches, P prompt tokens, R response tokens, T tokens of a row, K response
 tokens of all rows, D features.
 """
@@ -371,7 +374,7 @@ def vision_layout(visual, grid_thw: torch.Tensor, device: torch.device) -> dict:
 
 
 def pad_rows(flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """[K] -> [B, R], each response a row, padded with 0.
+    """[K] -> [B, R], one response per row, padded with 0.
 
     >>> pad_rows(torch.tensor([1.0, 2.0, 3.0]), [2, 1])
     tensor([[1., 2.],
@@ -385,7 +388,7 @@ def plan_micro_batches(
 ) -> list[list[list[list[int]]]]:
     """Who trains what: for each rank its micro-batches, each a list of trees of branch indices.
 
-    branches  (question id, prompt length, response length) a branch
+    branches  (question id, prompt length, response length) of each branch
     ranks     how many share the work; each gets about the same number of tokens
     budget    tokens of a micro-batch's rows, padding included. The branches of a question are one
               tree wherever it allows; a longer group is cut into few trees, and one that is longer

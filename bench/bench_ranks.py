@@ -9,7 +9,7 @@ trained (`--ssr off`). The first episode warms up and is not counted; the figure
 the others, from metrics.jsonl. A rank has one thread, so two ranks have twice the cores of one.
 
     sampling, updating   seconds an optimiser step
-    scaling              tokens a second, as a multiple of one rank's
+    scaling              tokens per second, as a multiple of one rank's
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
               "response tokens/s", "scaling"]  # fmt: skip
     print(benching.table(header, table))
     print(
-        f"\ntorchrun train.py, gloo, one thread a rank; {benching.parameters(policy) / 1e6:.1f}M "
+        f"\ntorchrun train.py, gloo, one thread per rank; {benching.parameters(policy) / 1e6:.1f}M "
         f"parameters, fp32.\n{benching.machine()}"
     )
 

@@ -14,7 +14,7 @@ with no optimiser. Four ways to take it, and their log-probabilities must agree:
     tree, full logits     one row [prompt | y_1 | ... | y_G], logits at once
     tree, chunked         `Policy.forward`, as train.py calls it
 
-Tokens a second are counted in two ways, each the same count for all four, so that they compare
+Tokens per second are counted in two ways, each the same count for all four, so that they compare
 the time of the same work: *tree tokens* (P + G R, each different token once) and *response tokens*
 (G R). Memory is the peak of a step above what stood before it (the weights), gradients included.
 
@@ -93,7 +93,7 @@ def make_logprobs(policy, prompt_length: int, response_length: int, group_size: 
 
 
 def make_steps(policy, logprobs: dict, group_size: int) -> dict:
-    """The same as steps: forward, a loss with an advantage a response, backward."""
+    """The same as steps: forward, a loss with one advantage per response, backward."""
     advantages = torch.linspace(-1, 1, group_size, device=policy.device)[:, None]
 
     def step(forward):

@@ -102,7 +102,7 @@ def our_step(policy, questions: list[Question], args):
         episode_queries=len(questions), group_size=args.group_size, ssr="off", lr=1e-5,
         final_lr=1.0, batch_size=len(questions) * args.group_size, warmup=0.0,
         max_new_tokens=args.new_tokens,
-        micro_batch_tokens=prompt_length + args.group_size * args.new_tokens,  # a tree each
+        micro_batch_tokens=prompt_length + args.group_size * args.new_tokens,  # one tree
     )  # fmt: skip
     run = Run(
         config, Path(), policy.train(), optimiser(policy), questions, heldout=[],
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
             benching.times(rate["ours"], rate["TRL"]), seconds["TRL"], seconds["ours"],
         ])  # fmt: skip
     header = ["image tokens", "prompt", "TRL, response tokens/s", "ours", "ratio",
-              "TRL, seconds a step", "ours"]  # fmt: skip
+              "TRL, seconds per step", "ours"]  # fmt: skip
     print(benching.table(header, rows))
     print(
         f"\nWhole optimiser steps, alternating, median of {args.steps}: {args.questions} questions "

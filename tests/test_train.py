@@ -27,7 +27,6 @@ from tiny import (
     weights_of,
 )
 
-
 import record
 import toy
 import train
