@@ -19,6 +19,12 @@ they are needed) and computes the same plan from them, so no rank has to ask ano
 prepare.py puts a run together; config.py has its flags.
 """
 
+import os
+
+# Before torch loads: threads that wait sleep, so that another program costs only its share of the
+# cores. Spinning, the default, is several times slower beside one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import math
 import random
 import sys
