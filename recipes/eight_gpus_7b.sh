@@ -19,9 +19,10 @@ out=${2:-runs/7b}
 # --ssr replay       off and filter are the paper's two baselines
 # --rethink_fraction 0   nothing is forced yet
 # --passes 2         over the data
+# --rollout_rows 192 responses at a time; a measurement of so many prompts fits too (recipes/memory.py)
 # --out, --resume    the run's folder; the same line goes on where an earlier one stopped
 torchrun --nproc_per_node 8 train.py --preset 7b --data "$data" --template plain --ssr replay \
-  --rethink_fraction 0 --passes 2 --out "$out-stage1" --resume
+  --rethink_fraction 0 --passes 2 --rollout_rows 192 --out "$out-stage1" --resume
 
 # Stage 2: Forced Rethinking, from the weights of stage 1.
 #
@@ -37,7 +38,7 @@ stage1=$(ls -d "$out"-stage1/checkpoint-* | sort -V | tail -1)
 torchrun --nproc_per_node 8 train.py --preset 7b --model "$stage1" --data "$data" \
   --template rethink --ssr replay --rethink_fraction 0.25 --rethink_quota 2 \
   --rethink_sft_coef 0.05 --rethink_min_tokens 30 --rethink_max_tokens 1024 \
-  --passes 1 --seed 1 --out "$out-stage2" --resume
+  --passes 1 --seed 1 --rollout_rows 192 --out "$out-stage2" --resume
 
 # --benchmark   those of the paper, from the hub; each rank answers its share
 # --template    plain is the protocol of the paper; rethink is what stage 2 was trained with

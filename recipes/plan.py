@@ -27,7 +27,10 @@ from model import CHUNK, Policy
 from toy import toy_tokenizer
 
 # As published: hidden, layers, heads, key-value heads, intermediate, vocabulary.
-SHAPES = {"7b": (3584, 28, 28, 4, 18944, 152064), "72b": (8192, 80, 64, 8, 29568, 152064)}
+SHAPES = {
+    "3b": (2048, 36, 16, 2, 11008, 151936), "7b": (3584, 28, 28, 4, 18944, 152064),
+    "32b": (5120, 64, 40, 8, 27648, 152064), "72b": (8192, 80, 64, 8, 29568, 152064),
+}  # fmt: skip
 
 
 def build(size: str) -> Policy:
@@ -40,9 +43,9 @@ def build(size: str) -> Policy:
             "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24],
                                 "rope_theta": 1000000.0},
         },
-        vision_config={"hidden_size": 1280, "intermediate_size": 3456 if size == "72b" else 3420,
+        vision_config={"hidden_size": 1280, "intermediate_size": 3456 if size in ("32b", "72b") else 3420,
                        "out_hidden_size": hidden},
-        tie_word_embeddings=False,
+        tie_word_embeddings=size == "3b",
     )  # fmt: skip
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
@@ -138,7 +141,7 @@ def main() -> None:
     parser.add_argument("--network", type=float, default=50e9, help="bytes/s per GPU between nodes")
     parser.add_argument("--latency", type=float, default=2e-5, help="seconds of one sum over ranks")
     a = parser.parse_args()
-    c = Config(**PRESETS[a.size])
+    c = Config(**PRESETS["72b" if a.size in ("32b", "72b") else "7b"])
     a.tensor = a.tensor or c.tensor
     rows = training(a.size, a.gpus, c.micro_batch_tokens)
     memory, time = sampling(a, c)

@@ -128,3 +128,15 @@ def test_the_figure_of_the_study_is_drawn_from_its_numbers(tmp_path):
     shutil.copy(results / "curves.csv", tmp_path)
     toy_ablation.draw(tmp_path)
     assert (tmp_path / "ablation.svg").read_text() == (results / "ablation.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus"), [("one_gpu_3b", 1), ("eight_gpus_7b", 8), ("qwen72b", 32)]
+)
+def test_a_recipe_fits_its_cards_of_80_gb_with_a_tenth_to_spare(name, gpus, tmp_path):
+    from recipes.memory import peaks
+
+    flags = next(flags for script, flags in launched(name, tmp_path) if script == "train.py")
+    size = name.rpartition("_")[2].removeprefix("qwen")
+    found = peaks(size, gpus, config.parse(flags))
+    assert max(found.values()) < 0.9 * 80e9, found
