@@ -21,7 +21,7 @@ MOST = {
     "temperature": 100,  # sampling is uniform long before
     "keep_last": 1_000_000, "passes": 1_000_000,
 }  # fmt: skip
-SIZE = (1 << 31) - 1  # any other whole number: sizes of tensors, and seeds
+SIZE = (1 << 31) - 1  # any other number: sizes of tensors, seeds, and well within float32
 
 
 def flag(default, help: str, choices: tuple | None = None, low=None, high=None):
@@ -251,7 +251,7 @@ def read_flags(kind: type, program: str, description: str, argv: list[str]) -> d
     given = vars(parser.parse_args(argv))
     for f in fields(kind):
         value, low, high = given.get(f.name), f.metadata["low"], f.metadata["high"]
-        most = MOST.get(f.name, SIZE if f.type is int else math.inf)
+        most = MOST.get(f.name, SIZE)
         if isinstance(value, float) and not math.isfinite(value):
             fail(f"--{f.name} {value}: must be a finite number")
         if value is not None and high is not None and not low <= value <= high:

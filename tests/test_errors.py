@@ -161,7 +161,7 @@ def test_a_flag_out_of_bounds_is_refused_at_once(program, argv, capsys):
 # ---------------------------------------------------------------------------- a minute of tests/mutate.py
 
 
-@pytest.mark.parametrize(("trial", "count"), [(damaged_files, 20), (absurd_flags, 10)])
+@pytest.mark.parametrize(("trial", "count"), [(damaged_files, 12), (absurd_flags, 8)])
 def test_no_damaged_file_and_no_absurd_flag_ends_in_a_traceback_a_hang_or_another_result(
     trial, count, tmp_path
 ):
