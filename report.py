@@ -26,7 +26,7 @@ from pathlib import Path
 from string import Template
 
 from benchmarks.scores import paired
-from data import NUMBER, UserError, printable, read_json, read_jsonl, write_atomically
+from data import NUMBER, UserError, check_shape, printable, read_json, read_jsonl, write_atomically
 from pages.curves import Chart, draw, ends, looks, series, show_number, swatch
 from pages.transcripts import OUTCOMES, heldout, rollouts
 
@@ -80,12 +80,13 @@ RESPONSE["not_kept?"] = RESPONSE
 QUESTION = {"id": str, "text": str, "answer": str, "images": [str], "category?": str}
 GROUP = {"step": int, "question": QUESTION, "responses": [RESPONSE]}
 ANSWER = {
-    "step": int, "question?": QUESTION, "id?": str, "text?": str, "found?": (str, type(None)),
-    "right?": bool, "tokens?": int,
+    "step": int, "id": str, "text": str, "found": (str, type(None)), "right": bool, "tokens": int,
 }  # fmt: skip
 COUNTS = ("attempted", *OUTCOMES)
+MEASURED = (*NUMBER, type(None))  # null where it was not finite
 METRICS = {"step": int, "episode?": int, "heldout_categories?": dict} | {
-    f"rethink_{name}?": NUMBER for name in COUNTS
+    f"{key}?": MEASURED
+    for key in ("response_tokens", "step_seconds", *(f"rethink_{name}" for name in COUNTS))
 }
 
 
@@ -123,10 +124,11 @@ def read_run(folder: Path, name: str) -> Record:
         return [row for _, row in found]
 
     questions, answers = [], {}
-    for row in rows("heldout.jsonl", ANSWER):
+    for number, row in enumerate(rows("heldout.jsonl", {"step": int, "question?": QUESTION}), 1):
         if "question" in row:
             questions.append(row["question"])
         else:
+            check_shape(row, ANSWER, f"{folder / 'heldout.jsonl'}:{number}")
             answers.setdefault(row["step"], {})[row["id"]] = row
     path = folder / "config.json"
     config = read_json(path, {"steps?": int}) if path.exists() else {}
@@ -147,7 +149,7 @@ def derive(row: dict) -> dict:
     if row.get("step_seconds") and row.get("response_tokens"):
         more["speed"] = row["response_tokens"] / row["step_seconds"]
     if attempted := row.get("rethink_attempted"):
-        more |= {f"look_{name}": row.get(f"rethink_{name}", 0) / attempted for name in OUTCOMES}
+        more |= {f"look_{name}": (row.get(f"rethink_{name}") or 0) / attempted for name in OUTCOMES}
     return row | more
 
 

@@ -29,21 +29,15 @@ COLOURS = (
     "#8b929a", "#2459d6", "#c2510a", "#157a3e", "#b0179a",
     "#0e7490", "#a07d10", "#b3261e", "#6b45c9",
 )  # fmt: skip
-GLOSSARY = (
-    (
-        "A rollout is one sampled response. The G rollouts to one question are its group. An episode "
-        "samples many groups with frozen weights, then takes optimiser steps on them."
-    ),
-    (
-        "A rollout is effective if its advantage A is not 0. It is replayed if a batch trains on it again, "
-        "in place of one that is not effective."
-    ),
-    (
-        "Forced Rethinking makes a share q of the first answers, y1, go on after a trigger phrase; what "
-        "follows the trigger is y2. Held-out questions are never trained on: they are answered greedily "
-        "(the likeliest token each time) and once sampled (as in training)."
-    ),
-)
+GLOSSARY = """
+A rollout is one sampled response. The G rollouts to one question are its group. An episode samples \
+many groups with frozen weights, then takes optimiser steps on them.
+A rollout is effective if its advantage A is not 0. It is replayed if a batch trains on it again, in \
+place of one that is not effective.
+Forced Rethinking makes a share q of the first answers, y1, go on after a trigger phrase; what follows \
+the trigger is y2. Held-out questions are never trained on: they are answered greedily (the likeliest \
+token each time) and once sampled (as in training).
+"""
 # (title, file, line, the line that replaces it, what the walk then shows)
 EXERCISES = (
     (
@@ -76,9 +70,18 @@ def heading(c: Config) -> str:
         f"{torch.__version__} on {os.cpu_count()} cores ({platform.machine()}). Each heading "
         "names the functions whose arguments and results follow. Three lines of terms first:"
     )
-    terms = [line for term in GLOSSARY for line in wrap("- " + term, WIDTH, subsequent_indent="  ")]
+    terms = (
+        wrap("- " + term, WIDTH, subsequent_indent="  ") for term in GLOSSARY.strip().split("\n")
+    )
     pictures = ["", "![the picture](toy.png)", "![who sees whom](tree.svg)"] if c.out else []
-    top = ["# One question through VL-Rethinker", "", *wrap(made, WIDTH), "", *terms, *pictures]
+    top = [
+        "# One question through VL-Rethinker",
+        "",
+        *wrap(made, WIDTH),
+        "",
+        *(line for term in terms for line in term),
+        *pictures,
+    ]
     return "\n".join(top)
 
 

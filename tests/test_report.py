@@ -406,6 +406,10 @@ def not_text(folder):
     (folder / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\n")
 
 
+def half_an_answer(folder):
+    (folder / "heldout.jsonl").write_text('{"step": 0, "id": "1"}\n')
+
+
 def broken_config(folder):
     (folder / "config.json").write_text("{")
 
@@ -420,6 +424,7 @@ def a_folder_in_the_way(folder):
         (no_run, "no such run"), (no_metrics, "no metrics.jsonl"),
         (broken_line, "jsonl:2: invalid"), (wrong_rows, "no .question"),
         (not_text, "not UTF-8"), (step_of_text, "jsonl:1: .step. must be int"),
+        (half_an_answer, "heldout.jsonl:1: the object has no 'text'"),
         (broken_config, "config.json: invalid"),
         (a_folder_in_the_way, "cannot be written"),
     ],
