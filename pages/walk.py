@@ -21,7 +21,7 @@ from model import Sample, encode
 from pages import lesson
 from prepare import Run
 from ssr import ReplayBuffer, is_effective
-from tree import Trees
+from tree import Trees, build_trees
 
 EPISODES = 20  # searched for the two questions
 
@@ -92,12 +92,13 @@ def follow(run: Run, steps, group: list[Sample], idle: list[Sample]) -> tuple[st
     parts.append(lesson.tell_replay(merged, idle, run.buffer, [b.draws for b in branches]))
 
     totals = steps.batch_totals(c, branches)
-    [(rows, trees)] = steps.micro_batches(run, branches)
+    # In the order of the table above; micro-batches have one of their own.
+    trees = build_trees([(merged[0].prompt, [b.sample.tokens for b in branches])])
     parts.append(lesson.tell_tree(trees))
-    before = steps.token_terms(run, rows, trees, totals)
+    before = steps.token_terms(run, branches, trees, totals)
     steps.update(run, branches)
     with torch.no_grad():
-        after = steps.token_terms(run, rows, trees, totals)
+        after = steps.token_terms(run, branches, trees, totals)
     parts.append(lesson.tell_loss(policy, c, merged[i], i, before, after))
     parts.append(lesson.tell_step(c, merged, [b.draws for b in branches], before, after))
     return "\n\n".join(parts), trees

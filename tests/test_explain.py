@@ -56,6 +56,12 @@ def test_a_question_is_followed_to_the_loss(own_policy, groups):
     assert "wrong → right 1; 1 kept" in told and "|A_j|^1" in told
     assert "P(j)   0.250   0.250   0.250   0.250" in told
     assert len(trees.lengths) == 4
+    # Each row of section 7 is about its own response: before the step, log pi is as it was sampled.
+    merged = [*groups[0][:2], groups[0][2].extension, groups[0][3]]
+    before = [
+        float(line.split()[4]) for line in told[told.index("## 7") :].splitlines() if " x  " in line
+    ]
+    assert before == [pytest.approx(float(s.logprobs[s.mask].sum()), abs=2e-3) for s in merged]
 
 
 def numbers(told: str, name: str) -> list[float]:
