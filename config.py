@@ -102,9 +102,15 @@ class Config:
         False, "recompute activations in the backward pass [C: true]"
     )
 
-    train_vision: bool = flag(True, "train the vision tower too [C: true]; with --lora_rank it is frozen")
-    lora_rank: int = flag(0, "train adapters of this rank in place of weights; 0: all weights", low=0)
-    lora_alpha: float = flag(32.0, "reach of the adapters' updates: they are scaled by alpha / rank", low=0)
+    train_vision: bool = flag(
+        True, "train the vision tower too [C: true]; with --lora_rank it is frozen"
+    )
+    lora_rank: int = flag(
+        0, "train adapters of this rank in place of weights; 0: all weights", low=0
+    )
+    lora_alpha: float = flag(
+        32.0, "reach of the adapters' updates: they are scaled by alpha / rank", low=0
+    )
     precision: str = flag("auto", "bf16: compute in bf16, keep weights in fp32; auto: that on GPUs, else fp32",
                           ("auto", "bf16", "fp32"))  # fmt: skip
     shard: str = flag(

@@ -111,7 +111,9 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     if parallel.rank() == 0 and not checkpoint.list_checkpoints(out):
         record.write_config(out, config)  # with the sizes that fit
     buffer = ReplayBuffer(config.ssr_alpha, config.seed, config.ssr_replacement)
-    return Run(config, out, policy, optimizer, questions, heldout, total, buffer, grade, checksum, lock)
+    return Run(
+        config, out, policy, optimizer, questions, heldout, total, buffer, grade, checksum, lock
+    )
 
 
 def say(line: str) -> None:
