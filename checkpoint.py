@@ -13,7 +13,7 @@ complete. Nothing is pickled: a checkpoint from elsewhere can do no harm by bein
 did to it meanwhile shows in the checksums: without them a flipped bit resumes, with other numbers.
 
 Parameters are split over ranks along their first dimension, in order. A run with another number of
-ranks therefore finds any row it needs by counting through the old files (`read_rows`).
+ranks therefore finds any row it needs by counting through the old files (`rows_from`).
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def pack_sample(sample: Sample) -> dict:
 
     `prompt` is a checksum: what was sampled belongs to the very prompt that it was sampled from.
     """
-    row = {k: v for k, v in vars(sample).items() if k not in ("prompt", "extension")}
+    row = {k: v for k, v in vars(sample).items() if k not in ("prompt", "second_look")}
     row |= {k: row[k].tolist() for k in ("tokens", "logprobs", "mask")}
     return row | {"qid": sample.prompt.question.id, "prompt": checksum(sample.prompt)}
 
@@ -126,9 +126,7 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
     parallel.barrier()
     index, count, copy = parallel.shard_place_of(policy)
     if copy == 0:  # with hybrid sharding the other nodes hold the same
-        save_file(
-            state_tensors(policy, optimizer), unfinished / f"state-{index}-of-{count}.safetensors"
-        )
+        save_file(state_tensors(policy, optimizer), unfinished / f"state-{index}-of-{count}.safetensors")
     save_weights(unfinished, policy)
     adapter = lora.adapter_weights(policy)
     if first:
@@ -261,7 +259,7 @@ def number_of(path: Path) -> int:
     return int(path.name.split("-")[1])
 
 
-def read_rows(files: list, name: str, start: int, stop: int) -> torch.Tensor:
+def rows_from(files: list, name: str, start: int, stop: int) -> torch.Tensor:
     """Rows [start, stop) of a tensor whose first dimension is laid out over `files` in order."""
     parts, offset = [], 0
     for file in files:
@@ -306,7 +304,7 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
                 "--lora_rank as before"
             )
         with torch.no_grad():
-            rows = read_rows(files, f"param/{name}", start, stop)
+            rows = rows_from(files, f"param/{name}", start, stop)
             parallel.local(parameter).copy_(rows)
         if f"step/{name}" not in names:
             continue
@@ -315,7 +313,7 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
         state = {"step": step}
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(parameter)
-            values = read_rows(files, f"{moment}/{name}", start, stop)
+            values = rows_from(files, f"{moment}/{name}", start, stop)
             parallel.local(state[moment]).copy_(values)
         optimizer.state[parameter] = state
     return trainer
@@ -329,11 +327,7 @@ def module_name(key: str) -> str:
     """
     if key.startswith(("lm_head.", "model.visual.", "model.language_model.")):
         return key
-    return (
-        f"model.{key}"
-        if key.startswith("visual.")
-        else key.replace("model.", "model.language_model.", 1)
-    )
+    return f"model.{key}" if key.startswith("visual.") else key.replace("model.", "model.language_model.", 1)
 
 
 def load_weights(directory: Path, policy: Policy) -> None:
@@ -369,7 +363,7 @@ def load_weights(directory: Path, policy: Policy) -> None:
             rows = piece[start:stop].mT if turned else piece[start:stop]
         # Not for eval.py --tensor, whose parameters are meta: it samples from the hub's copy.
         if f"param/model.{name}" in exact and not parameter.is_meta:
-            rows = read_rows(own, f"param/model.{name}", start, stop)
+            rows = rows_from(own, f"param/model.{name}", start, stop)
         if not is_finite(rows):
             raise UserError(f"{path}: {key} holds values that are not finite")
         with torch.no_grad():
@@ -446,9 +440,7 @@ def resume_run(run) -> bool:
             prompt = encode(run.policy, known[qid], run.config.template)
             # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.
             prompts[qid] = replace(prompt, pixel_values=None) if parallel.world() > 1 else prompt
-        return tuple(
-            [unpack_sample(row, prompts) for row in packed[part]] for part in ("fresh", "buffer")
-        )
+        return tuple([unpack_sample(row, prompts) for row in packed[part]] for part in ("fresh", "buffer"))
 
     run.fresh, run.buffer.samples = parallel.agree(lambda: readable(directory, unpack))
     if run.step > run.total_steps:

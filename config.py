@@ -50,20 +50,12 @@ class Config:
     heldout: int = flag(
         None, "questions kept out of training; default: 128, or a tenth of a smaller file", low=0
     )
-    template: str = flag(
-        "bare", "prompt [P: plain in stage 1, rethink in stage 2]", tuple(TEMPLATES)
-    )
-    min_image_tokens: int = flag(
-        0, "fewest visual tokens per picture; 0: the checkpoint's [C: 256]", low=0
-    )
-    max_image_tokens: int = flag(
-        0, "most visual tokens per picture; 0: the checkpoint's [C: 1280]", low=0
-    )
+    template: str = flag("bare", "prompt [P: plain in stage 1, rethink in stage 2]", tuple(TEMPLATES))
+    min_image_tokens: int = flag(0, "fewest visual tokens per picture; 0: the checkpoint's [C: 256]", low=0)
+    max_image_tokens: int = flag(0, "most visual tokens per picture; 0: the checkpoint's [C: 1280]", low=0)
     min_pixels: int = flag(0, "smallest area of a picture instead; 0: by its tokens", low=0)
     max_pixels: int = flag(0, "largest area of a picture instead; 0: by its tokens", low=0)
-    max_prompt_tokens: int = flag(
-        4096, "questions with a longer prompt are dropped and counted", low=1
-    )
+    max_prompt_tokens: int = flag(4096, "questions with a longer prompt are dropped and counted", low=1)
 
     out: str = flag("", "directory of the run; default: runs/PRESET, numbered if taken")
     steps: int = flag(60, "optimiser steps; 0: `passes` over the data", low=0)
@@ -71,13 +63,9 @@ class Config:
     seed: int = flag(0, "all randomness is a function of (seed, step, rank)")
     save_every: int = flag(50, "steps between checkpoints; the last step always writes one", low=1)
     keep_last: int = flag(2, "checkpoints kept", low=1)
-    eval_every: int = flag(
-        20, "steps between measurements on held-out questions; 0: first and last", low=0
-    )
+    eval_every: int = flag(20, "steps between measurements on held-out questions; 0: first and last", low=0)
     resume: bool = flag(False, "continue from the newest checkpoint in --out")
-    explain: bool = flag(
-        False, "no training: follow one toy question through the method, in numbers"
-    )
+    explain: bool = flag(False, "no training: follow one toy question through the method, in numbers")
 
     episode_queries: int = flag(32, "questions sampled with frozen weights [P: 1024]", low=1)
     group_size: int = flag(8, "responses per question, G [P: 8]", low=2)
@@ -89,18 +77,12 @@ class Config:
     )
 
     lr: float = flag(1e-4, "peak learning rate of AdamW [C: 1e-6]", low=0)
-    warmup: float = flag(
-        0.03, "share of the steps in which the learning rate rises [C: 0.03]", low=0, high=1
-    )
-    final_lr: float = flag(
-        0.5, "where the cosine ends, as a share of the peak [C: 0.5]", low=0, high=1
-    )
+    warmup: float = flag(0.03, "share of the steps in which the learning rate rises [C: 0.03]", low=0, high=1)
+    final_lr: float = flag(0.5, "where the cosine ends, as a share of the peak [C: 0.5]", low=0, high=1)
     weight_decay: float = flag(0.0, "of AdamW [C: 0]", low=0)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm [C: 1.0]", low=0)
     micro_batch_tokens: int = flag(8192, "tokens per forward pass, padding included", low=1)
-    gradient_checkpointing: bool = flag(
-        False, "recompute activations in the backward pass [C: true]"
-    )
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass [C: true]")
 
     train_vision: bool = flag(
         True, "train the vision tower too [C: true]; with --lora_rank it is frozen"
@@ -124,12 +106,8 @@ class Config:
     offload: bool = flag(False, "keep weights and optimiser state in host memory between uses")
     cuda_graphs: bool = flag(True, "on a GPU, launch each decoding step as one graph")
 
-    reward: str = flag(
-        "", "FILE.py:NAME, a function (response text, Question) -> a number of your own"
-    )
-    advantage: str = flag(
-        "mean", "divide r - mean by the group's std [P: std] [C: mean]", ("mean", "std")
-    )
+    reward: str = flag("", "FILE.py:NAME, a function (response text, Question) -> a number of your own")
+    advantage: str = flag("mean", "divide r - mean by the group's std [P: std] [C: mean]", ("mean", "std"))
     average: str = flag(
         "token",
         "mean over all tokens, or over responses of their means [P: sequence]",
@@ -158,9 +136,7 @@ class Config:
     rethink_trigger: str = flag(
         "uniform", "drawn at random, or by whether y1 was right [C: oracle]", ("uniform", "oracle")
     )
-    rethink_cutback: float = flag(
-        0.0, "chance to cut y1 back before its answer [C: 0.5]", low=0, high=1
-    )
+    rethink_cutback: float = flag(0.0, "chance to cut y1 back before its answer [C: 0.5]", low=0, high=1)
     rethink_min_tokens: int = flag(1, "fewest tokens of a kept y2 [C: 30]", low=0)
     rethink_max_tokens: int = flag(1024, "most tokens of a kept y2 [C: 1024]", low=1)
     rethink_baseline: str = flag(
@@ -198,9 +174,7 @@ def parse(argv: list[str]) -> Config:
     >>> parse(["--lr", "0.001", "--resume"]).lr
     0.001
     """
-    given = read_flags(
-        Config, "train.py", "Teach a Qwen vision-language model to think slowly.", argv
-    )
+    given = read_flags(Config, "train.py", "Teach a Qwen vision-language model to think slowly.", argv)
     if given.get("data", "toy") != "toy" and given.get("model") != "toy":
         given = {"preset": "own"} | given
     config = Config(**(PRESETS[given.get("preset", "toy")] | given))

@@ -106,9 +106,7 @@ def place_markers(text: str, n_images: int) -> str:
     """
     missing = n_images - text.count(MARKER)
     if missing < 0:
-        raise ValueError(
-            f"{n_images - missing} {MARKER} markers but {n_images} images; fix the row"
-        )
+        raise ValueError(f"{n_images - missing} {MARKER} markers but {n_images} images; fix the row")
     return MARKER * missing + text
 
 
@@ -131,9 +129,7 @@ def open_image(source) -> Image.Image:
             raise ValueError("not a file")  # a pipe would be waited for
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(
-        "I;16"
-    ):  # PIL's own conversion would cut 16 bits off at 255: all white
+    if image.mode.startswith("I;16"):  # PIL's own conversion would cut 16 bits off at 255: all white
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -145,9 +141,7 @@ def open_image(source) -> Image.Image:
         raise ValueError(f"its sides {width} x {height} differ by a factor of more than 190")
     if min(width, height) < MIN_SIDE:
         scale = MIN_SIDE / min(width, height)
-        image = image.resize(
-            (round(width * scale), round(height * scale)), Image.Resampling.BICUBIC
-        )
+        image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
     return image
 
 
@@ -177,9 +171,7 @@ def check_images(questions: list[Question], seen: bool = True, progress=iter) ->
                     ) from None
             except BROKEN_IMAGE as error:
                 reason = re.sub(r"<.*>", "unknown format", str(error))
-                raise UserError(
-                    f"{where}: {name} cannot be read ({reason}); replace the picture"
-                ) from None
+                raise UserError(f"{where}: {name} cannot be read ({reason}); replace the picture") from None
         return found
 
     with ThreadPoolExecutor() as pool:
@@ -241,9 +233,7 @@ def parse_json(text: bytes, place: str, shape=None) -> dict:
     except UnicodeDecodeError:
         raise UserError(f"{place}: not UTF-8; save the file as UTF-8") from None
     except UnicodeEncodeError:
-        raise UserError(
-            f"{place}: half of a surrogate pair, which no tokenizer reads; fix it"
-        ) from None
+        raise UserError(f"{place}: half of a surrogate pair, which no tokenizer reads; fix it") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: invalid JSON ({getattr(error, 'msg', error)})") from None
     if not isinstance(found, dict):
@@ -313,9 +303,7 @@ def read_jsonl(path: Path, shape=None, growing: bool = False) -> Iterator[tuple[
         if line.strip() and not (growing and not line.endswith(b"\n")):
             place = f"{path}:{number}"
             row = parse_json(line, place, shape)
-            if "line_crc32" in row and row.pop("line_crc32") != zlib.crc32(
-                json.dumps(row).encode()
-            ):
+            if "line_crc32" in row and row.pop("line_crc32") != zlib.crc32(json.dumps(row).encode()):
                 raise UserError(f"{place}: changed since it was written; remove the line, or its "
                                 "line_crc32 if that was meant")  # fmt: skip
             yield place, row
@@ -401,11 +389,7 @@ def _read_images(row: dict, folder: Path) -> list:
     value = _column(row, IMAGE_COLUMNS)
     if value is None:
         for name, cell in row.items():
-            if (
-                isinstance(cell, str)
-                and _PICTURE.search(cell)
-                and name not in ("question", "answer")
-            ):
+            if isinstance(cell, str) and _PICTURE.search(cell) and name not in ("question", "answer"):
                 raise ValueError(f"column {name!r} names a picture; call that column 'image'")
         return []
     sources = []

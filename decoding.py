@@ -39,9 +39,7 @@ class Pages:
     """Keys and values of M pages, a tensor per layer. Page 0 is nobody's: rows that have ended write there."""
 
     def __init__(self, like: list[torch.Tensor], size: int):
-        self.k, self.v = (
-            [x.new_zeros(1, x.shape[1], size, x.shape[3]) for x in like] for _ in "kv"
-        )
+        self.k, self.v = ([x.new_zeros(1, x.shape[1], size, x.shape[3]) for x in like] for _ in "kv")
         self.size = size
         self.free: list[int] = []  # a heap
 
@@ -106,6 +104,7 @@ class Seat:
     member: int
     limit: int  # of its length
     length: int = 1
+    trigger: str | None = None  # the kind that was forced, once it looks again
     pages: list[int] = field(default_factory=list)
 
 
@@ -306,9 +305,7 @@ def record(step: Callable) -> Callable:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or isinstance(
-            error.__context__, torch.OutOfMemoryError
-        ):
+        if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError):
             raise torch.OutOfMemoryError(str(error)) from error
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -60,9 +60,7 @@ NAMES = ("toy", "own", *BENCHMARKS)
 
 @dataclass
 class Config:
-    model: str = flag(
-        "", "directory or hub id of a Qwen-VL, or toy; default: newest toy checkpoint"
-    )
+    model: str = flag("", "directory or hub id of a Qwen-VL, or toy; default: newest toy checkpoint")
     benchmark: str = flag(
         "", f"one or more of {' '.join(NAMES)}, with commas; default: own with --data, else toy"
     )
@@ -79,23 +77,15 @@ class Config:
         "prompt; default: plain [P; the 72B card: rethink], for own the one it was trained with",
         tuple(TEMPLATES),
     )
-    temperature: float = flag(
-        None, "default: 0, greedy; 0.6 with several samples [C: the same]", low=0
-    )
+    temperature: float = flag(None, "default: 0, greedy; 0.6 with several samples [C: the same]", low=0)
     max_new_tokens: int = flag(
         0, "longest response; 0: 8192 [P], 64 for the toy world, for own as in training", low=0
     )
-    min_image_tokens: int = flag(
-        0, "fewest visual tokens per picture; 0: 256 [P], the toy's own", low=0
-    )
-    max_image_tokens: int = flag(
-        0, "most visual tokens per picture; 0: 1280 [P], the toy's own", low=0
-    )
+    min_image_tokens: int = flag(0, "fewest visual tokens per picture; 0: 256 [P], the toy's own", low=0)
+    max_image_tokens: int = flag(0, "most visual tokens per picture; 0: 1280 [P], the toy's own", low=0)
     min_pixels: int = flag(0, "smallest area of a picture instead; 0: by its tokens", low=0)
     max_pixels: int = flag(0, "largest area of a picture instead; 0: by its tokens", low=0)
-    max_prompt_tokens: int = flag(
-        32768, "questions with a longer prompt get no answer, counted", low=1
-    )
+    max_prompt_tokens: int = flag(32768, "questions with a longer prompt get no answer, counted", low=1)
     force_rethink: bool = flag(False, "force every response to look again, too (paper, Fig. 7)")
     rows: int = flag(64, "responses decoded at once: their KV cache must fit", low=1)
     tensor: int = flag(
@@ -118,13 +108,9 @@ def parse(argv: list[str]) -> Config:
             known = ", ".join(NAMES)
             raise UserError(f"--benchmark {name!r}: no such benchmark; there are {known}")
     if "own" in names(config) and (names(config) != ["own"] or not config.data):
-        raise UserError(
-            "--benchmark own: give --data FILE with your questions, and no other benchmark"
-        )
+        raise UserError("--benchmark own: give --data FILE with your questions, and no other benchmark")
     if names(config) == ["toy"] and config.data:
-        raise UserError(
-            "--benchmark toy makes its questions: leave out --data, or ask --benchmark own"
-        )
+        raise UserError("--benchmark toy makes its questions: leave out --data, or ask --benchmark own")
     if config.temperature and config.temperature < 0.01:
         raise UserError(f"--temperature {config.temperature}: must be 0, or at least 0.01")
     if config.temperature is None:
@@ -184,7 +170,7 @@ def items_of(name: str, config: Config) -> tuple[list[Item], list[Item], set[str
     return kept[: config.limit or None], left_out, ids
 
 
-def find_model(config: Config) -> str:
+def newest_model(config: Config) -> str:
     """The directory or hub id to load: by default the newest toy checkpoint, or the toy's base."""
     if config.model not in ("", "toy"):
         return config.model
@@ -206,7 +192,7 @@ def find_model(config: Config) -> str:
 # ---------------------------------------------------------------------------- files
 
 
-def choose_out(config: Config) -> Path:
+def result_folder(config: Config) -> Path:
     """--out; by default the first of runs/eval, runs/eval-2, ... that is free to use."""
 
     def is_free(out: Path) -> bool:
@@ -245,9 +231,7 @@ def answers_from_file(config: Config, name: str, ids: set[str]) -> dict[str, lis
             raise UserError(f'{place}: expected {{"id": ..., "response": "text"}}')
         id_ = str(row["id"])
         if id_ not in ids:
-            raise UserError(
-                f"{place}: id {id_!r} is not in the data of {name}; ids look like {min(ids)!r}"
-            )
+            raise UserError(f"{place}: id {id_!r} is not in the data of {name}; ids look like {min(ids)!r}")
         found.setdefault(id_, []).append(row)
         if len(found[id_]) > config.samples:
             raise UserError(
@@ -264,7 +248,7 @@ def answers_from_file(config: Config, name: str, ids: set[str]) -> dict[str, lis
 
 def evaluate(config: Config) -> dict[str, dict]:
     """All benchmarks asked for; each one's files are written before the next begins."""
-    out, summaries = choose_out(config), {}
+    out, summaries = result_folder(config), {}
     lock = hold(out) if RANK == 0 else None
     read_summary(out)  # what is wrong with it is said now, not after hours of work
     for name in names(config):
@@ -285,9 +269,7 @@ def evaluate(config: Config) -> dict[str, dict]:
         if RANK > 0:
             continue
         marked = {
-            item.question.id: scores.mark_all(
-                item, answers.get(item.question.id, []), config.samples
-            )
+            item.question.id: scores.mark_all(item, answers.get(item.question.id, []), config.samples)
             for item in items
         }
         summary = scores.summarise(name, items, left_out, marked, config.samples)
@@ -299,7 +281,7 @@ def evaluate(config: Config) -> dict[str, dict]:
         others = {}  # a model's answers that a smaller --limit leaves out
         if (out / f"{name}.run.json").exists():
             others = {id_: found for id_, found in answers.items() if id_ not in marked}
-        save(out, name, marked | others, summaries[name])
+        write_results(out, name, marked | others, summaries[name])
         if config.show:
             print(scores.unanswered([line for lines in marked.values() for line in lines]))
     if lock:
@@ -307,7 +289,7 @@ def evaluate(config: Config) -> dict[str, dict]:
     return summaries
 
 
-def save(out: Path, name: str, marked: dict[str, list[dict]], summary: dict) -> None:
+def write_results(out: Path, name: str, marked: dict[str, list[dict]], summary: dict) -> None:
     """NAME.jsonl in the order of the data, and this benchmark's entry in summary.json."""
     lines = [seal(line) for lines in marked.values() for line in lines]
     write_atomically(out / f"{name}.jsonl", "".join(lines))
@@ -334,9 +316,7 @@ def write_comparison(config: Config, told: str) -> Path:
     paths = [Path(path) for path in config.compare]
     name, folder = paths[1].stem, paths[1].parent
     made = read_json(folder / "summary.json", {name: {"settings": dict}})[name]["settings"]
-    again = replace(
-        config, benchmark=name, data=config.data or made["data"], model=made.get("model", "")
-    )
+    again = replace(config, benchmark=name, data=config.data or made["data"], model=made.get("model", ""))
     items = read_items(name, again)
     columns = []
     for path in paths:
@@ -370,7 +350,7 @@ def main(argv: list[str]) -> int:
         if config.responses and RANK > 0:
             return 0
         if not config.responses:
-            config.model = find_model(config)
+            config.model = newest_model(config)
             if config.tensor > 1:
                 import parallel
 

@@ -87,8 +87,7 @@ def initialise(policy: Policy, seed: int) -> None:
 def merged(projection: nn.Linear) -> torch.Tensor:
     """W + (alpha / r) B A [out, in], added up in fp32. Every rank must ask."""
     A, B, W = (
-        parallel.whole(x.detach()).float()
-        for x in (projection.lora_A, projection.lora_B, projection.weight)
+        parallel.whole(x.detach()).float() for x in (projection.lora_A, projection.lora_B, projection.weight)
     )
     return W + projection.lora_scale * (B @ A)
 

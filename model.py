@@ -95,7 +95,7 @@ class Sample:
     advantage: float = 0.0
     step: int = 0  # optimiser step at which it was sampled
     rethought: str | None = None  # the kind of trigger that was forced, if one was
-    extension: "Sample | None" = None  # this response, carried on after a forced trigger
+    second_look: "Sample | None" = None  # this response, continued after a forced trigger
 
 
 class Policy(nn.Module):
@@ -109,9 +109,7 @@ class Policy(nn.Module):
         self.compute_device: torch.device | None = None
         self.compute_dtype = torch.float32  # bf16 with `parallel.shard`'s mixed precision
         self.sampling = False  # weights are whole or in slices, to be used directly
-        self.slices = (
-            None  # parallel.Slices: ranks that sample together, each a part of every layer
-        )
+        self.slices = None  # parallel.Slices: ranks that sample together, each a part of every layer
         self.cuda_graphs = True  # on a GPU a decoding step is launched as a whole
         self.text_model.config._attn_implementation = "carried"  # tree.carried_attention
         pack_pictures(model.model.visual)
@@ -214,9 +212,7 @@ class Policy(nn.Module):
         def attend(module, q, k, v, scaling, **_):
             keys.append(k.contiguous())  # head by head, as decoding reads them at every token
             values.append(v.contiguous())
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scaling, enable_gqa=True
-            )
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
             return mixed.transpose(1, 2)
 
         x, deeper = self.embed(input_ids, pixel_values, image_grid_thw)
@@ -232,9 +228,7 @@ class Policy(nn.Module):
         attend = partial(tree_attention, trees)
         hidden = self.decoder(x, trees.position_ids, attend, deeper)  # [N, T, D]
         hidden = hidden.flatten(0, 1)[trees.predictor]  # [K, D]
-        return token_logprobs(
-            hidden, self.head_weight(), trees.targets, self.banned_ids, temperature
-        )
+        return token_logprobs(hidden, self.head_weight(), trees.targets, self.banned_ids, temperature)
 
 
 def rms_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -432,14 +426,10 @@ def find_checkpoint(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(
-            snapshot_download(path, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"])
-        )
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--model {path}: no such directory, and the hub gives no model ({reason})"
-        ) from None
+        raise UserError(f"--model {path}: no such directory, and the hub gives no model ({reason})") from None
 
 
 def load_policy(
@@ -468,9 +458,7 @@ def load_policy(
         size["shortest_edge"] = min_pixels or min_image_tokens * side**2 or size["shortest_edge"]
         size["longest_edge"] = max_pixels or max_image_tokens * side**2 or size["longest_edge"]
         if size["shortest_edge"] > size["longest_edge"]:
-            raise UserError(
-                f"min_pixels {size['shortest_edge']} > max_pixels {size['longest_edge']}"
-            )
+            raise UserError(f"min_pixels {size['shortest_edge']} > max_pixels {size['longest_edge']}")
         check_encoding(policy)
         return policy
     except Exception as error:  # noqa: BLE001, damaged files make transformers raise whatever comes

@@ -48,7 +48,6 @@ PULSE = 2.0  # seconds between two signs of life
 SILENT = 90  # pulses missed, three minutes, and a rank is lost; what holds Python may take one
 
 
-
 def start(precision: str = "auto") -> torch.device:
     """Join the other processes of torchrun, if any, and return this one's device."""
     cuda = torch.cuda.is_available()
@@ -232,9 +231,7 @@ def shard(
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(half)
     options = {
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=half, reduce_dtype=torch.float32 if half else None
-        ),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None),
         "mesh": mesh_over(device.type, over),
     }
     if offload:
@@ -264,9 +261,7 @@ def fill_buffers(policy: Policy, device: torch.device) -> None:
 def optimizer(policy: Policy, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over what trains. Fused: the default form makes copies of all gradients, 14 GiB for 3B."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        trained, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
-    )
+    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
 def mesh_over(device_type: str, over: str):

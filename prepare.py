@@ -61,7 +61,7 @@ class Run:
     interrupted: bool = False  # by Ctrl-C or SIGTERM: finish the step, save, stop
 
 
-def rethinking(c: Config) -> Rethinking:
+def rethink_settings(c: Config) -> Rethinking:
     return Rethinking(c.rethink_fraction, c.rethink_quota, c.rethink_trigger, c.rethink_cutback,
                       c.rethink_min_tokens, c.rethink_max_tokens)  # fmt: skip
 
@@ -74,13 +74,13 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     device = parallel.start(config.precision)
     check_share(config)
     grade = own_reward(config, grade)
-    out, lock = choose_out(config)
+    out, lock = run_folder(config)
     say(sources(config))
     questions, heldout = load_data(config)
     checksum = data_checksum(questions + heldout) if questions else 0
     # Before the model is loaded, which takes minutes.
     pictures = check_pictures(questions + heldout) if questions else {}
-    model = find_model(config)
+    model = model_path(config)
     parallel.agree(lambda: find_checkpoint(model))
     checkpoint.check_model(model)
     empty = torch.distributed.is_initialized()  # then each rank reads its own part of the weights
@@ -141,9 +141,7 @@ def own_reward(config: Config, grade: Grade | None) -> Grade | None:
                 f"question {question.id})"
             ) from error
         if not math.isfinite(value):
-            raise UserError(
-                f"--reward {config.reward}: {value} for question {question.id}; make it finite"
-            )
+            raise UserError(f"--reward {config.reward}: {value} for question {question.id}; make it finite")
         return value
 
     return guarded if grade else None
@@ -176,7 +174,7 @@ def check_room(out: Path, policy: Policy, checkpoints: int) -> None:
                         f"{needed >> 20} MiB; make room or lower --keep_last")  # fmt: skip
 
 
-def choose_out(config: Config):
+def run_folder(config: Config):
     """The run's directory, writable and not another run's, and the lock on it. Rank 0 chooses."""
 
     def is_taken(out: Path) -> bool:
@@ -267,7 +265,7 @@ def fit_sizes(config: Config, n: int) -> None:
     say(f"{counts}; too few for {', '.join(lowered)}" if lowered else counts)
 
 
-def find_model(config: Config) -> str:
+def model_path(config: Config) -> str:
     """The directory or hub id to load. Rank 0 brings up the toy's base while the others wait."""
     if config.model != "toy":
         return config.model
@@ -285,9 +283,7 @@ def check_pictures(questions: list[Question]) -> dict[str, list[tuple]]:
     def bar_over(sizes):
         return tqdm(sizes, "checking pictures", len(share), disable=parallel.rank() > 0)
 
-    return dict(
-        zip([q.id for q in share], parallel.agree(lambda: check_images(share, progress=bar_over)))
-    )
+    return dict(zip([q.id for q in share], parallel.agree(lambda: check_images(share, progress=bar_over))))
 
 
 def drop_long_prompts(config: Config, policy: Policy, questions: list[Question], pictures: dict):

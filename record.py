@@ -68,9 +68,7 @@ class Recorder:
         for group in groups if self.active else []:
             question = show_question(group[0].prompt.question)
             responses = [describe(sample, tokenizer) for sample in group]
-            self.append(
-                "samples.jsonl", {"step": step, "question": question, "responses": responses}
-            )
+            self.append("samples.jsonl", {"step": step, "question": question, "responses": responses})
 
     def heldout(self, questions: list, row: dict, answers: list[dict]) -> None:
         """A measurement: its line of metrics.jsonl, and a line of heldout.jsonl per greedy answer.
@@ -190,8 +188,8 @@ def describe(sample, tokenizer) -> dict:
         "advantage": sample.advantage, "finish": sample.finish, "tokens": len(mask),
         "rethought": sample.rethought,
     }  # fmt: skip
-    if sample.extension:
-        row["not_kept"] = describe(sample.extension, tokenizer)
+    if sample.second_look:
+        row["not_kept"] = describe(sample.second_look, tokenizer)
     return row
 
 

@@ -196,9 +196,7 @@ def second_looks(metrics: list[dict]) -> str:
     '3 forced: wrong → right 3, right → right 0, right → wrong 0, wrong → wrong 0, no answer 0'
     """
     episodes = {row["episode"]: row for row in metrics if "episode" in row}
-    total = {
-        name: sum(row.get(f"rethink_{name}") or 0 for row in episodes.values()) for name in COUNTS
-    }
+    total = {name: sum(row.get(f"rethink_{name}") or 0 for row in episodes.values()) for name in COUNTS}
     if not total["attempted"]:
         return "none forced"
     told = (f"{label} {total[name]:,}" for name, label in OUTCOMES.items())
@@ -263,9 +261,7 @@ def last_step(runs: list[Record]) -> int:
 
 def differing(runs: list[Record]) -> list[tuple[str, list[str]]]:
     """The settings that are not the same in all runs. Every run has an `out` of its own."""
-    names = dict.fromkeys(
-        name for run in runs for name in run.config if name not in ("out", "resume")
-    )
+    names = dict.fromkeys(name for run in runs for name in run.config if name not in ("out", "resume"))
     cells = {name: [str(run.config.get(name, "–")) for run in runs] for name in names}
     return [(name, values) for name, values in cells.items() if len(set(values)) > 1]
 
@@ -300,8 +296,7 @@ def shell(title: str, subtitle: str, sections: list[str], runs: list[Record] = (
         title=escape(title),
         subtitle=escape(subtitle),
         hide_runs="".join(
-            f"body:has(#show{i}:not(:checked)) .run{i} {{ display: none; }}\n"
-            for i in range(len(runs))
+            f"body:has(#show{i}:not(:checked)) .run{i} {{ display: none; }}\n" for i in range(len(runs))
         ),
         legend=legend(runs),
         sections="\n".join(sections),

@@ -50,7 +50,7 @@ class Rethinking:
 
 
 @dataclass
-class Extension:
+class Continuation:
     """How a finished response goes on: its first `keep` tokens stay, `forced` ids follow."""
 
     keep: int  # at least 1
@@ -67,7 +67,7 @@ def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, key
            depends on nothing that happens to another
     """
 
-    def extend(n: int, g: int, sample) -> Extension | None:
+    def extend(n: int, g: int, sample) -> Continuation | None:
         rng = random.Random(f"rethink {key} {sample.prompt.question.id} {g}")
         chosen, cut_back = rng.random() < settings.fraction, rng.random() < settings.cutback
         kind = rng.choice(list(TRIGGERS))
@@ -82,7 +82,7 @@ def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, key
         if keep < 1 or keep + len(forced) + settings.min_tokens > max_new_tokens:
             return None
         # What is longer is never kept: it need not be said.
-        return Extension(keep, forced, kind, keep + len(forced) + settings.max_tokens)
+        return Continuation(keep, forced, kind, keep + len(forced) + settings.max_tokens)
 
     return extend if settings.fraction > 0 else None
 
@@ -127,7 +127,7 @@ def outcome(first_right: bool, answered: bool, second_right: bool) -> str:
 def merge_rethought(settings: Rethinking, groups: list[list]) -> tuple[list[list], Counter]:
     """Replace y1 by its second look where that is kept. All have been graded and compared.
 
-    groups  lists of samples; those that were continued have `.extension`, itself a sample, whose
+    groups  lists of samples; those that were continued have `.second_look`, itself a sample, whose
             advantage is against the group as it was sampled: siblings are neither lifted nor pushed down
 
     Returns the groups and the counts: attempted, kept, tokens, and each of OUTCOMES.
@@ -137,7 +137,7 @@ def merge_rethought(settings: Rethinking, groups: list[list]) -> tuple[list[list
     >>> from types import SimpleNamespace as S; import torch
     >>> again = S(tokens=[5, 9, 6], mask=torch.tensor([True, False, True]), finish="stop",
     ...           answered=True, right=True)
-    >>> group = [S(right=False, extension=None), S(right=False, extension=again)]
+    >>> group = [S(right=False, second_look=None), S(right=False, second_look=again)]
     >>> merged, counts = merge_rethought(Rethinking(), [group])
     >>> merged[0][1] is again, counts["wrong_right"], counts["kept"]
     (True, 1, 1)
@@ -147,7 +147,7 @@ def merge_rethought(settings: Rethinking, groups: list[list]) -> tuple[list[list
     for group in groups:
         room, result = settings.quota, []
         for sample in group:
-            again = sample.extension
+            again = sample.second_look
             if again is not None:
                 counts[outcome(sample.right, again.answered, again.right)] += 1
                 counts.update(attempted=1, tokens=second_length(again))

@@ -43,17 +43,15 @@ from decoding import (
     sample_token,
 )
 from model import Policy, Prompt, Sample, decode
-from rethink import Extension
+from rethink import Continuation
 
-PACK_BELOW = (
-    0.75  # where nobody waits, rows are dropped once at most this share of them still decodes
-)
+PACK_BELOW = 0.75  # where nobody waits, rows are dropped once at most this share of them still decodes
 # Looking at `done` makes the host wait for a GPU; a row that has ended decodes on until then.
 CHECK_EVERY = {"cpu": 2, "cuda": 16}
 PREFILL_TOKENS = 1 << 14  # run at once, padding included: of a 7B they hold 1.3 GB of activations
 
 # (index of the prompt, index in the group, the finished response) -> how it goes on, or None
-Extend = Callable[[int, int, Sample], Extension | None]
+Extend = Callable[[int, int, Sample], Continuation | None]
 
 
 @dataclass
@@ -61,7 +59,7 @@ class Rows:
     """B rows on the device. `length[b]` counts tokens said; the last said is fed next.
 
     A row of length 3 has said three tokens and fed two: its next step feeds the third at place 2 and
-    writes the fourth at place 3. An extension that keeps 2 tokens sets the length back to 2: what the
+    writes the fourth at place 3. A continuation that keeps 2 tokens sets the length back to 2: what the
     cache holds from place 1 on is written over.
     """
 
@@ -99,8 +97,8 @@ def generate(
     prompts      may be made as they are needed: each is taken when the one before it has entered
     temperature  0 decodes greedily; log-probabilities are then those at temperature 1
     keys         per prompt, what its randomness depends on; default: `question_keys`
-    extend       asked once for each response that ends; see rethink.Extension. What it extends comes back
-                 as Sample.extension of the response that it extends
+    extend       asked once for each response that ends; see rethink.Continuation. Its second look comes back
+                 as Sample.second_look of the response that it continues
     max_rows     responses decoded at once: their cache is what bounds it
     finished     called with (n, g, Sample) for each response that is complete, second look included
     """
@@ -266,31 +264,28 @@ class Sampler:
                 seat.group.prompt, y, logprobs[i, :R].clone(), sampled[i, :R].clone(),
                 decode(self.policy, y), "stop" if int(y[-1]) in self.policy.eos_ids else "length",
             )  # fmt: skip
-            first = self.groups[n][g]
-            if first is None:
-                self.groups[n][g] = first = sample
-                extension = self.extend(n, g, sample) if self.extend else None
-                if extension:
-                    self.look_again(row, extension)
-                    continue
+            if seat.trigger:
+                sample.rethought, self.groups[n][g].second_look = seat.trigger, sample
             else:
-                sample.rethought, first.rethought, first.extension = first.rethought, None, sample
+                self.groups[n][g] = sample
+                continuation = self.extend(n, g, sample) if self.extend else None
+                if continuation:
+                    self.look_again(row, continuation)
+                    continue
             self.seats[row] = None
             self.cache.leave(seat, self.seats)
-            finished(n, g, first)
+            finished(n, g, self.groups[n][g])
 
-    def look_again(self, row: int, extension: Extension) -> None:
+    def look_again(self, row: int, how: Continuation) -> None:
         """Set a row that has ended back behind the token that it keeps, and queue the forced ones."""
         rows, seat = self.rows, self.seats[row]
-        # Moves to the extension when that is done.
-        self.groups[seat.group.n][seat.member].rethought = extension.kind
-        forced = torch.tensor(extension.forced, device=rows.forced.device)
-        rows.forced[row, extension.keep : extension.keep + len(forced)] = forced
-        rows.sampled[row, extension.keep :] = True
+        forced = torch.tensor(how.forced, device=rows.forced.device)
+        rows.forced[row, how.keep : how.keep + len(forced)] = forced
+        rows.sampled[row, how.keep :] = True
         rows.luck[row] = luck_of(seat.group.key, seat.member, "second look")
-        seat.limit = min(self.size, extension.limit or self.size)
-        seat.length = extension.keep
-        rows.length[row], rows.limit[row], rows.done[row] = extension.keep, seat.limit, False
+        seat.trigger, seat.length = how.kind, how.keep
+        seat.limit = min(self.size, how.limit or self.size)
+        rows.length[row], rows.limit[row], rows.done[row] = how.keep, seat.limit, False
 
 
 def new_rows(first: list[int], luck: list[int], size: int, device) -> Rows:

@@ -215,9 +215,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE over a few hundred sentences: every text can be written, the world's words are
     one token each, and a colour is the same token wherever it stands."""
     colour = f"(?:{'|'.join(COLOURS)})(?![A-Za-z])"
-    pieces = (
-        rf"\\boxed\{{|{colour}|\s*(?!{colour})[A-Za-z]+\s*|\s*[0-9]\s*|\s*[^\sA-Za-z0-9]+\s*|\s+"
-    )
+    pieces = rf"\\boxed\{{|{colour}|\s*(?!{colour})[A-Za-z]+\s*|\s*[0-9]\s*|\s*[^\sA-Za-z0-9]+\s*|\s+"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -309,9 +307,7 @@ def warm_start(recipe: Recipe, progress=tqdm) -> Policy:
     policy = new_policy(recipe.seed, family=recipe.family)
     policy.train()
     rng = random.Random(f"warm start {recipe.seed}")
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=recipe.warm_lr, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe.warm_lr, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.warm_lr, total_steps=recipe.warm_steps + 1, pct_start=0.05
     )

@@ -47,7 +47,7 @@ from data import Question, UserError, printable
 from grpo import group_advantages, group_baseline, is_clipped, policy_loss, token_weights
 from model import Prompt, Sample, answering_text, encode, response_logprobs, with_pixels
 from pages.walk import explain
-from prepare import Grade, Run, gentle_stop, prepare, rethinking, say
+from prepare import Grade, Run, gentle_stop, prepare, rethink_settings, say
 from record import Recorder, step_metrics
 from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks
 from reward import extract_answer, reward
@@ -102,8 +102,8 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     if parallel.world() > 1:  # pictures do not travel; `with_pixels` reads them again
         for sample in (s for group in groups for s in group):
             sample.prompt = replace(sample.prompt, pixel_values=None)
-            if sample.extension:
-                sample.extension.prompt = sample.prompt
+            if sample.second_look:
+                sample.second_look.prompt = sample.prompt
     numbered = parallel.gather(list(zip(numbers, groups)), run.policy)
     ordered = sorted(numbered, key=lambda pair: pair[0])
     counts = parallel.total(counts, run.policy)
@@ -122,13 +122,13 @@ def sample_groups(run: Run, prompts: list[Prompt], keys: list[str], finished=lam
     """G responses to each prompt, graded and compared. Some carry a second look, graded as well."""
     c = run.config
     extend = extender(
-        rethinking(c), run.policy.tokenizer, is_right, c.max_new_tokens, (c.seed, run.step)
+        rethink_settings(c), run.policy.tokenizer, is_right, c.max_new_tokens, (c.seed, run.step)
     )
     groups = generate(
         run.policy, prompts, c.group_size, c.max_new_tokens, c.temperature,
         keys, extend, c.rollout_rows, finished,
     )  # fmt: skip
-    looks = [look for group in groups for s in group for look in (s, s.extension) if look]
+    looks = [look for group in groups for s in group for look in (s, s.second_look) if look]
     parallel.agree(lambda: [grade(run, look) for look in looks])
     compare(groups, c.advantage)
     return groups
@@ -160,13 +160,13 @@ def compare(groups: list[list[Sample]], scale: str) -> None:
         mean, spread = (float(x) for x in group_baseline(rewards, scale))
         for sample, advantage in zip(group, group_advantages(rewards, scale)[0].tolist()):
             sample.advantage = advantage
-            if sample.extension:
-                sample.extension.advantage = (sample.extension.reward - mean) / spread
+            if sample.second_look:
+                sample.second_look.advantage = (sample.second_look.reward - mean) / spread
 
 
 def keep_second_looks(c: Config, groups: list[list[Sample]]) -> tuple[list[list[Sample]], Counter]:
     """The groups with kept second looks in place of their first ones, and how the second looks ended."""
-    groups, outcomes = merge_rethought(rethinking(c), groups)
+    groups, outcomes = merge_rethought(rethink_settings(c), groups)
     if c.rethink_baseline == "after":
         compare(groups, c.advantage)
     return groups, outcomes
@@ -275,8 +275,7 @@ def micro_batches(run: Run, branches: list[Branch]):
     must gather and reduce equally often.
     """
     lengths = [
-        (b.sample.prompt.question.id, len(b.sample.prompt.input_ids), len(b.sample.tokens))
-        for b in branches
+        (b.sample.prompt.question.id, len(b.sample.prompt.input_ids), len(b.sample.tokens)) for b in branches
     ]
     plan = plan_micro_batches(lengths, parallel.world(), run.config.micro_batch_tokens)
     mine = [[[branches[i] for i in tree] for tree in micro] for micro in plan[parallel.rank()]]
@@ -405,9 +404,7 @@ def measure(run: Run) -> tuple[dict, list[dict]]:
                 right, question = is_right(sample), sample.prompt.question
                 counts[f"{kind}_right"] += right
                 if kind == "greedy":
-                    counts.update(
-                        {("n", question.category): 1, ("right", question.category): right}
-                    )
+                    counts.update({("n", question.category): 1, ("right", question.category): right})
                     answers.append({
                         "step": run.step, "id": question.id, "text": sample.text,
                         "found": extract_answer(sample.text), "right": right, "tokens": len(sample.tokens),
@@ -462,9 +459,7 @@ def train(run: Run, record: Recorder) -> None:
     steps_per_episode = c.episode_queries * c.group_size // c.batch_size
     sampling_seconds = 0.0
     first = parallel.rank() == 0
-    bar = tqdm(
-        total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not first
-    )
+    bar = tqdm(total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not first)
     with bar:
         if is_measured(run):  # before the first step; or where an interruption came between
             record.heldout(run.heldout, *measure(run))
@@ -479,7 +474,7 @@ def train(run: Run, record: Recorder) -> None:
                 # Under the first step that trains on them: a run resumed before it writes them again.
                 record.samples(run.step + 1, groups[:2], run.policy.tokenizer)
                 for sample in run.fresh:
-                    sample.extension = None  # a second look that was not kept has been shown
+                    sample.second_look = None  # a second look that was not kept has been shown
             row = train_step(run, sampling_seconds)
             record.metrics(row)
             bar.update()

@@ -247,9 +247,7 @@ class Segments:
     Put one after the other by their lengths they are M patches, padding included.
     """
 
-    batches: list[
-        tuple[int, int, torch.Tensor | None]
-    ]  # B segments of L patches; mask [B, 1, 1, L]
+    batches: list[tuple[int, int, torch.Tensor | None]]  # B segments of L patches; mask [B, 1, 1, L]
     index: torch.Tensor | None  # [M]: which patch stands there; None: all in the order of the row
     place: torch.Tensor | None  # [T]: where each patch stands
     real: torch.Tensor | None  # [M, 1, 1]: False at padding; None: there is none
@@ -356,9 +354,7 @@ def vision_layout(visual, grid_thw: torch.Tensor, device: torch.device) -> dict:
         "max_seqlen": int(frames.max()),
     }
     if hasattr(config, "window_size"):  # Qwen2.5-VL: all but a few layers look at windows
-        window_index, ends = get_vision_window_index(
-            grid_thw, merge, config.window_size, config.patch_size
-        )
+        window_index, ends = get_vision_window_index(grid_thw, merge, config.window_size, config.patch_size)
         layout |= {
             "window_index": move(window_index),
             "cu_window_seqlens": pack_segments(ends.diff().tolist(), device),

@@ -60,9 +60,7 @@ def speak_up(policy) -> None:
 @torch.no_grad()
 def check_vision(policy, exact, patches: tuple[int, int]) -> tuple:
     grid = torch.tensor([[1, *patches], [1, patches[0], patches[1] - 6]])  # windows cut at an edge
-    theirs, ours = (
-        f().float() for f in bench_vision.make_ways(policy.model.model.visual, grid).values()
-    )
+    theirs, ours = (f().float() for f in bench_vision.make_ways(policy.model.model.visual, grid).values())
     want = bench_vision.make_ways(exact.model.model.visual, grid)["transformers"]()
     errors = [float((x - want).norm() / want.norm()) for x in (ours, theirs)]
     return "vision", "relative error of features", errors[0], 1.5 * errors[1]
@@ -145,9 +143,7 @@ def check_recipe(policy, quick: bool) -> list[tuple]:
         phases = {f: watched(f, getattr(train, f)) for f in ("sample_episode", "measure", "update")}
         with mock.patch.multiple(train, **phases):
             # Any reward that differs within a group.
-            status = train.main(
-                recipe_flags(folder, quick), grade=lambda text, question: len(text) % 2
-            )
+            status = train.main(recipe_flags(folder, quick), grade=lambda text, question: len(text) % 2)
     if status:
         raise SystemExit(f"train.py ended with status {status}")
     card = torch.cuda.get_device_properties(0).total_memory if cuda else None

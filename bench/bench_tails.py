@@ -100,16 +100,12 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--against", default="", help="a commit of this repository")
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny model, few questions, one repeat"
-    )
+    parser.add_argument("--quick", action="store_true", help="a tiny model, few questions, one repeat")
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64, help="its tokens")
-    parser.add_argument(
-        "--mean", type=int, default=50, help="tokens of a response; four times this at most"
-    )
+    parser.add_argument("--mean", type=int, default=50, help="tokens of a response; four times this at most")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--root", default=str(HERE.parent), help=argparse.SUPPRESS)
@@ -133,9 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.against:
                 subprocess.run([*git, "remove", "--force", folder], check=False)
     rates = {way: statistics.median(seen) for way, seen in rates.items()}
-    rows = [
-        [way, rate, benching.times(rates["refilled rows"], rate)] for way, rate in rates.items()
-    ]
+    rows = [[way, rate, benching.times(rates["refilled rows"], rate)] for way, rate in rates.items()]
     print(benching.table(["way", "response tokens/s", "refilled rows are"], rows))
     print(
         f"\n{args.questions} questions x {args.group_size}, {args.rows} rows, prompts of {args.prompt}, "

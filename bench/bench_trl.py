@@ -67,9 +67,7 @@ class Processor(Qwen2_5_VLProcessor):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         template = tokenizer.chat_template
-        super(Qwen2_5_VLProcessor, self).__init__(
-            image_processor, tokenizer, chat_template=template
-        )
+        super(Qwen2_5_VLProcessor, self).__init__(image_processor, tokenizer, chat_template=template)
 
     @classmethod
     def get_attributes(cls):

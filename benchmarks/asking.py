@@ -92,8 +92,7 @@ def claim(out: Path, name: str, settings: dict) -> None:
     if old != settings:
         other = next(key for key in settings | old if old.get(key) != settings.get(key))
         raise UserError(
-            f"{main}: was made with {other} {old.get(other)}, not {settings.get(other)}; "
-            "give another --out"
+            f"{main}: was made with {other} {old.get(other)}, not {settings.get(other)}; give another --out"
         )
     if main.exists() and not made.exists():
         raise UserError(f"{main}: holds responses that were only marked here; give another --out")
@@ -192,9 +191,7 @@ def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
     order = sorted(range(len(items)), key=lambda i: -lengths[i])
     samples, credits = settings["samples"], []
     known = [answers.get(item.question.id, {}) for item in items]
-    mine = [
-        i for i in order[RANK // config.tensor :: WORLD // config.tensor] if len(known[i]) < samples
-    ]
+    mine = [i for i in order[RANK // config.tensor :: WORLD // config.tensor] if len(known[i]) < samples]
     short = [i for i in mine if lengths[i] <= settings["max_prompt_tokens"]]
     with tqdm(total=len(mine) * samples, desc="responses", disable=RANK > 0) as bar:
 
@@ -235,9 +232,7 @@ def respond(policy, items: list[Item], settings: dict, rows: int, finished) -> N
         rethinking = Rethinking(1.0, max_tokens=length)
         extend = extender(rethinking, policy.tokenizer, None, length, (settings["seed"],))
     try:
-        generate(
-            policy, prompts, count, length, settings["temperature"], keys, extend, rows, finished
-        )
+        generate(policy, prompts, count, length, settings["temperature"], keys, extend, rows, finished)
     except torch.OutOfMemoryError:
         raise UserError(
             f"out of memory with --rows {rows}: lower it, or --max_image_tokens; what is done is kept"
@@ -247,7 +242,7 @@ def respond(policy, items: list[Item], settings: dict, rows: int, finished) -> N
 def answer_of(sample) -> dict:
     """A Sample as scores.mark takes it, its forced second look beside it."""
     answer = {"response": sample.text, "finish": sample.finish, "tokens": len(sample.tokens)}
-    if sample.extension:
-        again = answer_of(sample.extension)
-        answer["again"] = again | {"trigger": sample.extension.rethought}
+    if sample.second_look:
+        again = answer_of(sample.second_look)
+        answer["again"] = again | {"trigger": sample.second_look.rethought}
     return answer

@@ -260,9 +260,7 @@ def keypoints(ours, gold) -> float:
 
 def closeness(ours, gold, worst: float) -> float:
     """1 at no mean difference, 0 at `worst` and beyond."""
-    pairs = [
-        (number_of(a), number_of(b)) for a, b in zip(as_list(ours), as_list(gold), strict=True)
-    ]
+    pairs = [(number_of(a), number_of(b)) for a, b in zip(as_list(ours), as_list(gold), strict=True)]
     if not pairs or any(None in pair for pair in pairs):
         return 0.0
     difference = sum(abs(a - b) for a, b in pairs) / len(pairs)

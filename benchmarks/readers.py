@@ -96,7 +96,7 @@ def name_pictures(text: str, numbers: list[int]) -> str:
     return re.sub(r"<image[ _]?([0-9]+)>", name, text)
 
 
-def ask(text: str, pictures: list) -> str:
+def with_markers(text: str, pictures: list) -> str:
     """The text of a Question: one marker per picture, all before the words."""
     return place_markers(text.replace(MARKER, "").strip(), len(pictures))
 
@@ -141,7 +141,7 @@ def mathvista(row: dict) -> Item:
     groups = [row["question_type"], kind]
     groups += [meta.get(name) or "" for name in ("task", "category", "context", "grade")]
     question = Question(
-        row["pid"], ask(query, images), images, gold, choices or None, meta.get("task") or ""
+        row["pid"], with_markers(query, images), images, gold, choices or None, meta.get("task") or ""
     )
     return Item(question, rule, groups + list(meta.get("skills") or []))
 
@@ -171,7 +171,7 @@ def mathverse(row: dict) -> Item:
 
     groups = [version, row["question_type"], meta.get("subject") or "", meta.get("subfield") or ""]
     question = Question(
-        row["sample_index"], ask(query, images), images, gold, choices or None, version
+        row["sample_index"], with_markers(query, images), images, gold, choices or None, version
     )
     return Item(question, rule, groups, cluster=row["problem_index"])
 
@@ -212,7 +212,7 @@ def mathvision(row: dict) -> Item:
     shown = [re.sub(r"<image[ _]?[0-9]+>", "", option).strip() for option in choices]
     text = text.strip() if drawn else with_choices(text.strip(), shown)
     question = Question(
-        str(row["id"]), ask(text, images), images, gold, choices or None, row["subject"]
+        str(row["id"]), with_markers(text, images), images, gold, choices or None, row["subject"]
     )
     groups = ["multiple choice" if choices else "free form", row["subject"]]
     groups += [f"level {row['level']}"] if row.get("level") is not None else []
@@ -252,7 +252,7 @@ def mmmu(row: dict) -> Item:
     text = name_pictures(text, list(pictures))
     images = list(pictures.values())
     rule = pick(gold, choices) if kind == "multiple-choice" else open_answer
-    question = Question(row["id"], ask(text, images), images, gold, choices or None, subject)
+    question = Question(row["id"], with_markers(text, images), images, gold, choices or None, subject)
     return Item(question, rule, [kind, DOMAIN.get(subject, "other"), subject])
 
 
@@ -276,7 +276,7 @@ def mmmu_pro(row: dict) -> Item:
         images = [picture(row["image"])]
         text = "Write out the multiple-choice question in the image and then solve it."
     name = f"{setting}:{row['id']}"
-    question = Question(name, ask(text, images), images, gold, choices, row["subject"])
+    question = Question(name, with_markers(text, images), images, gold, choices, row["subject"])
     groups = [setting, row["subject"]]
     return Item(question, pick(gold, choices), groups, cluster=row["id"], stratum=setting)
 
@@ -307,13 +307,9 @@ def emma(row: dict) -> Item:
     text = name_pictures(text, list(pictures))
     images = list(pictures.values())
     rule = (
-        pick(gold.upper() if len(gold) == 1 else gold, choices)
-        if kind == "multiple choice"
-        else open_answer
+        pick(gold.upper() if len(gold) == 1 else gold, choices) if kind == "multiple choice" else open_answer
     )
-    question = Question(
-        row["pid"], ask(text, images), images, gold, choices or None, row["subject"]
-    )
+    question = Question(row["pid"], with_markers(text, images), images, gold, choices or None, row["subject"])
     # Coding questions have several categories: one group for each.
     parts = [row.get("task") or "", *(row.get("category") or "").split(";")]
     groups = [

@@ -302,9 +302,7 @@ def table(summaries: dict[str, dict]) -> str:
             )
         several = [f"{key} {100 * s[key]:.1f}" for key in s if key.split("@")[0] in ("pass", "maj")]
         rows = [(name, "accuracy", "n")]
-        rows += [
-            (g, f"{100 * v['accuracy']:.1f}", str(v["n"])) for g, v in sorted(s["groups"].items())
-        ]
+        rows += [(g, f"{100 * v['accuracy']:.1f}", str(v["n"])) for g, v in sorted(s["groups"].items())]
         covers = [f"rules cover {s['rules_cover']}"] if "rules_cover" in s else []
         reasons = [f"{100 * share:.1f} % {why}" for why, share in s["no_answer_by"].items()]
         covers += [f"no answer: {', '.join(reasons)}"] if reasons else []
@@ -357,9 +355,7 @@ def compare(path_a: str, path_b: str) -> str:
     a, b = read_result(path_a), read_result(path_b)
     shared = [id_ for id_ in a if id_ in b]
     if not shared:
-        raise UserError(
-            f"{path_a} and {path_b} have no id in common; compare one benchmark's files"
-        )
+        raise UserError(f"{path_a} and {path_b} have no id in common; compare one benchmark's files")
     n = len(shared)
     differences = [b[id_][0] - a[id_][0] for id_ in shared]
     mean, half = paired(differences, [a[id_][1] for id_ in shared])

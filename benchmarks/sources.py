@@ -47,9 +47,7 @@ def find_files(name: str, path: Path) -> list[Path]:
         raise UserError(f"{path}: no such file or directory")
     for suffix in (".parquet", ".jsonl"):
         found = sorted(file for file in path.rglob(f"*{suffix}") if file.is_file())
-        wanted = [
-            file for file in found if is_wanted(BENCHMARKS[name], file.relative_to(path).as_posix())
-        ]
+        wanted = [file for file in found if is_wanted(BENCHMARKS[name], file.relative_to(path).as_posix())]
         if wanted:
             return wanted
         if found:
@@ -70,8 +68,7 @@ def download(name: str, hub: str) -> Path:
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{hub}: not here, and not to be had from the hub ({reason}); give --data a file or a "
-            "directory"
+            f"{hub}: not here, and not to be had from the hub ({reason}); give --data a file or a directory"
         ) from None
     return Path(folder)
 
@@ -87,10 +84,7 @@ def find_data(name: str, data: str, several: bool) -> Path:
     plain = re.sub("[^a-z]", "", BENCHMARKS[name].hub.split("/")[1].lower())
     for child in sorted(path.iterdir()) if path.is_dir() else []:
         # A file NAME.jsonl may be a result of ours.
-        if (
-            child.suffix != ".jsonl"
-            and re.sub("[^a-z]", "", child.stem.lower().split("--")[-1]) == plain
-        ):
+        if child.suffix != ".jsonl" and re.sub("[^a-z]", "", child.stem.lower().split("--")[-1]) == plain:
             return child
     if several:
         raise UserError(f"{path}: no folder of {name} in it; several benchmarks need one each")

@@ -107,9 +107,7 @@ def named(text: str, choices: Sequence[str], strict: bool = True) -> frozenset[s
     if equal or (found and not found.text):
         return equal or _equal(found.letter, choices) or letter
     found = found if letter <= letters else None
-    meant = found and (
-        _by_text(found.text, choices) or _by_text(_FRAME.sub(r"\1", found.text), choices)
-    )
+    meant = found and (_by_text(found.text, choices) or _by_text(_FRAME.sub(r"\1", found.text), choices))
     if meant and letter <= meant:
         return letter
     several = read_letters(tidied)
@@ -163,9 +161,7 @@ def _same_letters(a: str, b: str) -> bool | None:
     labels = [None if several else read_label(x) for several, x in zip(letters, (a, b))]
     if all(label and label.sure for label in labels):
         (letter_a, text_a, _), (letter_b, text_b, _) = labels
-        return letter_a == letter_b and (
-            not text_a or not text_b or _same_structure(text_a, text_b)
-        )
+        return letter_a == letter_b and (not text_a or not text_b or _same_structure(text_a, text_b))
     for label, other in zip(labels, (b, a)):
         if label and label.sure and label.text and label.letter.isupper():
             return _same_structure(label.text, other)

@@ -213,9 +213,7 @@ def compact(text: str) -> str:
     return words(text).replace(" ", "")
 
 
-_BRACKET = (
-    r"(?P<open>\\\{|\\langle|\\begin(?=\{)|[(\[{])|(?P<close>\\\}|\\rangle|\\end(?=\{)|[)\]}])"
-)
+_BRACKET = r"(?P<open>\\\{|\\langle|\\begin(?=\{)|[(\[{])|(?P<close>\\\}|\\rangle|\\end(?=\{)|[)\]}])"
 
 
 def splitter(separator: str) -> tuple[re.Pattern, re.Pattern]:

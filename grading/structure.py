@@ -21,7 +21,7 @@ from functools import lru_cache
 
 from grading.expression import Unreadable
 from grading.spelling import enclosed, split, splitter, tidy, ungrouped, words
-from grading.units import clock, date, measure, same_clock
+from grading.units import clock, date, quantity, same_clock
 from grading.value import near, proportional, same_value, symbols
 
 MAX_LIST, MAX_NESTING = 50, 8
@@ -78,7 +78,7 @@ def read(text: str, nesting: int = 0) -> tuple:
     if "-" in text and _CHAIN.fullmatch(text):
         return ("words", text)
     try:
-        return _structure(text, nesting) or ("value", *measure(text))
+        return _structure(text, nesting) or ("value", *quantity(text))
     except (Unreadable, ArithmeticError):
         return ("words", words(text))
 
@@ -130,7 +130,7 @@ def _ratio(text: str) -> tuple | None:
     pieces, separators = split(text, _COLON)
     if len(set(separators)) != 1:
         return None
-    return ("ratio", tuple(("value", *measure(piece)) for piece in pieces))
+    return ("ratio", tuple(("value", *quantity(piece)) for piece in pieces))
 
 
 def _named_or_compound(text: str, nesting: int) -> tuple | None:
@@ -140,7 +140,7 @@ def _named_or_compound(text: str, nesting: int) -> tuple | None:
         return _relation(("=",), [point[1], point[2]], nesting)
     if not (text[-1:].isalpha() and _COMPOUND.fullmatch(text)):
         return None
-    parts = [("value", *measure(part)) for part in _COMPOUND_PART.findall(text)]
+    parts = [("value", *quantity(part)) for part in _COMPOUND_PART.findall(text)]
     return _list(parts, ",") if all(part[2] for part in parts) else None
 
 

@@ -1,6 +1,6 @@
 r"""Quantities: a number with a unit, a currency or a scale word; clock times; calendar dates.
 
-The idea: a unit is a tag and never part of the arithmetic. measure() splits the tag from the end
+The idea: a unit is a tag and never part of the arithmetic. quantity() splits the tag from the end
 (or a currency from the front) of a value; a unit's exponent belongs to the tag, so 5 cm^2 is 5 and
 not 25, and nothing is converted. Synonyms share one canonical tag (m, meters, metres). After a
 plain number one ordinary word counts as a unit too (12 students).
@@ -73,12 +73,12 @@ that what why how so then because"""
 NO_NOUN = set(_NO_NOUN.split())
 
 
-def measure(text: str) -> tuple[Tree, Unit]:
+def quantity(text: str) -> tuple[Tree, Unit]:
     r"""A tidied text -> (tree, unit), or Unreadable.
 
-    >>> measure("5 square meters")
+    >>> quantity("5 square meters")
     (Fraction(5, 1), (('m', 2),))
-    >>> measure("-$1.5 million")
+    >>> quantity("-$1.5 million")
     (Fraction(-1500000, 1), (('dollar', 1),))
     """
     tokens, currency = _currency_in_front(scan(text))

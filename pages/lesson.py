@@ -70,9 +70,7 @@ def heading(c: Config) -> str:
         f"{torch.__version__} on {os.cpu_count()} cores ({platform.machine()}). Each heading "
         "names the functions whose arguments and results follow. Three lines of terms first:"
     )
-    terms = (
-        wrap("- " + term, WIDTH, subsequent_indent="  ") for term in GLOSSARY.strip().split("\n")
-    )
+    terms = (wrap("- " + term, WIDTH, subsequent_indent="  ") for term in GLOSSARY.strip().split("\n"))
     pictures = ["", "![the picture](toy.png)", "![who sees whom](tree.svg)"] if c.out else []
     top = [
         "# One question through VL-Rethinker",
@@ -115,7 +113,7 @@ def one_line(sample: Sample) -> str:
     return " ".join(sample.text.split())
 
 
-def ask(prompt: Prompt) -> str:
+def quoted(prompt: Prompt) -> str:
     return f'"{prompt.question.text.replace(MARKER, "")}"'
 
 
@@ -139,7 +137,7 @@ def tell_prompt(policy: Policy, prompt: Prompt) -> str:
     shown = shown.replace(" | ".join([IMAGE_PAD] * n), f"{IMAGE_PAD} x {n}")
     return section(
         "1. The prompt: model.py, encode",
-        f"The policy is asked {ask(prompt)} about a picture (toy.py). Every cell has a colour "
+        f"The policy is asked {quoted(prompt)} about a picture (toy.py). Every cell has a colour "
         "and a dot; the dot's colour names the cell to step to. The picture, as cell (dot):",
         picture_rows(prompt.question.images[0]),
         f"Only the reward sees the answer, {prompt.question.answer}. The chat template turns the "
@@ -199,13 +197,9 @@ def tell_rethinking(policy: Policy, c: Config, first: Sample, y: Sample, i: int,
     )
 
 
-def tell_replay(
-    merged: list[Sample], idle: list[Sample], buffer: ReplayBuffer, draws: list[int]
-) -> str:
+def tell_replay(merged: list[Sample], idle: list[Sample], buffer: ReplayBuffer, draws: list[int]) -> str:
     total = sum(buffer.weights())
-    chance = {
-        id(sample): weight / total for sample, weight in zip(buffer.samples, buffer.weights())
-    }
+    chance = {id(sample): weight / total for sample, weight in zip(buffer.samples, buffer.weights())}
     rows = [
         ["", *(f"#{i}" for i in range(1, len(merged) + 1))],
         ["A", *(f"{sample.advantage:+.3f}" for sample in merged)],
@@ -216,7 +210,7 @@ def tell_replay(
     return section(
         "4. Selective Sample Replay: ssr.py, replay_batch (Algorithm 1), ReplayBuffer.weights",
         f"Suppose the batch holds these {len(merged)} responses and as many to "
-        f"{ask(idle[0].prompt)}, all with reward {idle[0].reward:g}. The latter equal their own mean, "
+        f"{quoted(idle[0].prompt)}, all with reward {idle[0].reward:g}. The latter equal their own mean, "
         "so A = 0 and they have no gradient: a vanishing advantage. Of "
         f"{size} responses the {kept} effective ones stay and enter the buffer; the other "
         f"{size - kept} places are filled from it, drawn with P(j) = |A_j|^{buffer.alpha:g} / sum over "
@@ -247,9 +241,7 @@ def tell_loss(policy: Policy, c: Config, y: Sample, i: int, before, after) -> st
         row = f"{before.logprobs[i, t]:10.3f}{rho[0]:>8}{before.losses[i, t]:9.3f}"
         row += f"{before.weights[i, t]:9.4f}{rho[1]:>13}{after.losses[i, t]:9.3f}"
         rows.append(f"{said[t]:13}{'' if y.mask[t] else 'forced':8}{row}")
-    rows.append(
-        f"and {len(y.tokens) - len(unsure)} more that were hardly a choice: log pi above {SURE}"
-    )
+    rows.append(f"and {len(y.tokens) - len(unsure)} more that were hardly a choice: log pi above {SURE}")
     total = before.policy_loss + c.rethink_sft_coef * before.sft_loss
     return section(
         "6. The loss: grpo.py, policy_loss, token_weights; train.py, token_terms",

@@ -121,9 +121,7 @@ def wording(question: dict) -> str:
     return question["text"].replace(MARKER, marker).strip()
 
 
-def card(
-    question: dict, asked: str, facts: str, shown: str, kinds: str = "", is_open: bool = False
-) -> str:
+def card(question: dict, asked: str, facts: str, shown: str, kinds: str = "", is_open: bool = False) -> str:
     """A question to be unfolded: its facts in one line; then how it was asked, and what was said."""
     text = wording(question)
     title = text if len(text) <= 90 else text[:89] + "…"
@@ -249,8 +247,7 @@ def respond(response: dict, question: dict) -> str:
     looked = second_look(response, question)
     facts = {
         f'class="verdict">{verdict(response["right"])} {kind}': True,
-        f">reward {response['reward']:.3g}": response["reward"]
-        != response["right"],  # the user's own
+        f">reward {response['reward']:.3g}": response["reward"] != response["right"],  # the user's own
         f'class="advantage">{advantage(response["advantage"])}': True,
         f">{response['tokens']:,} tokens": True,
         ">cut off": is_cut,

@@ -29,9 +29,7 @@ EPISODES = 20  # searched for the two questions
 def explain(c: Config, steps) -> None:
     """Print the lesson; with --out, draw its pictures too."""
     if c.model != "toy":
-        raise UserError(
-            "--explain follows a question of the toy world: leave out --model and --data"
-        )
+        raise UserError("--explain follows a question of the toy world: leave out --model and --data")
     run = new_run(c, toy.load_toy(replace(toy.LEVELS[c.toy_level], family=c.toy_family)))
     group, idle = find_questions(run, steps)
     told, trees = follow(run, steps, group, idle)

@@ -60,9 +60,7 @@ def peaks(size: str, gpus: int, c: Config) -> dict[str, float]:
     activations += 2 * patches * (4 * 3456 + 8 * 1280) + 3 * 4 * CHUNK * vocabulary
     gathered = 2 * root + 2 * 2 * layer
     gradients = 4 * trained
-    if (
-        not c.lora_rank
-    ):  # of the head, at first in fp32 as well; of a layer, before they are reduced
+    if not c.lora_rank:  # of the head, at first in fp32 as well; of a layer, before they are reduced
         head = vocabulary * hidden
         one_layer = max(4 * head, one_layer + 6 * layer)
         gradients += 2 * head

@@ -130,9 +130,7 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=tuple(SHAPES), default="72b")
     parser.add_argument("--gpus", type=int, default=32)
-    parser.add_argument(
-        "--tensor", type=int, help="GPUs that sample together; default: the preset's"
-    )
+    parser.add_argument("--tensor", type=int, help="GPUs that sample together; default: the preset's")
     parser.add_argument("--prompt", type=int, default=1300, help="tokens")
     parser.add_argument("--response", type=int, default=500, help="tokens, on average")
     parser.add_argument("--hbm", type=float, default=3.35e12, help="bytes/s of a GPU's memory")
@@ -146,9 +144,7 @@ def main() -> None:
     rows = training(a.size, a.gpus, c.micro_batch_tokens)
     memory, time = sampling(a, c)
     size = {name: number for name, number, _ in rows}
-    print(
-        f"{a.size} on {a.gpus} GPUs, {a.tensor} sampling together\n\n| what | | formula |\n|---|---|---|"
-    )
+    print(f"{a.size} on {a.gpus} GPUs, {a.tensor} sampling together\n\n| what | | formula |\n|---|---|---|")
     for name, number, formula in rows + memory:
         shown = f"{number / 1e9:.1f} B" if name == "parameters" else f"{number / 2**30:.1f} GiB"
         print(f"| {name} | {shown} | {formula} |")
@@ -158,9 +154,7 @@ def main() -> None:
     update, rollout = sum(size[name] for name in parts), sum(number for _, number, _ in memory)
     for when, more, of in (("sampling", rollout, "layers, embedding, head, tower, KV cache"),
                            ("updating", update, "what is gathered, gradients, activations")):  # fmt: skip
-        print(
-            f"| **while {when}** | **{(state + more) / 2**30:.1f} GiB** | weights, moments, {of} |"
-        )
+        print(f"| **while {when}** | **{(state + more) / 2**30:.1f} GiB** | weights, moments, {of} |")
     print("\n| sampling | | formula |\n|---|---|---|")
     for name, number, formula in time:
         print(f"| {name} | {number:.1f} | {formula} |")

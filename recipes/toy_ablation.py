@@ -90,9 +90,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     2.0
     """
     spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
-    return float(np.mean(values)), float(
-        T_95.get(len(values), 1.96) * spread / math.sqrt(len(values))
-    )
+    return float(np.mean(values)), float(T_95.get(len(values), 1.96) * spread / math.sqrt(len(values)))
 
 
 def show(values: list[float], digits: int = 3) -> str:
@@ -127,9 +125,7 @@ def tables(runs: list[dict], budget: float) -> str:
     lines += ["", "| arm | attempted | kept | wrong→right | right→right | right→wrong | wrong→wrong | no answer |",
               "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for arm in arms:
-        totals = {
-            k: sum(r["outcomes"][k] for r in runs if r["arm"] == arm) for k in runs[0]["outcomes"]
-        }
+        totals = {k: sum(r["outcomes"][k] for r in runs if r["arm"] == arm) for k in runs[0]["outcomes"]}
         if n := totals["attempted"]:
             cells = [f"{totals[k] / n:.1%}" for k in list(totals)[1:]]
             lines.append(f"| {arm} | {n} | " + " | ".join(cells) + " |")
@@ -187,8 +183,7 @@ def figure(rows: list[dict]) -> str:
             mine = [run for (name, _), run in runs.items() if name == arm]
             seeds = len(mine)
             values = [
-                np.interp(grid, *([float(row[x]) for row in run] for x in ("tokens", key)))
-                for run in mine
+                np.interp(grid, *([float(row[x]) for row in run] for x in ("tokens", key))) for run in mine
             ]
             mean, half = np.array([interval(list(column)) for column in np.transpose(values)]).T
             curves[arm] = (grid / 1e3, mean, np.nan_to_num(half))
@@ -220,10 +215,7 @@ def main(runs_folder: str, results_folder: str) -> None:
     out = Path(results_folder)
     out.mkdir(exist_ok=True)
     with open(out / "ablation.csv", "w", newline="") as file:
-        rows = [
-            {"arm": r["arm"], "seed": r["seed"], **figures(r, budget), **r["outcomes"]}
-            for r in runs
-        ]
+        rows = [{"arm": r["arm"], "seed": r["seed"], **figures(r, budget), **r["outcomes"]} for r in runs]
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

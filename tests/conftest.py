@@ -119,9 +119,7 @@ def hf_inputs(policy: Policy, prompt, input_ids: torch.Tensor) -> dict:
 def hf_distribution(policy: Policy, prompt, response, temperature: float = 1.0) -> torch.Tensor:
     """log softmax [R, V] by the full logits of prompt + response on a row of its own."""
     row = torch.cat([prompt.input_ids, response])
-    logits = policy.model(**hf_inputs(policy, prompt, row)).logits[
-        0, len(prompt.input_ids) - 1 : -1
-    ]
+    logits = policy.model(**hf_inputs(policy, prompt, row)).logits[0, len(prompt.input_ids) - 1 : -1]
     ban = torch.zeros(logits.shape[-1])
     ban[policy.banned_ids] = -torch.inf
     return (logits / temperature + ban).log_softmax(-1)

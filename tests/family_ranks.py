@@ -43,9 +43,7 @@ def one_batch(policy: Policy, rank: int) -> list:
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:
     """Every parameter's gradient, whole; clears them."""
     found = {
-        name: parallel.whole(p.grad).clone()
-        for name, p in policy.named_parameters()
-        if p.grad is not None
+        name: parallel.whole(p.grad).clone() for name, p in policy.named_parameters() if p.grad is not None
     }
     policy.zero_grad()
     return found

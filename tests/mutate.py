@@ -46,9 +46,7 @@ FAILURES = ("traceback", "hang", "wrong")
 # ---------------------------------------------------------------------------- processes
 
 
-def start(
-    action: Callable[[], int], log: Path, rank: int = 0, world: int = 1, port: int = 0
-) -> int:
+def start(action: Callable[[], int], log: Path, rank: int = 0, world: int = 1, port: int = 0) -> int:
     """Fork; the child runs `action`, all it says goes to `log`. Returns its process id."""
     if pid := os.fork():
         return pid
@@ -110,11 +108,7 @@ def places(value, path=()) -> list[tuple]:
     """The paths to all values in a JSON value; of a long list, to the first few."""
     found = [path]
     items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value[:4])
-        if isinstance(value, list)
-        else ()
+        value.items() if isinstance(value, dict) else enumerate(value[:4]) if isinstance(value, list) else ()
     )
     for key, part in items:
         found += places(part, (*path, key))
@@ -182,13 +176,7 @@ def damage(path: Path, rng: random.Random) -> str:
     elif how == "swap":
         i, j = sorted((rng.randrange(n), rng.randrange(n)))
         size = max(1, min(16, j - i, n - j))
-        data = (
-            data[:i]
-            + data[j : j + size]
-            + data[i + size : j]
-            + data[i : i + size]
-            + data[j + size :]
-        )
+        data = data[:i] + data[j : j + size] + data[i + size : j] + data[i : i + size] + data[j + size :]
     elif how == "zeros":
         i = rng.randrange(n)
         data = data[:i] + bytes(min(64, n - i)) + data[i + 64 :]
@@ -222,9 +210,7 @@ def tensors(directory: Path):
 
 def steps(out: Path, after: int = 0):
     rows = [
-        json.loads(line)
-        for line in (out / "metrics.jsonl").read_bytes().splitlines()
-        if line[:1] == b"{"
+        json.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines() if line[:1] == b"{"
     ]
     return [{k: v for k, v in r.items() if k not in SECONDS} for r in rows if r["step"] > after]
 
@@ -285,9 +271,7 @@ def scenes(root: Path) -> list[Scene]:
 
     def asked(d: Path):
         os.chdir(d)  # a result notes where its model was
-        return evaluation.main(
-            ["--model", "model", "--out", "out", "--limit", "3", "--max_new_tokens", "4"]
-        )
+        return evaluation.main(["--model", "model", "--out", "out", "--limit", "3", "--max_new_tokens", "4"])
 
     def half_asked(d: Path):
         shutil.copytree(from_a_run, d / "model")
@@ -306,12 +290,8 @@ def scenes(root: Path) -> list[Scene]:
 
     def marked(d: Path):
         rows = [mathvista_row() | {"pid": str(i)} for i in range(5)]
-        write_jsonl(
-            d / "test.jsonl", [{k: v for k, v in r.items() if k != "decoded_image"} for r in rows]
-        )
-        write_jsonl(
-            d / "r.jsonl", [{"id": str(i), "response": f"\\boxed{{{i}}}"} for i in range(5)]
-        )
+        write_jsonl(d / "test.jsonl", [{k: v for k, v in r.items() if k != "decoded_image"} for r in rows])
+        write_jsonl(d / "r.jsonl", [{"id": str(i), "response": f"\\boxed{{{i}}}"} for i in range(5)])
 
     add("mark", marked,
         lambda d: evaluation.main(["--benchmark", "mathvista", "--data", str(d / "test.jsonl"), "--out",
@@ -345,9 +325,7 @@ def damaged_files(root: Path, count: int, seed: int) -> Counter:
     for number in range(count):
         rng, scene = random.Random(f"{seed} {number}"), known[number % len(known)]
         trial = shutil.copytree(scene.folder, root / "trial")
-        files = sorted(
-            p for p in trial.rglob("*") if p.is_file() and scene.wanted(p.relative_to(trial))
-        )
+        files = sorted(p for p in trial.rglob("*") if p.is_file() and scene.wanted(p.relative_to(trial)))
         path = rng.choice(files)
         how = damage(path, rng)
         outcome, said = run(partial(scene.command, trial), root / "log")
@@ -503,9 +481,7 @@ def soak(root: Path, length: int, seed: int) -> Counter:
         return max((json.loads(x)["step"] for x in lines[-3:] if x.endswith(b"}")), default=0)
 
     def held(pid: int) -> tuple[int, int, int]:
-        status = dict(
-            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-        )
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
         return int(status["VmRSS"].split()[0]) // 1024, files, int(status["Threads"])
 

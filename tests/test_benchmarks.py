@@ -354,9 +354,7 @@ def test_mathvision_free_answers_are_equal_to_two_decimals_and_golds_are_repaire
     assert is_right("mathvision", free | {"answer": "1"}, "1:1")
     assert is_right("mathvision", mathvision_row(options=["1:4", "1:3", "1:2"], answer="B"), "1/3")
     # Two exact forms that round alike are two values.
-    assert not is_right(
-        "mathvision", free | {"answer": "$\\frac{1}{60}$"}, "\\boxed{\\frac{1}{55}}"
-    )
+    assert not is_right("mathvision", free | {"answer": "$\\frac{1}{60}$"}, "\\boxed{\\frac{1}{55}}")
     assert not is_right("mathvision", free | {"answer": "$\\frac{7^3}{2^{12} 13^2}$"}, "\\boxed{0}")
     assert is_right("mathvision", free | {"answer": "C"}, "\\boxed{C}")
 
@@ -612,9 +610,7 @@ def test_a_bad_row_is_an_error_that_names_it(tmp_path, row, message):
     path = tmp_path / "testmini.jsonl"
     text = [json.dumps({k: v for k, v in r.items() if k != "decoded_image"}) for r in rows]
     path.write_text("\n".join(text))
-    with pytest.raises(
-        UserError, match=message.replace("row 2", "jsonl:2").replace("row 1", "jsonl:1")
-    ):
+    with pytest.raises(UserError, match=message.replace("row 2", "jsonl:2").replace("row 1", "jsonl:1")):
         load("mathvista", str(path))
 
 

@@ -32,7 +32,7 @@ import checkpoint
 import parallel
 import toy
 import train
-from checkpoint import list_checkpoints, pack_sample, read_rows, unpack_sample
+from checkpoint import list_checkpoints, pack_sample, rows_from, unpack_sample
 from data import write_atomically
 from model import Sample, encode
 from record import forget_after
@@ -139,9 +139,7 @@ def flip(path: Path, place: int) -> None:
 @pytest.mark.parametrize(
     "name", ["trainer.json", "samples.json", "state-0-of-1.safetensors", "tokenizer.json"]
 )
-def test_a_bit_that_flipped_is_found_and_the_checkpoint_before_offered(
-    base, whole, tmp_path, capsys, name
-):
+def test_a_bit_that_flipped_is_found_and_the_checkpoint_before_offered(base, whole, tmp_path, capsys, name):
     out = shutil.copytree(whole, tmp_path / "copy")
     flip(out / "checkpoint-8" / name, -10)
     line = refused(capsys, base, out)
@@ -175,9 +173,7 @@ def sign(directory: Path) -> None:
     ],
     ids=["lacks_a_key", "a_list", "no_rows", "lengths_differ"],
 )  # fmt: skip
-def test_a_checkpoint_of_wrong_types_is_named_with_what_to_do(
-    base, whole, tmp_path, capsys, name, damage
-):
+def test_a_checkpoint_of_wrong_types_is_named_with_what_to_do(base, whole, tmp_path, capsys, name, damage):
     out = shutil.copytree(whole, tmp_path / "copy")
     shutil.rmtree(out / "checkpoint-8")
     path = out / "checkpoint-6" / name
@@ -400,9 +396,7 @@ def test_nothing_is_pickled(base, whole, tmp_path, monkeypatch):
     run_training(base, out, **BOTH | {"steps": 9}, resume="true")
 
 
-def test_a_checkpoint_that_lacks_a_part_or_is_another_model_s_is_named(
-    base, whole, tmp_path, capsys
-):
+def test_a_checkpoint_that_lacks_a_part_or_is_another_model_s_is_named(base, whole, tmp_path, capsys):
     out = shutil.copytree(whole, tmp_path / "copy")
     state = out / "checkpoint-8" / "state-0-of-1.safetensors"
     with safe_open(state, framework="pt") as file:
@@ -430,9 +424,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(base, tmp_path, capsys):
     code = "import data, pathlib, sys; kept = data.hold(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     root = Path(train.__file__).parent
-    with subprocess.Popen(
-        command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         assert f"in use by process {other.pid}" in refused(capsys, base, tmp_path / "run", steps=1)
         other.kill()
@@ -515,7 +507,7 @@ def test_any_number_of_ranks_finds_its_rows(tmp_path, monkeypatch, rows, before,
     files = [safe_open(tmp_path / str(i), framework="pt") for i in range(before)]
     for i, expected in enumerate(parts_for(after)):
         monkeypatch.setattr(parallel, "shard_place", lambda _, i=i: (i, after))
-        assert torch.equal(read_rows(files, "w", *parallel.rows_of(tensor)), expected)
+        assert torch.equal(rows_from(files, "w", *parallel.rows_of(tensor)), expected)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -535,9 +527,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
-def test_a_disk_that_fails_while_a_run_writes_is_one_line(
-    base, tmp_path, monkeypatch, capsys, number
-):
+def test_a_disk_that_fails_while_a_run_writes_is_one_line(base, tmp_path, monkeypatch, capsys, number):
     real = checkpoint.save
 
     def save(directory, *args):

@@ -45,9 +45,7 @@ def test_presets_change_defaults_and_flags_change_presets():
 def test_a_real_model_on_a_file_takes_no_setting_of_the_toy_s():
     """Unless --preset says so; the tiny policy on a file is a trial, with the toy's settings."""
     own = parse(["--model", "directory", "--data", "file.jsonl"])
-    assert asdict(own) == asdict(
-        parse(["--model", "directory", "--data", "file.jsonl", "--preset", "own"])
-    )
+    assert asdict(own) == asdict(parse(["--model", "directory", "--data", "file.jsonl", "--preset", "own"]))
     assert (own.preset, own.lr, own.max_new_tokens, own.template) == ("own", 1e-6, 1024, "rethink")
     for flags, preset in [
         (["--model", "toy", "--data", "file.jsonl"], "toy"),

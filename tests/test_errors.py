@@ -87,9 +87,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     }
     for kind in ("qwen2_5_vl", "evil"):
         config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(
-            json.dumps(config | {"model_type": kind, "auto_map": names})
-        )
+        (model / "config.json").write_text(json.dumps(config | {"model_type": kind, "auto_map": names}))
         try:
             load_policy(str(model))
         except UserError:

@@ -146,9 +146,7 @@ def test_marking_twice_and_marking_the_result_give_the_same_files(tmp_path, mmmu
 def test_responses_to_the_toy_world_are_marked(tmp_path):
     responses = write_jsonl(tmp_path / "r.jsonl", [])
     [item] = toy_questions(LEVELS["easy"], 1, 0, heldout=True)
-    responses.write_text(
-        json.dumps({"id": item.id, "response": f"\\boxed{{{item.answer}}}"}) + "\n"
-    )
+    responses.write_text(json.dumps({"id": item.id, "response": f"\\boxed{{{item.answer}}}"}) + "\n")
     assert run("--responses", responses, "--limit", 1, "--out", tmp_path / "out") == 0
     assert summary_of(tmp_path / "out", "toy")["accuracy"] == 1
 
@@ -183,9 +181,7 @@ def test_own_questions_are_asked_as_in_training(tmp_path, own, model):
     (checkpoint / "trainer.json").write_text(json.dumps({"config": trained | {"lr": 1.0}}))
     config = evaluation.parse(["--model", str(checkpoint), "--data", str(own)])
     assert trained.items() <= asking.made_with(config, "own").items()
-    config = evaluation.parse(
-        ["--model", str(checkpoint), "--data", str(own), "--template", "bare"]
-    )
+    config = evaluation.parse(["--model", str(checkpoint), "--data", str(own), "--template", "bare"])
     assert asking.made_with(config, "own")["template"] == "bare"
     assert asking.made_with(config, "mmmu") | asking.PAPER == asking.made_with(config, "mmmu") | {
         "template": "plain"

@@ -42,8 +42,8 @@ def groups(own_policy):
     prompt, other = (encode(own_policy, question, "bare") for question in questions)
     right = RIGHT % questions[0].answer
     group = [say(own_policy, prompt, text) for text in (right, right, WRONG, WRONG)]
-    group[2].extension = say(own_policy, prompt, WRONG, FORCED, "\n" + right)
-    group[2].extension.rethought = "self_questioning"
+    group[2].second_look = say(own_policy, prompt, WRONG, FORCED, "\n" + right)
+    group[2].second_look.rethought = "self_questioning"
     idle = [say(own_policy, other, WRONG) for _ in range(4)]
     train.compare([group, idle], "mean")
     return group, idle
@@ -57,18 +57,14 @@ def test_a_question_is_followed_to_the_loss(own_policy, groups):
     assert "P(j)   0.250   0.250   0.250   0.250" in told
     assert len(trees.lengths) == 4
     # Each row of section 7 is about its own response: before the step, log pi is as it was sampled.
-    merged = [*groups[0][:2], groups[0][2].extension, groups[0][3]]
-    before = [
-        float(line.split()[4]) for line in told[told.index("## 7") :].splitlines() if " x  " in line
-    ]
+    merged = [*groups[0][:2], groups[0][2].second_look, groups[0][3]]
+    before = [float(line.split()[4]) for line in told[told.index("## 7") :].splitlines() if " x  " in line]
     assert before == [pytest.approx(float(s.logprobs[s.mask].sum()), abs=2e-3) for s in merged]
 
 
 def numbers(told: str, name: str) -> list[float]:
     """A row of the table in section 4."""
-    return [
-        float(x) for x in re.search(rf"^ +{re.escape(name)} (.*)$", told, re.MULTILINE)[1].split()
-    ]
+    return [float(x) for x in re.search(rf"^ +{re.escape(name)} (.*)$", told, re.MULTILINE)[1].split()]
 
 
 def changed(number: int) -> types.ModuleType:
@@ -106,7 +102,7 @@ def test_exercise_3_forces_a_sentence_of_ones_own(own_policy, monkeypatch):
     questions = train.episode_questions(run)[:1]
     prompts = [encode(own_policy, question, "bare") for question in questions]
     [group] = train.sample_groups(run, prompts, train.question_keys(questions, 0, 0))
-    looks = [sample.extension for sample in group if sample.extension]
+    looks = [sample.second_look for sample in group if sample.second_look]
     assert looks
     for look in looks:
         assert own_policy.tokenizer.decode(look.tokens[~look.mask]) == "\n\nOnce more, dot by dot:"

@@ -217,9 +217,7 @@ def test_two_groups_of_two_ranks_evaluate_as_one_rank_does(ranks, tmp_path):
 
 @pytest.mark.parametrize("parts", [3, 8])
 def test_what_cannot_be_cut_is_refused_in_one_line(monkeypatch, parts):
-    policy = toy.new_policy(
-        0, hidden=24, layers=1, heads=4
-    )  # 4 heads, 2 of keys and values, 72 columns
+    policy = toy.new_policy(0, hidden=24, layers=1, heads=4)  # 4 heads, 2 of keys and values, 72 columns
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "24")
     with pytest.raises(UserError, match=f"--tensor {parts}: 4 heads on 2 .* 72 MLP columns"):
         parallel.slices(policy, parts)

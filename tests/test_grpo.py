@@ -9,7 +9,7 @@ from conftest import random_response
 
 from grpo import group_advantages, is_clipped, policy_loss, token_weights
 from model import response_logprobs
-from rollout import Extension, generate
+from rollout import Continuation, generate
 from tree import plan_micro_batches
 
 T, F = True, False
@@ -140,10 +140,10 @@ def test_eos_is_trained_and_pad_prompt_and_forced_tokens_are_not(policy, prompts
 
     def extend(n, g, sample):
         fits = 2 <= len(sample.tokens) < 30
-        return Extension(len(sample.tokens) - 1, [30, 31], "a kind") if fits else None
+        return Continuation(len(sample.tokens) - 1, [30, 31], "a kind") if fits else None
 
     groups = generate(policy, prompts, 4, 40, 1.0, extend=extend)
-    samples = [[s.extension or s for s in group] for group in groups]
+    samples = [[s.second_look or s for s in group] for group in groups]
     trees = [(group[0].prompt, [s.tokens for s in group]) for group in samples]
     flat = [s for group in samples for s in group]
     assert {s.finish for s in flat} == {"stop", "length"}

@@ -205,9 +205,7 @@ def test_the_adapter_loads_in_peft(run, base, prompts):
     loaded.model = model.base_model.model
     response = random_response(6, 0, loaded)
     with torch.no_grad():
-        found, expected = (
-            hf_logprobs(p, prompts[1], response) for p in (loaded, load_policy(str(saved)))
-        )
+        found, expected = (hf_logprobs(p, prompts[1], response) for p in (loaded, load_policy(str(saved))))
     assert (found - expected).abs().max() < 1e-4
     assert not torch.equal(found, hf_logprobs(load_policy(str(base)), prompts[1], response))
 

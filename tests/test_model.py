@@ -125,9 +125,7 @@ def test_gradient_checkpointing_changes_no_gradient(own_policy, policy, prompts)
 
     def run():
         kept = []  # sizes of what the forward pass keeps for the backward pass
-        keep = torch.autograd.graph.saved_tensors_hooks(
-            lambda x: kept.append(x.numel()) or x, lambda x: x
-        )
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x)
         with keep:
             logprobs, _ = response_logprobs(own_policy, groups)
         logprobs.sum().backward()
@@ -273,9 +271,7 @@ def test_positions_equal_get_rope_index_of_transformers(policy, prompts):
 
 
 def test_pictures_that_touch_are_told_apart_by_their_grids():
-    positions = mrope_positions(
-        torch.tensor([9, 9, 9, 1]), torch.tensor([[1, 2, 4], [1, 2, 2]]), 9, merge=2
-    )
+    positions = mrope_positions(torch.tensor([9, 9, 9, 1]), torch.tensor([[1, 2, 4], [1, 2, 2]]), 9, merge=2)
     assert positions.tolist() == [[0, 0, 2, 3], [0, 0, 2, 3], [0, 1, 2, 3]]
 
 
@@ -507,9 +503,7 @@ def test_what_came_from_the_hub_is_saved_so_that_it_loads_again(any_policy, prom
     (tmp_path / "hub").mkdir()
     write_as_the_hub_serves(any_policy, tmp_path / "hub")
     save_policy(load_policy(str(tmp_path / "hub")), tmp_path / "saved")
-    _, info = AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "saved", output_loading_info=True
-    )
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(info.values()), info
     loaded = load_policy(str(tmp_path / "saved"))
     assert torch.equal(logits_of(loaded, prompts[3]), logits_of(any_policy, prompts[3]))

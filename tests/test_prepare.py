@@ -59,9 +59,7 @@ def test_no_pass_rate_trains_on_what_is_held_out_under_another(tmp_path):
     config = Config(model="m", data=str(path), heldout=20)
     ranges = [("", 0, 1), ("rate", 0.5, 1), ("rate", 0, 0.4)]
     runs = [
-        prepare.load_data(
-            replace(config, pass_rate_column=column, pass_rate_min=low, pass_rate_max=high)
-        )
+        prepare.load_data(replace(config, pass_rate_column=column, pass_rate_min=low, pass_rate_max=high))
         for column, low, high in ranges
     ]
     sizes = [len(training) for training, _ in runs]
@@ -80,9 +78,7 @@ def test_sizes_that_do_not_fit_are_lowered_and_said_in_one_line(n, group_size, c
     assert config.episode_queries == n and config.group_size == group_size
     assert n * group_size % config.batch_size == 0 < config.batch_size <= 16 * group_size
     [line] = capsys.readouterr().out.splitlines()
-    assert (
-        f"--episode_queries 64 -> {n}" in line and f"{n} questions to train on, 2 held out" in line
-    )
+    assert f"--episode_queries 64 -> {n}" in line and f"{n} questions to train on, 2 held out" in line
     again = replace(config)
     prepare.fit_sizes(again, n)  # as when the run is resumed
     assert again == config and "->" not in capsys.readouterr().out

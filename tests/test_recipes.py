@@ -35,9 +35,7 @@ exit 0
 """
 
 
-def launched(
-    name: str, folder: Path, programs=tuple(PARSERS), **variables
-) -> list[tuple[str, list[str]]]:
+def launched(name: str, folder: Path, programs=tuple(PARSERS), **variables) -> list[tuple[str, list[str]]]:
     """[(script, its flags), ...] as the shell itself puts them together."""
     shutil.copytree(FOLDER, folder / "recipes")
     (folder / "bin").mkdir()
@@ -130,9 +128,7 @@ def test_the_figure_of_the_study_is_drawn_from_its_numbers(tmp_path):
     assert (tmp_path / "ablation.svg").read_text() == (results / "ablation.svg").read_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "gpus"), [("one_gpu_3b", 1), ("eight_gpus_7b", 8), ("qwen72b", 32)]
-)
+@pytest.mark.parametrize(("name", "gpus"), [("one_gpu_3b", 1), ("eight_gpus_7b", 8), ("qwen72b", 32)])
 def test_a_recipe_fits_its_cards_of_80_gb_with_a_tenth_to_spare(name, gpus, tmp_path):
     from recipes.memory import peaks
 

@@ -19,9 +19,7 @@ from pages import curves, transcripts
 from record import Recorder
 from report import main, write_report
 
-HOSTILE = (
-    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-)
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AA"
     "AAMBAQDJ/pLvAAAAAElFTkSuQmCC"
@@ -132,9 +130,7 @@ def test_every_curve_of_a_run_is_drawn_with_its_values(tmp_path):
     speed = [line["data-values"] for line in lines if "tokens/s" in line["data-values"]]
     assert speed == ["200 tokens/s|200 tokens/s|200 tokens/s|200 tokens/s"]
     labels = [svg["aria-label"] for svg in elements.of("svg") if svg.get("role") == "img"]
-    assert (
-        len(labels) == len(elements.of("article")) and "Held-out accuracy: greedy 25" in labels[0]
-    )
+    assert len(labels) == len(elements.of("article")) and "Held-out accuracy: greedy 25" in labels[0]
     titles = set(re.findall("<h3>(.*?)</h3>", page_of(tmp_path / "run")))
     assert {
         "Reward",
@@ -178,18 +174,14 @@ def test_a_rollout_shows_what_was_forced_and_what_came_of_it(tmp_path):
 
 
 def test_rethinking_that_nobody_forced_is_marked_as_such(tmp_path):
-    said = response(
-        [["\\boxed{5}. Wait, let's double check\n\\boxed{7}", False]], right=False, reward=0.0
-    )
+    said = response([["\\boxed{5}. Wait, let's double check\n\\boxed{7}", False]], right=False, reward=0.0)
     page = page_of(write_run(tmp_path / "run", samples=[group(0, responses=[said])]))
     assert "<mark>Wait, let's double check</mark>" in html.unescape(page)
     assert "looked again: right → wrong" in page
 
 
 def test_a_second_look_that_was_not_kept_is_shown_under_the_response_that_stood(tmp_path):
-    second = response(
-        [["\\boxed{5}.", False], ["Wait,", True], [HOSTILE, False]], right=False, reward=0.0
-    )
+    second = response([["\\boxed{5}.", False], ["Wait,", True], [HOSTILE, False]], right=False, reward=0.0)
     stood = response([["\\boxed{5}.<|im_end|>", False]], not_kept=second)
     elements = Elements(page_of(write_run(tmp_path / "run", samples=[group(0, responses=[stood])])))
     assert "not kept" in elements.text and "looked again: no answer" in elements.text
@@ -249,9 +241,7 @@ def test_a_long_run_gives_a_page_that_still_opens(tmp_path):
     for step in range(0, 1001, 16):
         held += [{"step": step, "id": q["id"], "text": "Let us see, 3 < 4. " * 400, "found": None,
                   "right": False, "tokens": 2048} for q in asked[:: 1 if step in (0, 992) else 64]]  # fmt: skip
-    said = [
-        response([["Look, 3 < 4. " * 600, False], ["Wait,", True], ["so 5. " * 600, False]])
-    ] * 8
+    said = [response([["Look, 3 < 4. " * 600, False], ["Wait,", True], ["so 5. " * 600, False]])] * 8
     samples = [group(step, responses=said) for step in range(0, 1000, 8)]
     for row in samples:
         row["question"] |= {"images": [photo] * 3}
@@ -277,9 +267,9 @@ def test_what_the_recorder_writes_is_what_the_report_reads(tmp_path):
     second = SimpleNamespace(
         prompt=SimpleNamespace(question=asked), tokens=torch.tensor([1, 2, 3]), text="a b c",
         mask=torch.tensor([True, False, True]), right=True, reward=1.0, advantage=0.5,
-        finish="stop", rethought="self_correction", extension=None,
+        finish="stop", rethought="self_correction", second_look=None,
     )  # fmt: skip
-    first = SimpleNamespace(**vars(second) | {"mask": second.mask | True, "extension": second})
+    first = SimpleNamespace(**vars(second) | {"mask": second.mask | True, "second_look": second})
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join("?abc"[i] for i in ids))
     recorder.samples(0, [[first]], tokenizer)
     page = page_of(tmp_path)
@@ -317,9 +307,7 @@ def test_whatever_a_model_or_a_data_set_wrote_is_shown_as_text(tmp_path):
     row["question"] |= {"answer": HOSTILE, "images": [PIXEL + '"onload="alert(1)']}
     config = {"steps": 4, HOSTILE: HOSTILE}
     held = answers((HOSTILE, HOSTILE), question=lambda id_: question(HOSTILE, HOSTILE))
-    held += [
-        {"step": 0, "id": HOSTILE, "text": HOSTILE, "found": HOSTILE, "right": True, "tokens": 1}
-    ]
+    held += [{"step": 0, "id": HOSTILE, "text": HOSTILE, "found": HOSTILE, "right": True, "tokens": 1}]
     folder = tmp_path / '" onload="<script>alert(1)<'
     write_run(folder, samples=[row], config=config, held=held)
     elements = Elements(page_of(folder, write_run(tmp_path / "other")))

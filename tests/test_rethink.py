@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import train
 from conftest import chi_squared
 
+import train
 from config import Config
 from data import Question
 from model import Prompt, Sample
@@ -42,7 +42,9 @@ def said(policy, text="Looks like \\boxed{red}.", qid="q", finish="stop", reward
     ids += [policy.tokenizer.eos_token_id] if finish == "stop" else []
     R = len(ids)
     everywhere = torch.ones(R, dtype=torch.bool)
-    return Sample(prompt(qid), torch.tensor(ids), torch.zeros(R), everywhere, text, finish, True, reward > 0, reward)
+    return Sample(
+        prompt(qid), torch.tensor(ids), torch.zeros(R), everywhere, text, finish, True, reward > 0, reward
+    )
 
 
 def again(first=4, forced=3, second=5, reward=1.0, finish="stop", cut=0) -> Sample:
@@ -56,12 +58,12 @@ def again(first=4, forced=3, second=5, reward=1.0, finish="stop", cut=0) -> Samp
     )  # fmt: skip
 
 
-def group(*rewards, extensions=()) -> list[Sample]:
-    """Samples of these rewards; `extensions` maps places to what their second looks became."""
+def group(*rewards, second_looks=()) -> list[Sample]:
+    """Samples of these rewards; `second_looks` maps places to what their second looks became."""
     made = []
     for i, reward in enumerate(rewards):
         sample = again(forced=0, reward=reward)
-        sample.rethought, sample.extension = None, dict(extensions).get(i)
+        sample.rethought, sample.second_look = None, dict(second_looks).get(i)
         made.append(sample)
     return made
 
@@ -84,10 +86,10 @@ def test_the_triggers_are_the_paper_s_to_the_character():
 
 def test_the_forced_ids_are_the_trigger_s_and_stand_in_the_place_of_eos(policy):
     kinds = set()
-    for extension in ask(policy, EVERY, [said(policy)] * 40):
-        assert policy.tokenizer.decode(extension.forced) == TRIGGERS[extension.kind]
-        assert extension.keep == len(said(policy).tokens) - 1
-        kinds.add(extension.kind)
+    for second_look in ask(policy, EVERY, [said(policy)] * 40):
+        assert policy.tokenizer.decode(second_look.forced) == TRIGGERS[second_look.kind]
+        assert second_look.keep == len(said(policy).tokens) - 1
+        kinds.add(second_look.kind)
     assert kinds == set(TRIGGERS)
 
 
@@ -122,11 +124,11 @@ def test_there_must_be_room_for_the_trigger_and_the_least_second_look(policy, mi
     sample = said(policy)
     settings = replace(EVERY, min_tokens=min_tokens)
     for limit in range(len(sample.tokens), len(sample.tokens) + 40):
-        for free, extension in zip(
+        for free, second_look in zip(
             ask(policy, settings, [sample] * 12, 1000), ask(policy, settings, [sample] * 12, limit)
         ):
             fits = free.keep + len(free.forced) + min_tokens <= limit
-            assert (extension is not None) == fits
+            assert (second_look is not None) == fits
     assert fits, "with 40 tokens more there is room for every trigger"
 
 
@@ -136,9 +138,7 @@ def test_the_trigger_is_drawn_without_looking_at_the_label_by_default(policy):
 
     right, wrong = said(policy, reward=1.0), said(policy, reward=0.0)
     settings = Rethinking(fraction=0.5)
-    assert ask(policy, settings, [right] * 50, 100, grade) == ask(
-        policy, settings, [wrong] * 50, 100, grade
-    )
+    assert ask(policy, settings, [right] * 50, 100, grade) == ask(policy, settings, [wrong] * 50, 100, grade)
 
 
 def test_the_oracle_verifies_what_is_right_and_corrects_what_is_wrong(policy):
@@ -154,8 +154,8 @@ def test_one_response_s_luck_depends_on_its_question_its_number_and_the_key_alon
 
     def luck(qid, n, g, key, text):
         sample = said(policy, text, qid)
-        extension = extender(settings, policy.tokenizer, None, 100, key)(n, g, sample)
-        return extension and extension.kind
+        second_look = extender(settings, policy.tokenizer, None, 100, key)(n, g, sample)
+        return second_look and second_look.kind
 
     for g in range(30):
         alone = luck("a", 0, g, (0, 1), "Looks like \\boxed{red}.")
@@ -185,14 +185,14 @@ def test_tokens_before_answer_is_the_longest_part_without_the_last_box(policy):
 
 def test_a_response_without_a_box_is_cut_at_its_end(policy):
     sample = said(policy, "I do not know.")
-    [extension] = ask(policy, replace(EVERY, cutback=1.0), [sample])
-    assert extension.keep == len(sample.tokens) - 1
+    [second_look] = ask(policy, replace(EVERY, cutback=1.0), [sample])
+    assert second_look.keep == len(sample.tokens) - 1
 
 
 def test_cutting_back_leaves_what_stands_before_the_answer(policy):
     sample = said(policy, "red to blue. So \\boxed{blue}.")
-    [extension] = ask(policy, replace(EVERY, cutback=1.0), [sample])
-    kept = policy.tokenizer.decode(sample.tokens[: extension.keep])
+    [second_look] = ask(policy, replace(EVERY, cutback=1.0), [sample])
+    kept = policy.tokenizer.decode(sample.tokens[: second_look.keep])
     assert kept.strip() == "red to blue. So"
 
 
@@ -228,7 +228,7 @@ def test_a_second_look_is_kept_when_right_ended_and_of_fit_length():
 def test_a_kept_second_look_takes_the_place_of_its_first_with_its_own_reward():
     """The released code gives it the reward of another response."""
     kept, failed = again(reward=1.0), again(reward=0.0)
-    first = group(1.0, 0.0, 0.0, 0.0, extensions=[(1, kept), (2, failed)])
+    first = group(1.0, 0.0, 0.0, 0.0, second_looks=[(1, kept), (2, failed)])
     [merged], counts = merge_rethought(EVERY, [first])
     assert merged == [first[0], kept, first[2], first[3]]
     assert [s.reward for s in merged] == [1.0, 1.0, 0.0, 0.0]
@@ -239,19 +239,19 @@ def test_a_kept_second_look_takes_the_place_of_its_first_with_its_own_reward():
 @pytest.mark.parametrize("quota", [0, 1, 2, 8])
 def test_no_more_than_the_quota_are_kept_a_question(quota):
     def one():
-        return group(*[0.0] * 5, extensions=[(i, again(reward=float(i != 0))) for i in range(5)])
+        return group(*[0.0] * 5, second_looks=[(i, again(reward=float(i != 0))) for i in range(5)])
 
     groups = [one(), one()]
     merged, counts = merge_rethought(replace(EVERY, quota=quota), groups)
     for before, after in zip(groups, merged):
         replaced = [i for i in range(5) if after[i] is not before[i]]
         assert replaced == [1, 2, 3, 4][:quota]  # the first, being wrong, takes no place
-        assert all(after[i] is before[i].extension for i in replaced)
+        assert all(after[i] is before[i].second_look for i in replaced)
     assert counts["kept"] == 2 * min(quota, 4) and counts["attempted"] == 10
 
 
 def test_every_attempt_is_counted_by_what_became_of_it():
-    first = group(0.0, 0.0, 1.0, 1.0, 0.0, 1.0, extensions=[
+    first = group(0.0, 0.0, 1.0, 1.0, 0.0, 1.0, second_looks=[
         (0, again(second=2, reward=1.0)), (1, again(second=3, reward=0.0)),
         (2, again(second=4, reward=1.0)), (3, again(second=5, reward=0.0)),
         (4, again(second=6, reward=1.0, finish="length")),
@@ -267,7 +267,9 @@ def test_a_second_look_without_a_box_of_its_own_is_no_answer_and_not_kept(policy
     """y2 is a fragment: y1's box must not pass for its answer."""
     tokenize = policy.tokenizer
     first = said(policy, "So \\boxed{green}.", reward=1.0)
-    ids = [tokenize(text).input_ids for text in ("So \\boxed{green}.", TRIGGERS["self_correction"], "green}.")]
+    ids = [
+        tokenize(text).input_ids for text in ("So \\boxed{green}.", TRIGGERS["self_correction"], "green}.")
+    ]
     tokens = torch.tensor([i for piece in ids for i in piece] + policy.eos_ids[:1])
     mask = torch.ones(len(tokens), dtype=torch.bool)
     mask[len(ids[0]) : len(ids[0]) + len(ids[1])] = False
@@ -279,7 +281,7 @@ def test_a_second_look_without_a_box_of_its_own_is_no_answer_and_not_kept(policy
     for sample in (first, second):
         train.grade(run, sample)
     assert first.right and extract_answer(second.text) == "green" and not second.right
-    first.extension = second
+    first.second_look = second
     merged, counts = merge_rethought(EVERY, [[first]])
     assert merged == [[first]] and counts["no_answer"] == 1 and counts["kept"] == 0
 
@@ -288,7 +290,7 @@ def test_a_second_look_without_a_box_of_its_own_is_no_answer_and_not_kept(policy
 def test_the_baseline_is_the_group_s_before_replacement(scale):
     """Rewards 1 0 0 0, mean 1/4, deviation sqrt(3)/4; the kept one gets 1 - 1/4 over it."""
     kept = again(reward=1.0)
-    first = group(1.0, 0.0, 0.0, 0.0, extensions=[(2, kept)])
+    first = group(1.0, 0.0, 0.0, 0.0, second_looks=[(2, kept)])
     train.compare([first], scale)
     before = [s.advantage for s in first]
     [merged], _ = train.keep_second_looks(Config(rethink_fraction=1.0, advantage=scale), [first])
@@ -302,7 +304,7 @@ def test_the_baseline_is_the_group_s_before_replacement(scale):
 @pytest.mark.parametrize(("reward", "advantage"), [(0.0, 1.0), (1.0, 0.0)])
 def test_a_group_of_equal_rewards_has_no_deviation_to_divide_by(scale, reward, advantage):
     kept = again(reward=1.0)
-    first = group(*[reward] * 4, extensions=[(0, kept)])
+    first = group(*[reward] * 4, second_looks=[(0, kept)])
     train.compare([first], scale)
     assert kept.advantage == advantage
     assert [s.advantage for s in first[1:]] == [0, 0, 0]
@@ -310,7 +312,7 @@ def test_a_group_of_equal_rewards_has_no_deviation_to_divide_by(scale, reward, a
 
 def test_after_replacement_all_advantages_are_taken_anew():
     """The code's form: rewards 1 0 1 0 have the mean 1/2."""
-    first = group(1.0, 0.0, 0.0, 0.0, extensions=[(2, again(reward=1.0))])
+    first = group(1.0, 0.0, 0.0, 0.0, second_looks=[(2, again(reward=1.0))])
     train.compare([first], "mean")
     after = Config(rethink_fraction=1.0, rethink_baseline="after")
     [merged], _ = train.keep_second_looks(after, [first])
@@ -338,8 +340,8 @@ def test_merged_ids_are_those_that_were_fed(policy, prompts):
     groups = generate(policy, prompts, 4, 60, 1.0, extend=extend)
     for samples in groups:
         for first in samples:
-            if first.extension:
-                first.extension.answered = first.extension.right = True
+            if first.second_look:
+                first.second_look.answered = first.second_look.right = True
     merged, counts = merge_rethought(replace(EVERY, quota=4), groups)
     assert counts["attempted"] >= counts["kept"] >= 4
     for before, after in zip(groups, merged):

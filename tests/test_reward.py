@@ -127,9 +127,7 @@ def test_the_reward_is_one_for_a_right_box_and_zero_for_anything_else():
     assert isinstance(reward("", "5"), float)
 
 
-@pytest.mark.parametrize(
-    "pair", [(None, "5"), ("5", None), (5, 5), (b"5", "5"), ([], {}), ("", "")]
-)
+@pytest.mark.parametrize("pair", [(None, "5"), ("5", None), (5, 5), (b"5", "5"), ([], {}), ("", "")])
 def test_what_is_no_text_is_wrong_and_raises_nothing(pair):
     assert is_correct(*pair) is False and is_correct(*pair, ["5", "6"]) is False
 

@@ -23,7 +23,7 @@ import toy
 from data import UserError
 from decoding import uniform
 from model import decode, response_logprobs
-from rollout import Extension, generate, luck_of, question_keys
+from rollout import Continuation, generate, luck_of, question_keys
 from tree import build_trees
 
 
@@ -80,8 +80,7 @@ def test_nothing_is_taken_from_generation_config(own_policy, policy, prompts):
     config.top_k, config.max_new_tokens = 1, 3
     for temperature in (0, 1.0):
         got, want = (
-            generate(p, prompts, 3, 20, temperature, drawn(prompts, 0))
-            for p in (own_policy, policy)
+            generate(p, prompts, 3, 20, temperature, drawn(prompts, 0)) for p in (own_policy, policy)
         )
         assert all(same(a, b) for x, y in zip(got, want) for a, b in zip(x, y))
 
@@ -124,9 +123,7 @@ def pooled(counts: Counter, probability: torch.Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampled_frequencies_follow_the_softmax(policy, prompts, temperature):
     """The first token of each response, and the second of those that share the likeliest first."""
-    [group] = generate(
-        policy, [prompts[1]], 12000, 2, temperature, drawn([prompts[1]], 2), max_rows=12000
-    )
+    [group] = generate(policy, [prompts[1]], 12000, 2, temperature, drawn([prompts[1]], 2), max_rows=12000)
     first = Counter(int(s.tokens[0]) for s in group)
     going_on = [i for i, _ in first.most_common() if i not in policy.eos_ids]
     likeliest = torch.tensor([going_on[0], 0])
@@ -170,7 +167,7 @@ def test_all_randomness_comes_from_the_keys(policy, prompts):
 
 def said(group) -> list[list[list[int]]]:
     """The tokens of each response, and of its second look."""
-    return [[x.tokens.tolist() for x in (s, s.extension) if x] for s in group]
+    return [[x.tokens.tolist() for x in (s, s.second_look) if x] for s in group]
 
 
 @pytest.mark.parametrize("max_rows", [3, 8, 256])
@@ -213,16 +210,10 @@ def test_banned_ids_are_never_sampled_even_when_their_logits_are_the_largest(own
 def test_an_id_of_chance_0_is_not_drawn_where_rounding_opens_a_gap(policy, monkeypatch):
     """A GPU's cumulative sum may rise where nothing is added; here the look-up finds such a place."""
     banned = policy.banned_ids[0]
-    monkeypatch.setattr(
-        torch, "searchsorted", lambda table, u, right: torch.full_like(u, banned).long()
-    )
-    hidden = torch.randn(
-        5, policy.text_model.config.hidden_size, generator=torch.Generator().manual_seed(0)
-    )
+    monkeypatch.setattr(torch, "searchsorted", lambda table, u, right: torch.full_like(u, banned).long())
+    hidden = torch.randn(5, policy.text_model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        token, logprob = rollout.sample_token(
-            policy, hidden, 100.0, torch.arange(5), torch.zeros(5).long()
-        )
+        token, logprob = rollout.sample_token(policy, hidden, 100.0, torch.arange(5), torch.zeros(5).long())
     assert banned not in token.tolist() and (logprob > -100).all()
 
 
@@ -293,7 +284,7 @@ def test_a_response_ends_at_its_first_eos_or_at_the_limit(policy, prompts):
             assert s.finish == ("stop" if last else "length")
             assert last or len(s.tokens) == 15
             assert s.text == decode(policy, s.tokens)
-            assert s.extension is None and s.rethought is None
+            assert s.second_look is None and s.rethought is None
 
 
 def test_a_limit_of_one_token_is_legal(policy, prompts):
@@ -311,10 +302,10 @@ def test_every_response_is_handed_on_once_when_it_is_complete(policy, prompts, e
     seen = []
     groups = generate(
         policy, prompts, 5, 12, 1.0, drawn(prompts, 9), extend, 10,
-        lambda n, g, sample: seen.append((n, g, id(sample), id(sample.extension))),
+        lambda n, g, sample: seen.append((n, g, id(sample), id(sample.second_look))),
     )  # fmt: skip
     assert sorted(seen) == [
-        (n, g, id(sample), id(sample.extension))
+        (n, g, id(sample), id(sample.second_look))
         for n, group in enumerate(groups)
         for g, sample in enumerate(group)
     ]
@@ -332,9 +323,7 @@ def test_the_policy_is_left_in_the_mode_it_was_in(own_policy, prompts):
 
 
 @pytest.mark.parametrize(("max_rows", "prefills"), [(256, 1), (8, 4)])
-def test_a_prompt_runs_once_whatever_is_sampled_and_extended(
-    own_policy, prompts, max_rows, prefills
-):
+def test_a_prompt_runs_once_whatever_is_sampled_and_extended(own_policy, prompts, max_rows, prefills):
     runs = Counter()
     prefill = own_policy.prefill
     own_policy.prefill = lambda *prompts: runs.update(["text"]) or prefill(*prompts)
@@ -519,9 +508,7 @@ def in_fixed_batches(groups, rows: int, P: int, longest: int) -> tuple[int, int]
     group_size, steps, peak = len(groups[0]), 0, 0
     for i in range(0, len(groups), rows // group_size):
         batch = [
-            (n, len(s.tokens))
-            for n in range(len(groups))[i : i + rows // group_size]
-            for s in groups[n]
+            (n, len(s.tokens)) for n in range(len(groups))[i : i + rows // group_size] for s in groups[n]
         ]
         said, size = 1, 0
         while live := [row for row in batch if row[1] > said]:
@@ -572,7 +559,7 @@ def extend_every(forced, limit, keep=None, only=None):
         fits = 1 <= kept and kept + len(forced) <= limit
         if sample.finish != "stop" or not fits or only not in (None, (n, g)):
             return None
-        return Extension(kept, forced, "a kind")
+        return Continuation(kept, forced, "a kind")
 
     return extend
 
@@ -597,7 +584,7 @@ def test_forced_tokens_stand_where_they_were_fed(policy, prompts, temperature):
     seen = Counter()
     for prompt, group in zip(prompts, groups):
         for first in group:
-            again = first.extension
+            again = first.second_look
             assert (again is None) == (first.finish != "stop" or not 2 <= len(first.tokens) <= 37)
             assert first.rethought is None and first.mask.all()
             if again is None:
@@ -608,7 +595,7 @@ def test_forced_tokens_stand_where_they_were_fed(policy, prompts, temperature):
             assert again.tokens[keep : second.start].tolist() == forced
             assert (~again.mask).nonzero()[:, 0].tolist() == list(range(keep, second.start))
             assert again.mask.shape == again.logprobs.shape == (R,)
-            assert again.rethought == "a kind" and again.extension is None
+            assert again.rethought == "a kind" and again.second_look is None
             assert again.prompt is prompt and again.text == decode(policy, again.tokens)
             # y1's log-probabilities are those recorded at first; y2's, a fresh forward's.
             assert again.logprobs[:keep].equal(first.logprobs[:keep])
@@ -624,20 +611,18 @@ def test_forced_tokens_stand_where_they_were_fed(policy, prompts, temperature):
 
 
 @pytest.mark.parametrize("max_rows", [256, 2])
-def test_a_greedy_extension_equals_generate_from_prompt_response_and_trigger(
-    policy, prompts, max_rows
-):
+def test_a_greedy_second_look_equals_generate_from_prompt_response_and_trigger(policy, prompts, max_rows):
     forced = [30, 31, 32]
     groups = generate(policy, prompts, 2, 60, 0, None, extend_every(forced, 60), max_rows)
     extended = 0
     for prompt, group in zip(prompts, groups):
         for first in group:
             assert torch.equal(first.tokens, hf_generate(policy, prompt, 60))
-            if first.extension is not None:
+            if first.second_look is not None:
                 extended += 1
                 begun = torch.cat([first.tokens[:-1], torch.tensor(forced)])
                 rest = go_on(policy, prompt, begun, 60 - len(begun))
-                assert torch.equal(first.extension.tokens, torch.cat([begun, rest]))
+                assert torch.equal(first.second_look.tokens, torch.cat([begun, rest]))
     assert extended >= 6
 
 
@@ -646,7 +631,7 @@ def test_a_response_can_be_cut_back_before_it_goes_on(policy, prompts):
     groups = generate(policy, prompts, 1, 60, 0, extend=extend_every(forced, 60, keep=1))
     for prompt, [first] in zip(prompts, groups):
         begun = torch.cat([first.tokens[:1], torch.tensor(forced)])
-        again = first.extension
+        again = first.second_look
         assert torch.equal(again.tokens, torch.cat([begun, go_on(policy, prompt, begun, 57)]))
         assert (~again.mask).nonzero()[:, 0].tolist() == [1, 2]
         with torch.no_grad():
@@ -654,7 +639,7 @@ def test_a_response_can_be_cut_back_before_it_goes_on(policy, prompts):
         torch.testing.assert_close(again.logprobs[again.mask], want[again.mask], atol=1e-4, rtol=0)
 
 
-def test_other_rows_do_not_notice_an_extension(policy, prompts):
+def test_other_rows_do_not_notice_a_second_look(policy, prompts):
     plain = generate(policy, prompts, 2, 40, 0)
     for chosen in [(0, 0), (1, 1), (3, 0)]:
         extend = extend_every([30, 31], 40, only=chosen)
@@ -663,18 +648,18 @@ def test_other_rows_do_not_notice_an_extension(policy, prompts):
             for g, sample in enumerate(group):
                 assert same(sample, plain[n][g])
                 torch.testing.assert_close(sample.logprobs, plain[n][g].logprobs, atol=1e-5, rtol=0)
-                assert (sample.extension is not None) == ((n, g) == chosen)
+                assert (sample.second_look is not None) == ((n, g) == chosen)
 
 
 def test_the_limit_may_be_reached_in_the_second_part_or_right_after_the_trigger(policy, prompts):
     [[free]] = generate(policy, [prompts[1]], 1, 60, 0, extend=extend_every([30, 31, 32], 60))
-    start, end = len(free.tokens) + 2, len(free.extension.tokens)
-    assert free.extension.finish == "stop" and end - start >= 3
+    start, end = len(free.tokens) + 2, len(free.second_look.tokens)
+    assert free.second_look.finish == "stop" and end - start >= 3
     for limit in range(start, end + 1):
         extend = extend_every([30, 31, 32], limit)
         [[first]] = generate(policy, [prompts[1]], 1, limit, 0, extend=extend)
-        again = first.extension
+        again = first.second_look
         assert same(first, free)
-        assert again.tokens.equal(free.extension.tokens[:limit])
+        assert again.tokens.equal(free.second_look.tokens[:limit])
         assert again.finish == ("stop" if limit == end else "length")
         assert int((~again.mask).sum()) == 3

@@ -41,8 +41,7 @@ def read_picture(image) -> dict[str, str]:
     columns, rows = image.width // CELL, image.height // CELL
     corners = [(x * CELL, y * CELL) for y in range(rows) for x in range(columns)]
     return {
-        names[image.getpixel((x + 1, y + 1))]: names[image.getpixel((x + 14, y + 14))]
-        for x, y in corners
+        names[image.getpixel((x + 1, y + 1))]: names[image.getpixel((x + 14, y + 14))] for x, y in corners
     }
 
 
@@ -174,8 +173,7 @@ def test_the_ways_come_with_the_chances_of_the_mix():
     rng = random.Random(2)
     question, path = draw_question(EASY, rng, False, "", (1, 1, 1))
     ways = Counter(
-        way("".join(worked_solution(question, path, EASY, rng, (0.5, 0.2, 0.3))))
-        for _ in range(2000)
+        way("".join(worked_solution(question, path, EASY, rng, (0.5, 0.2, 0.3)))) for _ in range(2000)
     )
     statistic, limit = chi_squared([ways["fast"], ways["slow"], ways["twice"]], [0.5, 0.2, 0.3])
     assert statistic < limit
@@ -352,9 +350,7 @@ def test_an_interrupted_warm_start_leaves_nothing_that_looks_whole(
     assert load_policy(str(toy_policy_dir(TINY, silent))) is not None
 
 
-def test_of_two_processes_that_make_it_at_once_the_first_one_s_stays(
-    cache, warm_starts, monkeypatch
-):
+def test_of_two_processes_that_make_it_at_once_the_first_one_s_stays(cache, warm_starts, monkeypatch):
     other = toy.warm_start
 
     def slower(recipe, progress):
@@ -380,9 +376,7 @@ def test_a_policy_that_cannot_be_moved_to_its_place_is_an_error(cache, warm_star
     assert list(cache.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_is_found_before_the_work(
-    monkeypatch, tmp_path, warm_starts
-):
+def test_a_cache_that_cannot_be_written_is_found_before_the_work(monkeypatch, tmp_path, warm_starts):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(OSError):

@@ -259,9 +259,7 @@ def test_gradient_checkpointing_does_not_change_the_gradient(base, tmp_path, mon
     assert relative_distance(seen[0][2], seen[1][2]) < 1e-5
 
 
-def test_recomputed_log_probabilities_take_the_place_of_the_sampled(
-    base, tmp_path, monkeypatch, capsys
-):
+def test_recomputed_log_probabilities_take_the_place_of_the_sampled(base, tmp_path, monkeypatch, capsys):
     """A sampler that is wrong by 1 shows in logp_mismatch and is warned of; recomputing mends the ratios."""
     let_be_right(monkeypatch, lucky)
     real = train.generate
@@ -269,7 +267,7 @@ def test_recomputed_log_probabilities_take_the_place_of_the_sampled(
     def wrong(*args, **kwargs):
         groups = real(*args, **kwargs)
         for sample in (s for group in groups for s in group):
-            for one in filter(None, (sample, sample.extension)):
+            for one in filter(None, (sample, sample.second_look)):
                 one.logprobs = one.logprobs + 1.0
         return groups
 
@@ -349,9 +347,10 @@ def test_an_own_reward_trains_and_the_rule_measures(base, tmp_path, monkeypatch)
     responses = [r for row in samples for r in row["responses"] if not r["rethought"]]
     assert all(r["reward"] == pytest.approx(1 / (1 + len(r["text"]))) for r in responses)
     row = steps_of(out)[0]
-    assert row["rethink_kept"] <= row["rethink_wrong_right"] + row["rethink_right_right"] + row[
-        "rethink_no_answer"
-    ]  # the stand-in for the rule asks for no box
+    assert (
+        row["rethink_kept"]
+        <= row["rethink_wrong_right"] + row["rethink_right_right"] + row["rethink_no_answer"]
+    )  # the stand-in for the rule asks for no box
     measured = heldout_of(out)[0]
     assert measured["heldout_accuracy"] in [n / 4 for n in range(5)]
     # The same function as an argument: the same run.
@@ -561,9 +560,7 @@ def test_the_same_questions_are_held_out_whatever_the_seed_and_the_order(
     assert len(held[0]) == 3 and held[0] == held[1]
 
 
-def test_long_prompts_are_dropped_and_counted_never_cut(
-    base, questions_file, tmp_path, monkeypatch, capsys
-):
+def test_long_prompts_are_dropped_and_counted_never_cut(base, questions_file, tmp_path, monkeypatch, capsys):
     trained, _ = spy_on_questions(monkeypatch)
     settings = {"data": questions_file, "heldout": 0, "steps": 2, "episode_queries": 5,
                 "batch_size": 40}  # fmt: skip
