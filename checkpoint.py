@@ -51,8 +51,15 @@ SUMS = "SHA256SUMS"
 FILE_BYTES = 5 * 10**9
 # What a Run counts, beside its settings, weights and samples.
 COUNTERS = ("step", "episode", "counts", "not_finite")
-TRAINER = {"step": int, "episode": int, "counts": dict, "not_finite": int, "draws": int, "config": dict,
-           "data_checksum": int}  # fmt: skip
+TRAINER = {
+    "step": int,
+    "episode": int,
+    "counts": dict,
+    "not_finite": int,
+    "draws": int,
+    "config": dict,
+    "data_checksum": int,
+}
 SAMPLES = {"fresh": [dict], "buffer": [dict]}
 
 
@@ -185,8 +192,10 @@ def save_run(run) -> None:
     """Write OUT/checkpoint-STEP, on all ranks together. Raises UserError where weights are not finite."""
     names = [n for n, p in run.policy.named_parameters() if not is_finite(parallel.local(p))]
     if ruined := parallel.gather(names):
-        raise UserError(f"step {run.step}: {ruined[0]} is not finite, and not saved; lower --lr, and "
-                        f"go on from an earlier checkpoint in {run.out}")  # fmt: skip
+        raise UserError(
+            f"step {run.step}: {ruined[0]} is not finite, and not saved; lower --lr, and "
+            f"go on from an earlier checkpoint in {run.out}"
+        )
     # While gradients are not finite, what may be ruined soon does not push out what was sound.
     keep = run.config.keep_last + (run.not_finite > 0)
     trainer = {name: getattr(run, name) for name in COUNTERS}
@@ -404,21 +413,28 @@ def resume_run(run) -> bool:
         now, then = getattr(run.config, name), before.get(name)
         # A file may have moved; what its questions are is checked where they are needed.
         if then != now and (name != "data" or "toy" in (then, now)):
-            raise UserError(f"{directory}: was made with --{name} {before[name]}; resume with that, or start "
-                            f"a new run from it: --model {directory}")  # fmt: skip
+            raise UserError(
+                f"{directory}: was made with --{name} {before[name]}; resume with that, or start "
+                f"a new run from it: --model {directory}"
+            )
     if trainer.get("data_checksum", run.data_checksum) != run.data_checksum:
-        raise UserError(f"{directory}: the questions of {run.config.data}, or the flags that choose among them, "
-                        "changed since; resume with those of before, or start a new run from it: "
-                        f"--model {directory}")  # fmt: skip
+        raise UserError(
+            f"{directory}: the questions of {run.config.data}, or the flags that choose among them, "
+            "changed since; resume with those of before, or start a new run from it: "
+            f"--model {directory}"
+        )
     now, then = run.config.reward, before.get("reward", "")
     if bool(now) != bool(then):  # its file may have moved
-        raise UserError(f"{directory}: was made {f'with --reward {then}' if then else 'without --reward'}; resume "
-                        f"so, or start a new run from it: --model {directory}")  # fmt: skip
+        raise UserError(
+            f"{directory}: was made {f'with --reward {then}' if then else 'without --reward'}; resume "
+            f"so, or start a new run from it: --model {directory}"
+        )
     changed = [
-        name for name, value in before.items()
+        name
+        for name, value in before.items()
         if name not in ("out", "resume", "steps", "save_every", "keep_last", "eval_every")
         and value != getattr(run.config, name, value)
-    ]  # fmt: skip
+    ]
     if parallel.rank() == 0:
         tqdm.write(f"resuming {directory}")
         if changed:
@@ -435,8 +451,10 @@ def resume_run(run) -> bool:
             if run.questions is None:
                 known[qid] = toy.question_by_id(toy.LEVELS[run.config.toy_level], qid)
             elif qid not in known:
-                raise UserError(f"{run.config.data}: no question {qid}, which the episode under way needs; "
-                                "resume with the file and the flags of before")  # fmt: skip
+                raise UserError(
+                    f"{run.config.data}: no question {qid}, which the episode under way needs; "
+                    "resume with the file and the flags of before"
+                )
             prompt = encode(run.policy, known[qid], run.config.template)
             # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.
             prompts[qid] = replace(prompt, pixel_values=None) if parallel.world() > 1 else prompt

@@ -41,9 +41,10 @@ class Config:
     data: str = flag("toy", "toy, or a .parquet, .jsonl or .csv file, laid out as in data.py")
     toy_level: str = flag("easy", "difficulty of the toy world", ("easy", "hard"))
     toy_family: str = flag(
-        "qwen2_5_vl", "architecture of the toy policy",
+        "qwen2_5_vl",
+        "architecture of the toy policy",
         ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
-    )  # fmt: skip
+    )
     pass_rate_column: str = flag("", "select questions by this column, such as PassRate_7BBase")
     pass_rate_min: float = flag(0.01, "lowest pass rate kept [P: non-zero pass@8]")
     pass_rate_max: float = flag(1.0, "highest pass rate kept")
@@ -84,17 +85,14 @@ class Config:
     micro_batch_tokens: int = flag(8192, "tokens per forward pass, padding included", low=1)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass [C: true]")
 
-    train_vision: bool = flag(
-        True, "train the vision tower too [C: true]; with --lora_rank it is frozen"
+    train_vision: bool = flag(True, "train the vision tower too [C: true]; with --lora_rank it is frozen")
+    lora_rank: int = flag(0, "train adapters of this rank in place of weights; 0: all weights", low=0)
+    lora_alpha: float = flag(32.0, "reach of the adapters' updates: they are scaled by alpha / rank", low=0)
+    precision: str = flag(
+        "auto",
+        "bf16: compute in bf16, keep weights in fp32; auto: that on GPUs, else fp32",
+        ("auto", "bf16", "fp32"),
     )
-    lora_rank: int = flag(
-        0, "train adapters of this rank in place of weights; 0: all weights", low=0
-    )
-    lora_alpha: float = flag(
-        32.0, "reach of the adapters' updates: they are scaled by alpha / rank", low=0
-    )
-    precision: str = flag("auto", "bf16: compute in bf16, keep weights in fp32; auto: that on GPUs, else fp32",
-                          ("auto", "bf16", "fp32"))  # fmt: skip
     shard: str = flag(
         "world",
         "shard weights over all ranks, or within a node with a copy on each node",
@@ -209,9 +207,12 @@ def sources(config: Config) -> str:
 def read_flags(kind: type, program: str, description: str, argv: list[str]) -> dict:
     """{field: value} of those flags of a dataclass that are given. Raises UserError."""
     parser = argparse.ArgumentParser(
-        program, description=description, usage=f"python {program} [--FIELD VALUE ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+        program,
+        description=description,
+        usage=f"python {program} [--FIELD VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
     def fail(message):
         raise UserError(f"{message}; see python {program} --help")

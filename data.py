@@ -188,7 +188,7 @@ def check_images(questions: list[Question], seen: bool = True, progress=iter) ->
 def hold(folder: Path):
     """Take a folder for this process alone, or raise UserError naming who has it.
 
-    Returns the locked file, to be kept open: the system lets go of it when the process ends, whatever ends it.
+    Returns the locked file, to be kept open: the system lets go of it when the process ends.
     """
     file = open(folder / "lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
     try:
@@ -304,8 +304,10 @@ def read_jsonl(path: Path, shape=None, growing: bool = False) -> Iterator[tuple[
             place = f"{path}:{number}"
             row = parse_json(line, place, shape)
             if "line_crc32" in row and row.pop("line_crc32") != zlib.crc32(json.dumps(row).encode()):
-                raise UserError(f"{place}: changed since it was written; remove the line, or its "
-                                "line_crc32 if that was meant")  # fmt: skip
+                raise UserError(
+                    f"{place}: changed since it was written; remove the line, or its "
+                    "line_crc32 if that was meant"
+                )
             yield place, row
 
 

@@ -36,7 +36,7 @@ PROMPT_PAGE, RESPONSE_PAGE = 256, 64  # tokens, at most
 
 
 class Pages:
-    """Keys and values of M pages, a tensor per layer. Page 0 is nobody's: rows that have ended write there."""
+    """Keys and values of M pages, a tensor per layer. Page 0 is nobody's: ended rows write there."""
 
     def __init__(self, like: list[torch.Tensor], size: int):
         self.k, self.v = ([x.new_zeros(1, x.shape[1], size, x.shape[3]) for x in like] for _ in "kv")

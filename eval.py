@@ -321,10 +321,20 @@ def write_comparison(config: Config, told: str) -> Path:
     columns = []
     for path in paths:
         rows = [row for _, row in read_jsonl(path, RESULT) if not row.get("sample")]
-        columns.append((str(path), {row["id"]: {
-            "text": row["response"] or "", "found": row["extracted"], "right": scores.credit(row),
-            "tokens": row["tokens"],
-        } for row in rows}))  # fmt: skip
+        columns.append(
+            (
+                str(path),
+                {
+                    row["id"]: {
+                        "text": row["response"] or "",
+                        "found": row["extracted"],
+                        "right": scores.credit(row),
+                        "tokens": row["tokens"],
+                    }
+                    for row in rows
+                },
+            )
+        )
     questions = [vars(item.question) for item in items if item.question.id in columns[1][1]]
 
     def finish(question: dict) -> dict:

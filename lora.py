@@ -104,16 +104,21 @@ def adapter_weights(policy: Policy) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(policy: Policy, weights: dict, base: str, directory: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors: `PeftModel.from_pretrained` loads them onto `base`."""
+    """adapter_config.json and adapter_model.safetensors: PEFT's `from_pretrained` loads them onto `base`."""
     modules = adapted(policy)
     projection = next(iter(modules.values()))
     rank = projection.lora_A.shape[0]
     config = {
-        "peft_type": "LORA", "base_model_name_or_path": base, "task_type": None,
-        "r": rank, "lora_alpha": rank * projection.lora_scale, "lora_dropout": 0.0, "bias": "none",
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "task_type": None,
+        "r": rank,
+        "lora_alpha": rank * projection.lora_scale,
+        "lora_dropout": 0.0,
+        "bias": "none",
         # By their whole names: the vision tower has projections of the same short names.
         "target_modules": sorted(modules),
-    }  # fmt: skip
+    }
     directory.mkdir()
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=1))
     save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})

@@ -494,9 +494,13 @@ def read_policy(directory: Path, dtype: torch.dtype, empty: bool) -> Policy:
             model.generation_config = GenerationConfig.from_pretrained(directory)
     else:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            directory, dtype=dtype, config=config, output_loading_info=True, use_safetensors=True,
+            directory,
+            dtype=dtype,
+            config=config,
+            output_loading_info=True,
+            use_safetensors=True,
             **code,
-        )  # fmt: skip
+        )
         if report["missing_keys"]:  # transformers would fill them with random numbers
             raise UserError(f"no weights for {min(report['missing_keys'])} in its safetensors")
         for name, parameter in model.named_parameters():

@@ -62,8 +62,14 @@ class Run:
 
 
 def rethink_settings(c: Config) -> Rethinking:
-    return Rethinking(c.rethink_fraction, c.rethink_quota, c.rethink_trigger, c.rethink_cutback,
-                      c.rethink_min_tokens, c.rethink_max_tokens)  # fmt: skip
+    return Rethinking(
+        c.rethink_fraction,
+        c.rethink_quota,
+        c.rethink_trigger,
+        c.rethink_cutback,
+        c.rethink_min_tokens,
+        c.rethink_max_tokens,
+    )
 
 
 # ---------------------------------------------------------------------------- set up
@@ -84,10 +90,16 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     parallel.agree(lambda: find_checkpoint(model))
     checkpoint.check_model(model)
     empty = torch.distributed.is_initialized()  # then each rank reads its own part of the weights
-    policy = parallel.agree(lambda: load_policy(
-        model, min_pixels=config.min_pixels, max_pixels=config.max_pixels, empty=empty,
-        min_image_tokens=config.min_image_tokens, max_image_tokens=config.max_image_tokens,
-    ))  # fmt: skip
+    policy = parallel.agree(
+        lambda: load_policy(
+            model,
+            min_pixels=config.min_pixels,
+            max_pixels=config.max_pixels,
+            empty=empty,
+            min_image_tokens=config.min_image_tokens,
+            max_image_tokens=config.max_image_tokens,
+        )
+    )
     if questions is not None:
         questions = drop_long_prompts(config, policy, questions, pictures)
         heldout = drop_long_prompts(config, policy, heldout, pictures)
@@ -111,9 +123,7 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     if parallel.rank() == 0 and not checkpoint.list_checkpoints(out):
         record.write_config(out, config)  # with the sizes that fit
     buffer = ReplayBuffer(config.ssr_alpha, config.seed, config.ssr_replacement)
-    return Run(
-        config, out, policy, optimizer, questions, heldout, total, buffer, grade, checksum, lock
-    )
+    return Run(config, out, policy, optimizer, questions, heldout, total, buffer, grade, checksum, lock)
 
 
 def say(line: str) -> None:
@@ -164,14 +174,16 @@ def load_reward(place: str) -> Grade | None:
 
 
 def check_room(out: Path, policy: Policy, checkpoints: int) -> None:
-    """Raise UserError where the disk cannot hold them: what trains and its moments in fp32, and the hub's copy."""
+    """Raise UserError where the disk cannot hold them: fp32 weights that train, moments, the hub's copy."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     copy = policy.compute_dtype.itemsize * sum(p.numel() for p in policy.parameters())
     needed = (12 * trained + copy) * checkpoints
     free = shutil.disk_usage(out).free
     if free < needed:
-        raise UserError(f"--out {out}: {free >> 20} MiB free, {checkpoints} checkpoints need "
-                        f"{needed >> 20} MiB; make room or lower --keep_last")  # fmt: skip
+        raise UserError(
+            f"--out {out}: {free >> 20} MiB free, {checkpoints} checkpoints need "
+            f"{needed >> 20} MiB; make room or lower --keep_last"
+        )
 
 
 def run_folder(config: Config):
@@ -230,7 +242,8 @@ def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:
     training = [q for q in selected if q.id not in kept_out]
     if not training:
         raise UserError(
-            f"--heldout {config.heldout}: {config.data} has {len(selected)} questions to train on; lower it, or 0 for none"
+            f"--heldout {config.heldout}: {config.data} has {len(selected)} questions to train on; "
+            "lower it, or 0 for none"
         )
     return training, [q for q in everything if q.id in kept_out]
 
@@ -289,16 +302,22 @@ def check_pictures(questions: list[Question]) -> dict[str, list[tuple]]:
 def drop_long_prompts(config: Config, policy: Policy, questions: list[Question], pictures: dict):
     """The questions whose prompts fit; others are counted. `pictures` are this rank's share."""
     too_long = {
-        q.id for q in questions if q.id in pictures
+        q.id
+        for q in questions
+        if q.id in pictures
         and prompt_length(policy, q, config.template, pictures[q.id]) > config.max_prompt_tokens
-    }  # fmt: skip
+    }
     too_long = set(parallel.gather(sorted(too_long)))
     if too_long:
-        say(f"dropped {len(too_long)} of {len(questions)} questions: prompts over --max_prompt_tokens "
-            f"{config.max_prompt_tokens}")  # fmt: skip
+        say(
+            f"dropped {len(too_long)} of {len(questions)} questions: prompts over --max_prompt_tokens "
+            f"{config.max_prompt_tokens}"
+        )
     if questions and len(too_long) == len(questions):
-        raise UserError(f"--max_prompt_tokens {config.max_prompt_tokens}: every prompt is longer; "
-                        "raise it or lower --max_image_tokens")  # fmt: skip
+        raise UserError(
+            f"--max_prompt_tokens {config.max_prompt_tokens}: every prompt is longer; "
+            "raise it or lower --max_image_tokens"
+        )
     return [q for q in questions if q.id not in too_long]
 
 

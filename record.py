@@ -184,10 +184,15 @@ def describe(sample, tokenizer) -> dict:
             pieces.append([tokenizer.decode(sample.tokens[start:i]), not mask[start]])
             start = i
     row = {
-        "text": sample.text, "pieces": pieces, "right": sample.right, "reward": sample.reward,
-        "advantage": sample.advantage, "finish": sample.finish, "tokens": len(mask),
+        "text": sample.text,
+        "pieces": pieces,
+        "right": sample.right,
+        "reward": sample.reward,
+        "advantage": sample.advantage,
+        "finish": sample.finish,
+        "tokens": len(mask),
         "rethought": sample.rethought,
-    }  # fmt: skip
+    }
     if sample.second_look:
         row["not_kept"] = describe(sample.second_look, tokenizer)
     return row
@@ -196,9 +201,12 @@ def describe(sample, tokenizer) -> dict:
 def show_question(question) -> dict:
     """A question as the page needs it, its pictures within."""
     return {
-        "id": question.id, "text": question.text, "answer": question.answer,
-        "category": question.category, "images": [thumbnail(source) for source in question.images],
-    }  # fmt: skip
+        "id": question.id,
+        "text": question.text,
+        "answer": question.answer,
+        "category": question.category,
+        "images": [thumbnail(source) for source in question.images],
+    }
 
 
 def thumbnail(source, side: int = 336) -> str:

@@ -36,8 +36,12 @@ WAYS = {"heldout_fast": "guesses", "heldout_slow": "reads", "heldout_twice": "gu
 
 
 LINES = (  # of metrics.jsonl: key, title, note, unit
-    ("effective_queries", "Effective questions", ("share with responses that differ in reward: only "
-     "these have a gradient"), "%"),
+    (
+        "effective_queries",
+        "Effective questions",
+        ("share with responses that differ in reward: only these have a gradient"),
+        "%",
+    ),
     ("replayed", "Replayed", "share of a batch drawn from the replay buffer", "%"),
     ("rethought", "Forced second looks kept", "share of responses", "%"),
     ("rethinks", "Unforced rethinking", "share of responses with a trigger phrase of their own", "%"),
@@ -48,10 +52,14 @@ LINES = (  # of metrics.jsonl: key, title, note, unit
     ("sft_loss", "SFT loss", "on the second looks that were kept", "nats"),
     ("grad_norm", "Gradient norm", "before clipping", ""),
     ("lr", "Learning rate", "with warm-up and decay", ""),
-    ("logp_mismatch", "Mismatch", ("largest difference of a token's log-probability, sampling against "
-     "training"), "nats"),
+    (
+        "logp_mismatch",
+        "Mismatch",
+        ("largest difference of a token's log-probability, sampling against training"),
+        "nats",
+    ),
     ("speed", "Speed", "response tokens per second, sampling and update together", "tokens/s"),
-)  # fmt: skip
+)
 
 
 def charts(first: "Record") -> list[Chart]:
@@ -60,15 +68,27 @@ def charts(first: "Record") -> list[Chart]:
     outcomes = {f"look_{name}": label for name, label in OUTCOMES.items()}
     by_category = {key: key[3:] for key in categories if len(categories) > 1}
     return [
-        Chart("Held-out accuracy", "greedy answers, and one sampled answer per question", "%",
-              HELDOUT, wide=True),
-        Chart("What forced second looks did", "share of an episode's forced looks", "%", outcomes,
-              "stack", True, (2, 4, 1, 5, 3)),
+        Chart(
+            "Held-out accuracy",
+            "greedy answers, and one sampled answer per question",
+            "%",
+            HELDOUT,
+            wide=True,
+        ),
+        Chart(
+            "What forced second looks did",
+            "share of an episode's forced looks",
+            "%",
+            outcomes,
+            "stack",
+            True,
+            (2, 4, 1, 5, 3),
+        ),
         Chart("Held-out by category", "greedy", "%", by_category, "first", wide=True),
         Chart("Ways of answering", "share of sampled held-out answers", "%", WAYS, "stack", wide=True),
         Chart("Reward", "mean over an episode's responses", first.reward_unit, {"reward": ""}),
         *(Chart(title, note, unit, {key: ""}) for key, title, note, unit in LINES),
-    ]  # fmt: skip
+    ]
 
 
 # What the page counts on in a line of samples.jsonl, heldout.jsonl and metrics.jsonl.
@@ -236,14 +256,19 @@ def summary_rows(runs: list[Record]) -> list[tuple[str, list[str]]]:
         lines = {title: (key, unit) for key, title, _, unit in LINES[:1] + LINES[3:5]}
         lines = {"Reward": ("reward", run.reward_unit)} | lines
         return {
-            "Held out, base": base, "Held out, final": final, "Difference": difference,
+            "Held out, base": base,
+            "Held out, final": final,
+            "Difference": difference,
             **{title: ends(series(run.metrics, key), unit) for title, (key, unit) in lines.items()},
             "Forced second looks": second_looks(run.metrics),
-            "Steps": steps_of(run), "Response tokens": f"{total(run, 'response_tokens'):,.0f}",
+            "Steps": steps_of(run),
+            "Response tokens": f"{total(run, 'response_tokens'):,.0f}",
             "Time": str(timedelta(seconds=round(total(run, "step_seconds")))),
-            "Model": str(run.config.get("model", "–")), "Data": str(run.config.get("data", "–")),
-            "Started": "; resumed: ".join(dates) or "–", "Command": "; then: ".join(commands) or "–",
-        }  # fmt: skip
+            "Model": str(run.config.get("model", "–")),
+            "Data": str(run.config.get("data", "–")),
+            "Started": "; resumed: ".join(dates) or "–",
+            "Command": "; then: ".join(commands) or "–",
+        }
 
     columns = [column(run) for run in runs]
     return [(name, [cells[name] for cells in columns]) for name in columns[0]]
@@ -274,7 +299,8 @@ def legend(runs: list[Record]) -> str:
     if len(runs) < 2:
         return ""
     labels = (
-        f'<label><input type="checkbox" id="show{i}" checked>{swatch(looks(i, i, i))}{escape(run.name)}</label>'
+        f'<label><input type="checkbox" id="show{i}" checked>'
+        f"{swatch(looks(i, i, i))}{escape(run.name)}</label>"
         for i, run in enumerate(runs)
     )
     return f'<nav class="legend" aria-label="Runs shown">{"".join(labels)}</nav>'

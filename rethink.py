@@ -3,8 +3,8 @@
     y = y1 + trigger + y2
 
 When a response y1 has ended, a trigger such as "Wait, does it seem right?" is appended to a share q
-of the responses and the policy continues. Where the new answer is correct, at most twice per question, y replaces y1 in its group, and an
-additional loss teaches the policy to look again by itself:
+of the responses and the policy continues. Where the new answer is correct, y replaces y1 in its group
+(at most twice per question), and an additional loss teaches the policy to look again by itself:
 
     L = L_GRPO + c * mean of -log pi(y_t)  over the tokens of the kept ones
 
@@ -90,7 +90,8 @@ def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, key
 def tokens_before_answer(tokens: list[int], decode: Callable[[list[int]], str]) -> int:
     """How many tokens stand before the last `\\boxed`; all but the EOS where there is no box.
 
-    >>> tokens_before_answer([1, 2, 3, 0], lambda ids: "".join(["", "So ", "\\\\boxed{", "5}"][i] for i in ids))
+    >>> words = ["", "So ", "\\\\boxed{", "5}"]
+    >>> tokens_before_answer([1, 2, 3, 0], lambda ids: "".join(words[i] for i in ids))
     1
     """
     at = decode(tokens).rfind("\\boxed")

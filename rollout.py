@@ -261,9 +261,13 @@ class Sampler:
             seat, R = self.seats[row], lengths[row]
             y, n, g = tokens[i, :R].clone(), seat.group.n, seat.member
             sample = Sample(
-                seat.group.prompt, y, logprobs[i, :R].clone(), sampled[i, :R].clone(),
-                decode(self.policy, y), "stop" if int(y[-1]) in self.policy.eos_ids else "length",
-            )  # fmt: skip
+                seat.group.prompt,
+                y,
+                logprobs[i, :R].clone(),
+                sampled[i, :R].clone(),
+                decode(self.policy, y),
+                "stop" if int(y[-1]) in self.policy.eos_ids else "length",
+            )
             if seat.trigger:
                 sample.rethought, self.groups[n][g].second_look = seat.trigger, sample
             else:

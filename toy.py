@@ -10,8 +10,8 @@ and the way this project is about, a guess that is looked at again:
 
     twice  Looks like \\boxed{red}. Wait, does it seem right? red to blue, blue to pink. So ...
 
-The policy is a real Qwen2.5-VL (or another family: --toy_family) of about a million parameters with a tokenizer of its own and
-Qwen's special tokens. `toy_policy_dir` brings it up by a short supervised phase (the warm start):
+The policy is a real Qwen2.5-VL (or another family: --toy_family) of about a million parameters with a
+tokenizer of its own and Qwen's special tokens. `toy_policy_dir` brings it up by a short supervised phase (the warm start):
 first mostly slow and twice, so that it learns to see, then a mix in which the fast guess dominates.
 That is the state the paper starts from: a base that can think slowly and rarely does. From there,
 reinforcement learning has to find out which way pays.
@@ -193,9 +193,15 @@ def way(text: str) -> str:
 # ---------------------------------------------------------------------------- the policy
 
 SPECIAL = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-]  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 
 # The layout of Qwen's own template: a default system turn, then the turns; pictures where they stand.
 CHAT_TEMPLATE = (
@@ -239,9 +245,12 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        extra_special_tokens=SPECIAL[1:], chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=SPECIAL[1:],
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def toy_config(family: str, tokenizer, hidden: int, layers: int, heads: int) -> dict:
@@ -254,18 +263,32 @@ def toy_config(family: str, tokenizer, hidden: int, layers: int, heads: int) -> 
     half = hidden // heads if third else hidden // heads // 2
     rows = half // 3 if third else (half - half // 4) // 2
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": 3 * hidden,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads // 2,
-        "max_position_embeddings": 4096, "initializer_range": INITIALIZER_RANGE, "rms_norm_eps": 1e-6,
-        "bos_token_id": ids["endoftext"], "eos_token_id": ids["im_end"],
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": INITIALIZER_RANGE,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": ids["endoftext"],
+        "eos_token_id": ids["im_end"],
         "pad_token_id": ids["endoftext"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
-                            "mrope_section": [half - 2 * rows, rows, rows]},
-    }  # fmt: skip
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [half - 2 * rows, rows, rows],
+        },
+    }
     vision = {
-        "depth": 2, "hidden_size": hidden // 2, "intermediate_size": hidden, "num_heads": heads,
-        "out_hidden_size": hidden, "initializer_range": INITIALIZER_RANGE,
-    }  # fmt: skip
+        "depth": 2,
+        "hidden_size": hidden // 2,
+        "intermediate_size": hidden,
+        "num_heads": heads,
+        "out_hidden_size": hidden,
+        "initializer_range": INITIALIZER_RANGE,
+    }
     if family == "qwen2_vl":
         vision |= {"embed_dim": hidden // 2, "hidden_size": hidden, "mlp_ratio": 2}
         del vision["intermediate_size"], vision["out_hidden_size"]
@@ -277,10 +300,14 @@ def toy_config(family: str, tokenizer, hidden: int, layers: int, heads: int) -> 
     if family == "qwen3_vl_moe":
         text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 2 * hidden}
     return {
-        "text_config": text, "vision_config": vision, "tie_word_embeddings": True,
-        "image_token_id": ids["image_pad"], "video_token_id": ids["video_pad"],
-        "vision_start_token_id": ids["vision_start"], "vision_end_token_id": ids["vision_end"],
-    }  # fmt: skip
+        "text_config": text,
+        "vision_config": vision,
+        "tie_word_embeddings": True,
+        "image_token_id": ids["image_pad"],
+        "video_token_id": ids["video_pad"],
+        "vision_start_token_id": ids["vision_start"],
+        "vision_end_token_id": ids["vision_end"],
+    }
 
 
 def new_policy(
@@ -296,9 +323,10 @@ def new_policy(
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
     side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
     processor = Qwen2VLImageProcessorPil(
-        min_pixels=side * side, max_pixels=64 * side * side,
+        min_pixels=side * side,
+        max_pixels=64 * side * side,
         patch_size=config.vision_config.patch_size,
-    )  # fmt: skip
+    )
     return Policy(model, tokenizer, processor)
 
 

@@ -86,8 +86,13 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     mine = [everything[i] for i in numbers]
     keys = question_keys(everything, c.seed, run.step)[first::step]
     prompts = parallel.agree(lambda: [encode(run.policy, q, c.template) for q in mine])
-    bar = tqdm(total=len(mine) * c.group_size, desc=f"sampling episode {run.episode + 1}",
-               unit="response", leave=False, disable=parallel.rank() > 0)  # fmt: skip
+    bar = tqdm(
+        total=len(mine) * c.group_size,
+        desc=f"sampling episode {run.episode + 1}",
+        unit="response",
+        leave=False,
+        disable=parallel.rank() > 0,
+    )
     with parallel.weights_to_sample(run.policy), bar:
         groups = sample_groups(run, prompts, keys, lambda *_: bar.update())
         counts = count_responses(groups)
@@ -97,8 +102,11 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     if not c.recompute_logprobs:  # one group on each rank, by weights as they are when training
         differences = check_logprobs(run, groups[:1])
     counts.update(outcomes)
-    counts.update(mismatch_tokens=len(differences), mismatch=float(differences.abs().sum()),
-                  mismatch_kl=float((differences.expm1() - differences).sum()))  # fmt: skip
+    counts.update(
+        mismatch_tokens=len(differences),
+        mismatch=float(differences.abs().sum()),
+        mismatch_kl=float((differences.expm1() - differences).sum()),
+    )
     if parallel.world() > 1:  # pictures do not travel; `with_pixels` reads them again
         for sample in (s for group in groups for s in group):
             sample.prompt = replace(sample.prompt, pixel_values=None)
@@ -110,11 +118,15 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     counts["mismatch_max"] = max(parallel.gather([float(differences.abs().max())]))
     mismatch = counts["mismatch"] / counts["mismatch_tokens"]
     if not math.isfinite(mismatch):
-        raise UserError(f"episode {run.episode + 1}: log-probabilities are not finite, so the weights are not; "
-                        f"lower --lr, and go on from an earlier checkpoint in {run.out}")  # fmt: skip
+        raise UserError(
+            f"episode {run.episode + 1}: log-probabilities are not finite, so the weights are not; "
+            f"lower --lr, and go on from an earlier checkpoint in {run.out}"
+        )
     if mismatch > MISMATCH_LIMIT:
-        say(f"warning: episode {run.episode + 1}: the policy that samples and the one that learns differ by "
-            f"{mismatch:.3f} nats per token (above {MISMATCH_LIMIT}); see logp_mismatch in README.md")  # fmt: skip
+        say(
+            f"warning: episode {run.episode + 1}: the policy that samples and the one that learns differ by "
+            f"{mismatch:.3f} nats per token (above {MISMATCH_LIMIT}); see logp_mismatch in README.md"
+        )
     return [group for _, group in ordered], counts
 
 
@@ -125,9 +137,16 @@ def sample_groups(run: Run, prompts: list[Prompt], keys: list[str], finished=lam
         rethink_settings(c), run.policy.tokenizer, is_right, c.max_new_tokens, (c.seed, run.step)
     )
     groups = generate(
-        run.policy, prompts, c.group_size, c.max_new_tokens, c.temperature,
-        keys, extend, c.rollout_rows, finished,
-    )  # fmt: skip
+        run.policy,
+        prompts,
+        c.group_size,
+        c.max_new_tokens,
+        c.temperature,
+        keys,
+        extend,
+        c.rollout_rows,
+        finished,
+    )
     looks = [look for group in groups for s in group for look in (s, s.second_look) if look]
     parallel.agree(lambda: [grade(run, look) for look in looks])
     compare(groups, c.advantage)
@@ -176,8 +195,9 @@ def count_responses(groups: list[list[Sample]]) -> Counter:
     """Counts over an episode's first looks, as they were sampled."""
     counts = Counter(effective=sum(any(map(is_effective, group)) for group in groups))
     for sample in (s for group in groups for s in group):
-        counts.update(rewards=sample.reward, truncated=sample.finish == "length",
-                      response_tokens=len(sample.tokens))  # fmt: skip
+        counts.update(
+            rewards=sample.reward, truncated=sample.finish == "length", response_tokens=len(sample.tokens)
+        )
         if rethinks(sample.text):
             helped = sample.right - is_right(sample, before_rethinking(sample.text))
             counts.update(rethinks=1, rethinks_helped=helped)
@@ -283,10 +303,12 @@ def micro_batches(run: Run, branches: list[Branch]):
     mine += [spare] * (max(map(len, plan)) - len(mine))
 
     def lay_out(micro: list[list[Branch]]) -> Trees:
-        return build_trees([
-            (with_pixels(run.policy, tree[0].sample.prompt), [b.sample.tokens for b in tree])
-            for tree in micro
-        ])  # fmt: skip
+        return build_trees(
+            [
+                (with_pixels(run.policy, tree[0].sample.prompt), [b.sample.tokens for b in tree])
+                for tree in micro
+            ]
+        )
 
     with ThreadPoolExecutor(1) as background:
         # The next one's pictures are read and patched while this one is trained on.
@@ -320,8 +342,17 @@ def token_terms(run: Run, branches: list[Branch], trees: Trees, totals: Counter)
     weights = token_weights(mask, c.average, max(1, totals["tokens"]), max(1, totals["responses"]))
     weights = weights * draws
     sft_loss = -(logprobs * sft_mask).sum() / max(1, totals["sft_tokens"])
-    return Terms(mask, logprobs, old, entropy, losses, is_clipped(*surrogate), weights,
-                 (losses * weights).sum(), sft_loss)  # fmt: skip
+    return Terms(
+        mask,
+        logprobs,
+        old,
+        entropy,
+        losses,
+        is_clipped(*surrogate),
+        weights,
+        (losses * weights).sum(),
+        sft_loss,
+    )
 
 
 @torch.no_grad()
@@ -398,17 +429,24 @@ def measure(run: Run) -> tuple[dict, list[dict]]:
     with parallel.weights_to_sample(run.policy):
         for kind, temperature in (("greedy", 0.0), ("sampled", c.temperature)):
             keys = question_keys([p.question for p in prompts], c.seed, run.step, "held out")
-            groups = generate(run.policy, prompts, 1, c.max_new_tokens, temperature, keys,
-                              max_rows=c.rollout_rows)  # fmt: skip
+            groups = generate(
+                run.policy, prompts, 1, c.max_new_tokens, temperature, keys, max_rows=c.rollout_rows
+            )
             for sample in (group[0] for group in groups):
                 right, question = is_right(sample), sample.prompt.question
                 counts[f"{kind}_right"] += right
                 if kind == "greedy":
                     counts.update({("n", question.category): 1, ("right", question.category): right})
-                    answers.append({
-                        "step": run.step, "id": question.id, "text": sample.text,
-                        "found": extract_answer(sample.text), "right": right, "tokens": len(sample.tokens),
-                    })  # fmt: skip
+                    answers.append(
+                        {
+                            "step": run.step,
+                            "id": question.id,
+                            "text": sample.text,
+                            "found": extract_answer(sample.text),
+                            "right": right,
+                            "tokens": len(sample.tokens),
+                        }
+                    )
                     continue
                 counts["tokens"] += len(sample.tokens)
                 if rethinks(sample.text):
@@ -419,10 +457,13 @@ def measure(run: Run) -> tuple[dict, list[dict]]:
     counts, n = parallel.total(counts, run.policy), len(run.heldout)
     run.measured = run.step
     row = {
-        "step": run.step, "heldout_accuracy": counts["greedy_right"] / n,
-        "heldout_sampled": counts["sampled_right"] / n, "heldout_tokens": counts["tokens"] / n,
-        "heldout_rethinks": counts["rethinks"] / n, "heldout_rethinks_helped": counts["helped"] / n,
-    }  # fmt: skip
+        "step": run.step,
+        "heldout_accuracy": counts["greedy_right"] / n,
+        "heldout_sampled": counts["sampled_right"] / n,
+        "heldout_tokens": counts["tokens"] / n,
+        "heldout_rethinks": counts["rethinks"] / n,
+        "heldout_rethinks_helped": counts["helped"] / n,
+    }
     names = sorted({q.category for q in run.heldout})
     row["heldout_categories"] = {k: counts["right", k] / counts["n", k] for k in names}
     if c.data == "toy":
@@ -478,8 +519,12 @@ def train(run: Run, record: Recorder) -> None:
             row = train_step(run, sampling_seconds)
             record.metrics(row)
             bar.update()
-            bar.set_postfix(reward=f"{row['reward']:.2f}", effective=f"{row['effective_queries']:.0%}",
-                            replayed=f"{row['replayed']:.0%}", length=f"{row['response_length']:.0f}")  # fmt: skip
+            bar.set_postfix(
+                reward=f"{row['reward']:.2f}",
+                effective=f"{row['effective_queries']:.0%}",
+                replayed=f"{row['replayed']:.0%}",
+                length=f"{row['response_length']:.0f}",
+            )
             stop = any(parallel.gather([run.interrupted])) or run.not_finite >= STOP_AFTER
             last = run.step == run.total_steps or stop
             # Before measuring: should that fail, nothing computed is lost.

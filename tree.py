@@ -4,8 +4,8 @@
 
 G responses to one question share a prompt that is mostly image tokens. On one row it runs once,
 forward and backward. Three things make the row equal to G separate ones: who sees whom (each
-response its prompt and itself: `tree_mask` says it, for tests and `--explain`; `tree_attention` does it without a mask over
-the row), positions (every response starts right after the prompt), and the first token of every
+response its prompt and itself: `tree_mask` says it, for tests and `--explain`; `tree_attention` does
+it without a mask over the row), positions (every response starts right after the prompt), and the first token of every
 response being predicted by the last token of the prompt.
 
 A sample that replay has drawn k times is one branch whose loss counts k times: the same gradient
@@ -152,11 +152,16 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]]) -> Trees:
         return Responses(tokens, source, rows, mask)
 
     return Trees(
-        input_ids, position_ids, branch,
+        input_ids,
+        position_ids,
+        branch,
         *join_pictures([prompt for prompt, _ in groups]),
-        torch.cat(predictor), torch.cat(targets), lengths,
-        longest_prompt, [pad(chosen) for chosen in of_like_length(lengths)],
-    )  # fmt: skip
+        torch.cat(predictor),
+        torch.cat(targets),
+        lengths,
+        longest_prompt,
+        [pad(chosen) for chosen in of_like_length(lengths)],
+    )
 
 
 def of_like_length(lengths: list[int]) -> list[list[int]]:
@@ -233,9 +238,14 @@ def tree_attention(trees: Trees, module, query, key, value, **options) -> torch.
     out = F.pad(out, (0, 0, 0, 0, 0, 1))
     for some in trees.responses:
         said, _ = sdpa_attention_forward(
-            module, some.take(query), some.take_with_prompt(key, P), some.take_with_prompt(value, P),
-            some.mask, is_causal=False, **options,
-        )  # fmt: skip
+            module,
+            some.take(query),
+            some.take_with_prompt(key, P),
+            some.take_with_prompt(value, P),
+            some.mask,
+            is_causal=False,
+            **options,
+        )
         out = out.index_put_((some.own,), said)  # [B, R, h, d]
     return out[:-1].unflatten(0, (N, T))
 
@@ -362,9 +372,12 @@ def vision_layout(visual, grid_thw: torch.Tensor, device: torch.device) -> dict:
         }
     if hasattr(visual, "num_grid_per_side"):  # Qwen3-VL: learnt positions, interpolated
         indices, weights = get_vision_interpolation_indices_and_weights(
-            grid_thw, visual.num_grid_per_side, visual.interpolation_mode,
-            visual.interpolation_align_corners, merge,
-        )  # fmt: skip
+            grid_thw,
+            visual.num_grid_per_side,
+            visual.interpolation_mode,
+            visual.interpolation_align_corners,
+            merge,
+        )
         layout |= {"interp_indices": move(indices), "interp_weights": move(weights)}
     return layout
 

@@ -52,9 +52,13 @@ def drop_cut_line(path: Path) -> None:
 
 # How a policy is asked where no flag says otherwise; 0 are the checkpoint's own bounds of a picture.
 PAPER = {
-    "template": "plain", "max_new_tokens": 8192, "min_image_tokens": 256, "max_image_tokens": 1280,
-    "min_pixels": 0, "max_pixels": 0,
-}  # fmt: skip
+    "template": "plain",
+    "max_new_tokens": 8192,
+    "min_image_tokens": 256,
+    "max_image_tokens": 1280,
+    "min_pixels": 0,
+    "max_pixels": 0,
+}
 TOY = dict.fromkeys(PAPER, 0) | {"template": "bare", "max_new_tokens": 64}
 
 
@@ -168,8 +172,10 @@ def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, 
         if len(undone(answers)) < left:
             left, since = len(undone(answers)), time.monotonic()
         if time.monotonic() - since > PATIENCE:
-            raise UserError(f"{out}: {left} questions of other ranks got no answer in {PATIENCE} s; "
-                            "end them, and give the same line again")  # fmt: skip
+            raise UserError(
+                f"{out}: {left} questions of other ranks got no answer in {PATIENCE} s; "
+                "end them, and give the same line again"
+            )
     return {id_: [found[k] for k in sorted(found)] for id_, found in answers.items()}
 
 

@@ -21,8 +21,14 @@ from grading.choices import choose
 from grading.spelling import compact, tidy
 from rethink import before_rethinking, outcome, rethinks
 
-MODELS = ("Qwen2.5-VL-7B", "VL-Rethinker-7B", "Qwen2.5-VL-32B", "VL-Rethinker-32B",
-          "Qwen2.5-VL-72B", "VL-Rethinker-72B")  # fmt: skip
+MODELS = (
+    "Qwen2.5-VL-7B",
+    "VL-Rethinker-7B",
+    "Qwen2.5-VL-32B",
+    "VL-Rethinker-32B",
+    "Qwen2.5-VL-72B",
+    "VL-Rethinker-72B",
+)
 PUBLISHED = {  # the paper's greedy accuracy in %, one column per model
     "mathvista": (68.2, 74.9, 74.7, 78.8, 74.8, 80.4),
     "mathverse": (46.3, 54.2, 48.5, 56.9, 57.2, 63.5),
@@ -48,11 +54,15 @@ def mark(item: Item, answer: dict | None) -> dict:
         extracted = extract(response, item.question.choices or ())
     score = 0.0 if extracted is None else float(item.rule(extracted))
     line = {
-        "id": item.question.id, "response": response, "extracted": extracted,
-        "gold": item.question.answer, "correct": score > 1 - 1e-9,
-        "finish": answer.get("finish"), "tokens": answer.get("tokens"),
+        "id": item.question.id,
+        "response": response,
+        "extracted": extracted,
+        "gold": item.question.answer,
+        "correct": score > 1 - 1e-9,
+        "finish": answer.get("finish"),
+        "tokens": answer.get("tokens"),
         "category": item.question.category,
-    }  # fmt: skip
+    }
     if 0 < score < 1:  # some MEGA-Bench tasks give partial credit
         line["score"] = score
     if item.cluster:
@@ -249,8 +259,9 @@ def rethinking(items: list[Item], by_item: list[list[dict]]) -> dict:
             "before": mean(credit),
             "after": mean(lambda line: credit(line.get("again", line))),
             "only_wrong": mean(lambda line: max(credit(line), credit(line.get("again", line)))),
-            "forced": len(forced), **changes,
-        }  # fmt: skip
+            "forced": len(forced),
+            **changes,
+        }
     return summary
 
 
@@ -366,9 +377,11 @@ def compare(path_a: str, path_b: str) -> str:
         accuracy = sum(result[id_][0] for id_ in shared) / n
         rows.append((f"{name}  {path}", f"{100 * accuracy:.1f}", str(n)))
     alone = len(a) + len(b) - 2 * n
-    return "\n".join([
-        _aligned(rows),
-        f"B - A = {100 * mean:+.1f} +- {100 * half:.1f} points (95 %)",
-        f"B better on {wins}, A on {losses}, equal on {n - wins - losses}; McNemar p = {p:.3g}",
-        *([f"{alone} questions are in one file only and left out"] if alone else []),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            _aligned(rows),
+            f"B - A = {100 * mean:+.1f} +- {100 * half:.1f} points (95 %)",
+            f"B better on {wins}, A on {losses}, equal on {n - wins - losses}; McNemar p = {p:.3g}",
+            *([f"{alone} questions are in one file only and left out"] if alone else []),
+        ]
+    )

@@ -20,9 +20,14 @@ SPLITS = {"train", "dev", "validation", "val", "test", "testmini"}
 
 # What marking and counting rely on, in an Item and its Question.
 ITEM = {
-    "text": str, "answer": str, "category": str, "choices": (list, type(None)),
-    "groups": [str], "cluster": (str, int), "stratum": str,
-}  # fmt: skip
+    "text": str,
+    "answer": str,
+    "category": str,
+    "choices": (list, type(None)),
+    "groups": [str],
+    "cluster": (str, int),
+    "stratum": str,
+}
 
 
 def is_wanted(benchmark: Benchmark, path: str) -> bool:

@@ -41,8 +41,8 @@ def _table() -> dict[str, str]:
 
 # The first of each group is its canonical name.
 _SYNONYMS = """
-in inch inches; m 米 м; cm 厘米 см; mm 毫米 мм; km 千米 公里 км; nmi 海里; g 克 г; kg 千克 公斤 кг; L 升 л; mL 毫升
-мл; s 秒; ft foot feet; yd yard; mi mile; lb pound lbs £ GBP gbp; oz ounce; t ton tonne; min
+in inch inches; m 米 м; cm 厘米 см; mm 毫米 мм; km 千米 公里 км; nmi 海里; g 克 г; kg 千克 公斤 кг; L 升 л; mL
+毫升 мл; s 秒; ft foot feet; yd yard; mi mile; lb pound lbs £ GBP gbp; oz ounce; t ton tonne; min
 minute 分钟; h hr hour 小时; day 天; week wk; month; year yr 年 岁; gal gallon; ha hectare; acre; K
 kelvin Kelvin; F farad; T tesla; rad radian; deg degree ° 度; celsius; fahrenheit; % percent
 percentage pct; eV; MeV; MW megawatt; MHz megahertz; GHz gigahertz; MPa megapascal; kWh; dB

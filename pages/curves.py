@@ -171,9 +171,10 @@ def curve(line: Line, unit: str, place, heights: dict[int, float]) -> str:
     values = "|".join(show_number(value, unit) for _, value in line.points)
     path = " ".join(f"{x},{y}" for x, y in where)
     dots = [f'<circle class="{line.look}" cx="{x}" cy="{y}" r="3"/>' for x, y in where]
-    return (f'<polyline class="{line.look}" points="{path}" data-name="{escape(line.name)}" '
-            f'data-steps="{steps}" data-values="{values}"/>'
-            + "".join(dots if len(dots) <= 16 else []))  # fmt: skip
+    return (
+        f'<polyline class="{line.look}" points="{path}" data-name="{escape(line.name)}" '
+        f'data-steps="{steps}" data-values="{values}"/>' + "".join(dots if len(dots) <= 16 else [])
+    )
 
 
 def draw(chart: Chart, names: list[str], metrics: list[list[dict]], end: int) -> str:

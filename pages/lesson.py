@@ -26,9 +26,16 @@ WIDTH = 96
 SURE = -0.01  # log-probability of a token that was hardly a choice
 # Of the prompt and of the responses; they read on light and dark pages.
 COLOURS = (
-    "#8b929a", "#2459d6", "#c2510a", "#157a3e", "#b0179a",
-    "#0e7490", "#a07d10", "#b3261e", "#6b45c9",
-)  # fmt: skip
+    "#8b929a",
+    "#2459d6",
+    "#c2510a",
+    "#157a3e",
+    "#b0179a",
+    "#0e7490",
+    "#a07d10",
+    "#b3261e",
+    "#6b45c9",
+)
 GLOSSARY = """
 A rollout is one sampled response. The G rollouts to one question are its group. An episode samples \
 many groups with frozen weights, then takes optimiser steps on them.
@@ -41,26 +48,33 @@ token each time) and once sampled (as in training).
 # (title, file, line, the line that replaces it, what the walk then shows)
 EXERCISES = (
     (
-        "Replay without preference", "ssr.py",
+        "Replay without preference",
+        "ssr.py",
         "        return [(size / largest) ** self.alpha for size in sizes]",
         "        return [1.0 for size in sizes]",
         "In section 4, P(j) is now the same for every effective response. This is alpha = 0.",
     ),
     (
-        "The baseline after replacement", "train.py",
+        "The baseline after replacement",
+        "train.py",
         '    if c.rethink_baseline == "after":',
         "    if True:",
-        ("In section 4, the advantages of the group now sum to 0: the second look raised the mean, so "
-        "every sibling is worth less than in section 2, although nothing about it has changed."),
+        (
+            "In section 4, the advantages of the group now sum to 0: the second look raised the mean, so "
+            "every sibling is worth less than in section 2, although nothing about it has changed."
+        ),
     ),
     (
-        "A trigger of your own", "rethink.py",
+        "A trigger of your own",
+        "rethink.py",
         "        forced = tokenizer(TRIGGERS[kind], add_special_tokens=False).input_ids",
         '        forced = tokenizer("\\n\\nOnce more, dot by dot:", add_special_tokens=False).input_ids',
-        ("In section 3, your sentence is forced, with mask 0. The toy's base has never seen it; the walk "
-        "finds a question where the policy goes on all the same, or says that there is none."),
+        (
+            "In section 3, your sentence is forced, with mask 0. The toy's base has never seen it; the walk "
+            "finds a question where the policy goes on all the same, or says that there is none."
+        ),
     ),
-)  # fmt: skip
+)
 
 
 def heading(c: Config) -> str:
@@ -255,11 +269,14 @@ def tell_loss(policy: Policy, c: Config, y: Sample, i: int, before, after) -> st
         "L_GRPO is the sum over all tokens of loss times weight. L_SFT is the mean of -log pi over the "
         "second look that was kept, forced tokens included: this is how the policy learns to look "
         "again by itself.",
-        [f"L_GRPO          {before.policy_loss:+.5f}", f"L_SFT           {before.sft_loss:+.5f}",
-         f"L               {total:+.5f}    = L_GRPO + {c.rethink_sft_coef:g} L_SFT"],
+        [
+            f"L_GRPO          {before.policy_loss:+.5f}",
+            f"L_SFT           {before.sft_loss:+.5f}",
+            f"L               {total:+.5f}    = L_GRPO + {c.rethink_sft_coef:g} L_SFT",
+        ],
         "While every rho is 1, a token costs -A, so L_GRPO is minus the mean advantage of the "
         "tokens whatever the policy can do. Its value carries no information; its gradient does.",
-    )  # fmt: skip
+    )
 
 
 def tell_step(c: Config, merged: list[Sample], draws: list[int], before, after) -> str:

@@ -108,11 +108,14 @@ def fitting(questions: Iterable[dict], room: int = PICTURES) -> Iterator[tuple[d
         if missing:
             pictures += f'<p class="note">Not in this page: {missing} of its pictures.</p>'
         text, answer = escape(clip(wording(question))), escape(clip(question["answer"]))
-        yield question, (
-            f'<div class="asked">{pictures}<div class="text">{text}</div><p class="soft">Answer: '
-            f"<strong>{answer}</strong></p>"
-            f'<p class="note">{escape(question.get("category") or "")}</p></div>'
-        )  # fmt: skip
+        yield (
+            question,
+            (
+                f'<div class="asked">{pictures}<div class="text">{text}</div><p class="soft">Answer: '
+                f"<strong>{answer}</strong></p>"
+                f'<p class="note">{escape(question.get("category") or "")}</p></div>'
+            ),
+        )
 
 
 def wording(question: dict) -> str:
@@ -310,5 +313,6 @@ def rollouts(samples: list[dict]) -> str:
         '<mark class="forced">Dashed</mark> was forced, to make the policy look again; '
         "<mark>underlined</mark> is where it does so unforced. The advantage says how much likelier "
         "training makes a response; at 0 the policy gradient learns nothing from it.</p>"
-        + tools("rollouts", kinds, more) + "".join(cards)
-    )  # fmt: skip
+        + tools("rollouts", kinds, more)
+        + "".join(cards)
+    )
