@@ -10,11 +10,11 @@ and the way this project is about, a guess that is looked at again:
 
     twice  Looks like \\boxed{red}. Wait, does it seem right? red to blue, blue to pink. So ...
 
-The policy is a real Qwen2.5-VL (or another family: --toy_family) of about a million parameters with a
-tokenizer of its own and Qwen's special tokens. `toy_policy_dir` brings it up by a short supervised phase (the warm start):
-first mostly slow and twice, so that it learns to see, then a mix in which the fast guess dominates.
-That is the state the paper starts from: a base that can think slowly and rarely does. From there,
-reinforcement learning has to find out which way pays.
+The policy is a real Qwen2.5-VL (or another family: --toy_family) of about a million parameters with
+a tokenizer of its own and Qwen's special tokens. `toy_policy_dir` brings it up by a short
+supervised phase (the warm start): first mostly slow and twice, so that it learns to see, then a mix
+in which the fast guess dominates. That is the state the paper starts from: a base that can think
+slowly and rarely does. From there, reinforcement learning has to find out which way pays.
 
 Training and held-out questions never share a picture: a hash of the picture says which side it is
 on.

@@ -4,9 +4,9 @@
 
 G responses to one question share a prompt that is mostly image tokens. On one row it runs once,
 forward and backward. Three things make the row equal to G separate ones: who sees whom (each
-response its prompt and itself: `tree_mask` says it, for tests and `--explain`; `tree_attention` does
-it without a mask over the row), positions (every response starts right after the prompt), and the first token of every
-response being predicted by the last token of the prompt.
+response its prompt and itself: `tree_mask` says it, for tests and `--explain`; `tree_attention`
+does it without a mask over the row), positions (every response starts right after the prompt), and
+the first token of every response being predicted by the last token of the prompt.
 
 A sample that replay has drawn k times is one branch whose loss counts k times: the same gradient
 for a k-th of the work. `plan_micro_batches` cuts an optimiser batch into micro-batches for all
