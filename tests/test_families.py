@@ -156,10 +156,10 @@ def test_reinforcement_teaches_every_family(name, tmp_path):
     def paid(text, question):
         return float(extract_answer(text) in ("red", "green", "blue"))
 
-    settings = {"steps": 16, "heldout": 0, "batch_size": 32, "save_every": 100, "lr": 3e-3}
+    settings = {"steps": 24, "heldout": 0, "batch_size": 32, "save_every": 100, "lr": 3e-3}
     assert train.main(flags(make_base(name), tmp_path, **settings), paid) == 0
     rewards = [row["reward"] for row in steps_of(tmp_path)]
-    assert sum(rewards[:2]) / 2 < 0.75 and sum(rewards[-4:]) / 4 > 0.85
+    assert sum(rewards[:2]) / 2 < 0.7 and sum(rewards[-8:]) / 8 > 0.8
 
 
 # ---------------------------------------------------------------------------- several ranks
