@@ -34,16 +34,7 @@ import parallel
 import record
 import toy
 from data import UserError, read_json
-from model import (
-    Policy,
-    Prompt,
-    Sample,
-    encode,
-    find_checkpoint,
-    is_finite,
-    save_settings,
-    save_some_weights,
-)
+from model import Policy, Prompt, Sample, encode, find_checkpoint, is_finite, save_settings, save_some_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SUMS = "SHA256SUMS"

@@ -41,9 +41,7 @@ class Config:
     data: str = flag("toy", "toy, or a .parquet, .jsonl or .csv file, laid out as in data.py")
     toy_level: str = flag("easy", "difficulty of the toy world", ("easy", "hard"))
     toy_family: str = flag(
-        "qwen2_5_vl",
-        "architecture of the toy policy",
-        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+        "qwen2_5_vl", "architecture of the toy policy", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     )
     pass_rate_column: str = flag("", "select questions by this column, such as PassRate_7BBase")
     pass_rate_min: float = flag(0.01, "lowest pass rate kept [P: non-zero pass@8]")
@@ -94,9 +92,7 @@ class Config:
         ("auto", "bf16", "fp32"),
     )
     shard: str = flag(
-        "world",
-        "shard weights over all ranks, or within a node with a copy on each node",
-        ("world", "node"),
+        "world", "shard weights over all ranks, or within a node with a copy on each node", ("world", "node")
     )
     tensor: int = flag(
         1, "ranks of a node that sample together, each with 1/N of every layer; 1: whole", low=1
@@ -107,18 +103,14 @@ class Config:
     reward: str = flag("", "FILE.py:NAME, a function (response text, Question) -> a number of your own")
     advantage: str = flag("mean", "divide r - mean by the group's std [P: std] [C: mean]", ("mean", "std"))
     average: str = flag(
-        "token",
-        "mean over all tokens, or over responses of their means [P: sequence]",
-        ("token", "sequence"),
+        "token", "mean over all tokens, or over responses of their means [P: sequence]", ("token", "sequence")
     )
     clip_low: float = flag(0.2, "how far below 1 the ratio may fall [C: 0.2]", low=0, high=1)
     clip_high: float = flag(0.35, "how far above 1 the ratio may rise [C: 0.35]", low=0)
     recompute_logprobs: bool = flag(False, "take logp_old from the training forward pass [C: true]")
 
     ssr: str = flag(
-        "replay",
-        "Selective Sample Replay, drop zero advantages, or neither",
-        ("replay", "filter", "off"),
+        "replay", "Selective Sample Replay, drop zero advantages, or neither", ("replay", "filter", "off")
     )
     ssr_alpha: float = flag(1.0, "draw in proportion to |A|^alpha [P: not given] [C: 1]", low=0)
     ssr_replacement: bool = flag(True, "draw with replacement [P: not said] [C: true]")

@@ -37,16 +37,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import (
-    BROKEN_IMAGE,
-    MARKER,
-    MIN_SIDE,
-    Question,
-    UserError,
-    open_image,
-    prompt_text,
-    read_json,
-)
+from data import BROKEN_IMAGE, MARKER, MIN_SIDE, Question, UserError, open_image, prompt_text, read_json
 from rethink import second_start
 from tree import Trees, build_trees, pack_pictures, pad_rows, tree_attention, vision_layout
 
@@ -494,12 +485,7 @@ def read_policy(directory: Path, dtype: torch.dtype, empty: bool) -> Policy:
             model.generation_config = GenerationConfig.from_pretrained(directory)
     else:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            directory,
-            dtype=dtype,
-            config=config,
-            output_loading_info=True,
-            use_safetensors=True,
-            **code,
+            directory, dtype=dtype, config=config, output_loading_info=True, use_safetensors=True, **code
         )
         if report["missing_keys"]:  # transformers would fill them with random numbers
             raise UserError(f"no weights for {min(report['missing_keys'])} in its safetensors")

@@ -202,11 +202,7 @@ def is_half(device: torch.device, precision: str) -> bool:
 
 
 def shard(
-    policy: Policy,
-    device: torch.device,
-    over: str = "world",
-    offload: bool = False,
-    precision: str = "auto",
+    policy: Policy, device: torch.device, over: str = "world", offload: bool = False, precision: str = "auto"
 ) -> Policy:
     """Move to the device; where there is a process group, split over it.
 

@@ -147,6 +147,24 @@ def step_metrics(run, branches: list, numbers: Counter) -> dict:
     }  # fmt: skip
 
 
+def heldout_metrics(run, counts: Counter) -> dict:
+    """A measurement's line of metrics.jsonl, from what train.measure has counted."""
+    n = len(run.heldout)
+    names = {
+        "accuracy": "greedy_right",
+        "sampled": "sampled_right",
+        "tokens": "tokens",
+        "rethinks": "rethinks",
+        "rethinks_helped": "helped",
+    }
+    if run.config.data == "toy":
+        names |= {way: way for way in ("fast", "slow", "twice")}
+    row = {"step": run.step} | {f"heldout_{name}": counts[of] / n for name, of in names.items()}
+    categories = sorted({q.category for q in run.heldout})
+    row["heldout_categories"] = {k: counts["right", k] / counts["n", k] for k in categories}
+    return row
+
+
 def forget_after(path: Path, step: int) -> list[dict]:
     """Drop the lines of later steps: the run that is resumed writes them again. Returns what is kept.
 

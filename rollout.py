@@ -32,16 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from data import Question
-from decoding import (
-    Cache,
-    Group,
-    Seat,
-    decode_step,
-    prefill,
-    record,
-    recordable,
-    sample_token,
-)
+from decoding import Cache, Group, Seat, decode_step, prefill, record, recordable, sample_token
 from model import Policy, Prompt, Sample, decode
 from rethink import Continuation
 

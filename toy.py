@@ -33,12 +33,7 @@ import torch
 from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import MARKER, TEMPLATES, Question
@@ -323,9 +318,7 @@ def new_policy(
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
     side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
     processor = Qwen2VLImageProcessorPil(
-        min_pixels=side * side,
-        max_pixels=64 * side * side,
-        patch_size=config.vision_config.patch_size,
+        min_pixels=side * side, max_pixels=64 * side * side, patch_size=config.vision_config.patch_size
     )
     return Policy(model, tokenizer, processor)
 

@@ -48,7 +48,7 @@ from grpo import group_advantages, group_baseline, is_clipped, policy_loss, toke
 from model import Prompt, Sample, answering_text, encode, response_logprobs, with_pixels
 from pages.walk import explain
 from prepare import Grade, Run, gentle_stop, prepare, rethink_settings, say
-from record import Recorder, step_metrics
+from record import Recorder, heldout_metrics, step_metrics
 from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks
 from reward import extract_answer, reward
 from rollout import generate, question_keys
@@ -102,11 +102,8 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     if not c.recompute_logprobs:  # one group on each rank, by weights as they are when training
         differences = check_logprobs(run, groups[:1])
     counts.update(outcomes)
-    counts.update(
-        mismatch_tokens=len(differences),
-        mismatch=float(differences.abs().sum()),
-        mismatch_kl=float((differences.expm1() - differences).sum()),
-    )
+    counts.update(mismatch_tokens=len(differences), mismatch=float(differences.abs().sum()))
+    counts.update(mismatch_kl=float((differences.expm1() - differences).sum()))
     if parallel.world() > 1:  # pictures do not travel; `with_pixels` reads them again
         for sample in (s for group in groups for s in group):
             sample.prompt = replace(sample.prompt, pixel_values=None)
@@ -116,17 +113,7 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     ordered = sorted(numbered, key=lambda pair: pair[0])
     counts = parallel.total(counts, run.policy)
     counts["mismatch_max"] = max(parallel.gather([float(differences.abs().max())]))
-    mismatch = counts["mismatch"] / counts["mismatch_tokens"]
-    if not math.isfinite(mismatch):
-        raise UserError(
-            f"episode {run.episode + 1}: log-probabilities are not finite, so the weights are not; "
-            f"lower --lr, and go on from an earlier checkpoint in {run.out}"
-        )
-    if mismatch > MISMATCH_LIMIT:
-        say(
-            f"warning: episode {run.episode + 1}: the policy that samples and the one that learns differ by "
-            f"{mismatch:.3f} nats per token (above {MISMATCH_LIMIT}); see logp_mismatch in README.md"
-        )
+    check_mismatch(run, counts["mismatch"] / counts["mismatch_tokens"])
     return [group for _, group in ordered], counts
 
 
@@ -220,6 +207,21 @@ def check_logprobs(run: Run, groups: list[list[Sample]]) -> torch.Tensor:
             if c.recompute_logprobs:
                 sample.logprobs = row
     return torch.cat(differences).double()
+
+
+def check_mismatch(run: Run, mismatch: float) -> None:
+    """Warn where the policy that samples is not the one that learns; stop where neither says anything."""
+    episode = f"episode {run.episode + 1}"
+    if not math.isfinite(mismatch):
+        raise UserError(
+            f"{episode}: log-probabilities are not finite, so the weights are not; lower --lr, and go on "
+            f"from an earlier checkpoint in {run.out}"
+        )
+    if mismatch > MISMATCH_LIMIT:
+        say(
+            f"warning: {episode}: sampling and training differ by {mismatch:.3f} nats per token (above "
+            f"{MISMATCH_LIMIT}); see logp_mismatch in docs/metrics.md"
+        )
 
 
 # ---------------------------------------------------------------------------- update
@@ -437,16 +439,9 @@ def measure(run: Run) -> tuple[dict, list[dict]]:
                 counts[f"{kind}_right"] += right
                 if kind == "greedy":
                     counts.update({("n", question.category): 1, ("right", question.category): right})
-                    answers.append(
-                        {
-                            "step": run.step,
-                            "id": question.id,
-                            "text": sample.text,
-                            "found": extract_answer(sample.text),
-                            "right": right,
-                            "tokens": len(sample.tokens),
-                        }
-                    )
+                    found = extract_answer(sample.text)
+                    answer = {"step": run.step, "id": question.id, "text": sample.text, "found": found}
+                    answers.append(answer | {"right": right, "tokens": len(sample.tokens)})
                     continue
                 counts["tokens"] += len(sample.tokens)
                 if rethinks(sample.text):
@@ -454,20 +449,8 @@ def measure(run: Run) -> tuple[dict, list[dict]]:
                     counts.update(rethinks=1, helped=helped)
                 if c.data == "toy":
                     counts[toy.way(sample.text)] += 1
-    counts, n = parallel.total(counts, run.policy), len(run.heldout)
     run.measured = run.step
-    row = {
-        "step": run.step,
-        "heldout_accuracy": counts["greedy_right"] / n,
-        "heldout_sampled": counts["sampled_right"] / n,
-        "heldout_tokens": counts["tokens"] / n,
-        "heldout_rethinks": counts["rethinks"] / n,
-        "heldout_rethinks_helped": counts["helped"] / n,
-    }
-    names = sorted({q.category for q in run.heldout})
-    row["heldout_categories"] = {k: counts["right", k] / counts["n", k] for k in names}
-    if c.data == "toy":
-        row |= {f"heldout_{way}": counts[way] / n for way in ("fast", "slow", "twice")}
+    row = heldout_metrics(run, parallel.total(counts, run.policy))
     return row, parallel.gather(answers, run.policy)
 
 

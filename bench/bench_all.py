@@ -26,20 +26,13 @@ def benches(quick: bool) -> list[list[str]]:
     """The commands, without the interpreter."""
     if torch.cuda.is_available():
         # A picture's prompt of 1300 tokens and responses of 512: each ratio more takes minutes.
-        timed = [
-            ["bench_rollout.py"],
-            ["bench_train.py"],
-            ["bench_train.py", "--gradient_checkpointing"],
-        ]
+        timed = [["bench_rollout.py"], ["bench_train.py"], ["bench_train.py", "--gradient_checkpointing"]]
         timed = [[*command, "--lengths", "1"] for command in timed]
     else:
         names = ("rollout", "tails", "train", "ranks", "trl")
         timed = [[f"bench_{name}.py"] for name in names]
     timed = [["bench_paths.py"], ["bench_vision.py"], *timed]
-    return [
-        *([*command, "--quick"] if quick else command for command in timed),
-        ["bench_reward.py"],
-    ]
+    return [*([*command, "--quick"] if quick else command for command in timed), ["bench_reward.py"]]
 
 
 def main(argv: list[str] | None = None) -> int:

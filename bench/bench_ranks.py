@@ -36,14 +36,7 @@ def steps_of(model: Path, out: Path, ranks: str, tensor: str, quick: bool) -> li
         "episode_queries": questions, "batch_size": questions * 4, "max_new_tokens": tokens,
         "heldout": 0, "ssr": "off", "rethink_fraction": 0, "save_every": 1000, "keep_last": 1,
     }  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        ranks,
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
     command += [TRAIN, *(str(x) for name, value in values.items() for x in (f"--{name}", value))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -169,10 +169,7 @@ def compare(policy, image_tokens: int, args) -> AfterEachStep:
             save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=0,
         )  # fmt: skip
         rows = [
-            {
-                "prompt": [{"role": "user", "content": q.text.removeprefix(MARKER)}],
-                "image": q.images[0],
-            }
+            {"prompt": [{"role": "user", "content": q.text.removeprefix(MARKER)}], "image": q.images[0]}
             for q in questions
         ]
         trainer = GRPOTrainer(

@@ -70,15 +70,7 @@ def trainer_config(model: str) -> dict:
 
 def made_with(config, name: str) -> dict:
     """What responses depend on, of eval.py's Config; a local model by the time it was saved too."""
-    wanted = (
-        "model",
-        "temperature",
-        "samples",
-        "max_prompt_tokens",
-        "seed",
-        "data",
-        "force_rethink",
-    )
+    wanted = ("model", "temperature", "samples", "max_prompt_tokens", "seed", "data", "force_rethink")
     settings = {key: getattr(config, key) for key in wanted}
     weights = list(Path(config.model).glob("*.safetensors"))
     settings["saved"] = int(max((file.stat().st_mtime for file in weights), default=0))

@@ -18,16 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from benchmarks import mega
-from benchmarks.rules import (
-    close,
-    equal_lists,
-    extract,
-    literal,
-    pick,
-    quotient,
-    same_quantity,
-    value,
-)
+from benchmarks.rules import close, equal_lists, extract, literal, pick, quotient, same_quantity, value
 from data import MARKER, Question, parse_choices, place_markers, with_choices
 from grading.choices import LETTERS, named
 from grading.spelling import compact, tidy
@@ -312,11 +303,7 @@ def emma(row: dict) -> Item:
     question = Question(row["pid"], with_markers(text, images), images, gold, choices or None, row["subject"])
     # Coding questions have several categories: one group for each.
     parts = [row.get("task") or "", *(row.get("category") or "").split(";")]
-    groups = [
-        kind,
-        row["subject"],
-        *(f"{row['subject']}: {part.strip()}" for part in parts if part),
-    ]
+    groups = [kind, row["subject"], *(f"{row['subject']}: {part.strip()}" for part in parts if part)]
     return Item(question, rule, groups)
 
 

@@ -44,12 +44,7 @@ FENCE = re.compile(r"```\w*[ \t]*\n?(.*?)\s*```", re.DOTALL)
 # Frames that may hold the answer instead of a line.
 _FRAMES = [
     re.compile(pattern, re.DOTALL)
-    for pattern in (
-        FENCE.pattern,
-        r"\\\[(.+?)\\\]",
-        r"\$\$(.+?)\$\$",
-        r"[\"'“]([^\n]{1,80}?)[.,]?[\"'”]",
-    )
+    for pattern in (FENCE.pattern, r"\\\[(.+?)\\\]", r"\$\$(.+?)\$\$", r"[\"'“]([^\n]{1,80}?)[.,]?[\"'”]")
 ]
 # The end of a sentence that another follows: "60. Therefore", and not "D. South"; or a reason.
 _SENTENCE = re.compile(

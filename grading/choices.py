@@ -207,10 +207,7 @@ def parse_choices(text: str) -> list[str] | None:
     for listing in (tail, "\n".join(lines[start:])):
         options = _LISTED.findall(listing)
         letters = "".join(letter for letter, _ in options)
-        if len(options) > 1 and letters in (
-            LETTERS[: len(options)],
-            LETTERS.lower()[: len(options)],
-        ):
+        if len(options) > 1 and letters in (LETTERS[: len(options)], LETTERS.lower()[: len(options)]):
             return [option for _, option in options]
     return None
 

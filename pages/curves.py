@@ -139,10 +139,7 @@ def lines_of(chart: Chart, names: list[str], metrics: list[list[dict]]) -> list[
         for j, (key, label) in enumerate(chart.keys.items()):
             colour, dash = (i, j if len(chart.keys) > 1 else i)
             if alone:
-                colour, dash = (
-                    chart.colours[j % len(chart.colours)],
-                    0 if chart.kind == "stack" else j,
-                )
+                colour, dash = (chart.colours[j % len(chart.colours)], 0 if chart.kind == "stack" else j)
             name = ", ".join(part for part in ("" if alone else names[i], label) if part)
             if points := thin(series(rows, key)):
                 lines.append(Line(name, looks(i, colour, dash), points))

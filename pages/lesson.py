@@ -25,17 +25,7 @@ from tree import Trees, tree_mask
 WIDTH = 96
 SURE = -0.01  # log-probability of a token that was hardly a choice
 # Of the prompt and of the responses; they read on light and dark pages.
-COLOURS = (
-    "#8b929a",
-    "#2459d6",
-    "#c2510a",
-    "#157a3e",
-    "#b0179a",
-    "#0e7490",
-    "#a07d10",
-    "#b3261e",
-    "#6b45c9",
-)
+COLOURS = ("#8b929a", "#2459d6", "#c2510a", "#157a3e", "#b0179a", "#0e7490", "#a07d10", "#b3261e", "#6b45c9")
 GLOSSARY = """
 A rollout is one sampled response. The G rollouts to one question are its group. An episode samples \
 many groups with frozen weights, then takes optimiser steps on them.

@@ -25,11 +25,7 @@ from model import CHUNK
 
 CARDS = (24, 48, 80, 141)  # GB
 PROMPT = 1300  # tokens, most of them a picture's
-KINDS = {
-    "all weights": {},
-    "frozen tower": {"train_vision": False},
-    "LoRA, rank 16": {"lora_rank": 16},
-}
+KINDS = {"all weights": {}, "frozen tower": {"train_vision": False}, "LoRA, rank 16": {"lora_rank": 16}}
 
 
 def peaks(size: str, gpus: int, c: Config) -> dict[str, float]:
@@ -86,10 +82,7 @@ def main() -> None:
                 found = peaks(size, gpus, c)
                 fits = [card for card in CARDS if max(found.values()) < 0.9e9 * card]
                 numbers = " | ".join(f"{n / 1e9:.1f}" for n in found.values())
-                print(
-                    f"| {size} | {kind} | {gpus} | {numbers} | {fits[0] if fits else 'none'} |",
-                    flush=True,
-                )
+                print(f"| {size} | {kind} | {gpus} | {numbers} | {fits[0] if fits else 'none'} |", flush=True)
 
 
 if __name__ == "__main__":

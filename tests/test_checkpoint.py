@@ -449,10 +449,7 @@ def test_a_run_whose_last_gradient_is_not_finite_is_saved_and_ruined_weights_are
     monkeypatch.setattr(train, "choose_batch", choose_batch)
     monkeypatch.setattr(train, "policy_loss", policy_loss)
     run_training(base, tmp_path / "sound", heldout=0)
-    assert [p.name for p in list_checkpoints(tmp_path / "sound")] == [
-        "checkpoint-2",
-        "checkpoint-4",
-    ]
+    assert [p.name for p in list_checkpoints(tmp_path / "sound")] == ["checkpoint-2", "checkpoint-4"]
     ruin.append(True)
     assert train.main(flags(base, tmp_path / "ruined", heldout=0)) == 2
     assert "norm.weight is not finite" in capsys.readouterr().err.splitlines()[-1]

@@ -115,12 +115,7 @@ def test_json_that_is_not_as_expected_is_named_with_its_place(name):
 def test_shapes_reach_into_lists_and_pairs():
     shape = {"pieces": [[str, bool]], "more?": {"n": (int, float)}}
     check_shape({"pieces": [["x", True], ["y", False]], "more": {"n": 1.5}}, shape, "f")
-    for wrong in (
-        {"pieces": [["x"]]},
-        {"pieces": [[1, True]]},
-        {"pieces": [], "more": {"n": None}},
-        {},
-    ):
+    for wrong in ({"pieces": [["x"]]}, {"pieces": [[1, True]]}, {"pieces": [], "more": {"n": None}}, {}):
         with pytest.raises(UserError, match="^f: "):
             check_shape(wrong, shape, "f")
 

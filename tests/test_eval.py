@@ -88,16 +88,7 @@ def test_marking_counts_right_wrong_unanswered_truncated_and_missing(tmp_path, m
     assert summary["groups"]["multiple-choice"] == {"accuracy": 0.25, "n": 4}
     lines = lines_of(out, "mmmu")
     assert [line["correct"] for line in lines] == [True, False, False, False]
-    assert {
-        "id",
-        "response",
-        "extracted",
-        "gold",
-        "correct",
-        "finish",
-        "tokens",
-        "category",
-    } <= set(lines[0])
+    assert {"id", "response", "extracted", "gold", "correct", "finish", "tokens", "category"} <= set(lines[0])
     printed = capsys.readouterr().out
     assert "partial: 4 of 900" in printed
     assert "VL-Rethinker-7B" in printed
@@ -379,10 +370,7 @@ def test_forced_second_looks_stand_beside_the_first_and_resume_with_them(tmp_pat
 def test_a_second_look_without_an_answer_of_its_own_is_no_answer():
     item = readers.Item(readers.Question("q", "", [], "green"), lambda said: said == "green", [])
     first, trigger = "So \\boxed{green}.", "\n\nWait, does it seem right?"
-    for y2, correct, outcome in (
-        ("green}.", False, "no_answer"),
-        ("\\boxed{red}", False, "right_wrong"),
-    ):
+    for y2, correct, outcome in (("green}.", False, "no_answer"), ("\\boxed{red}", False, "right_wrong")):
         again = {"response": first + trigger + y2, "finish": "stop", "tokens": 9, "trigger": "x"}
         line = scores.mark(item, {"response": first, "again": again})
         assert line["correct"] and line["again"]["correct"] == correct
@@ -509,10 +497,7 @@ def test_wrong_responses_are_named_and_earlier_results_stay(tmp_path, mmmu, caps
     assert run(*flags, good) == 0
     before = (tmp_path / "out" / "mmmu.jsonl").read_text()
     for rows, message in (
-        (
-            [{"id": "validation_Art_99", "response": "C"}],
-            "id 'validation_Art_99' is not in the data",
-        ),
+        ([{"id": "validation_Art_99", "response": "C"}], "id 'validation_Art_99' is not in the data"),
         ([{"id": "validation_Art_0"}], 'expected {"id": ..., "response": "text"}'),
         ([{"id": "validation_Art_0", "response": "C"}] * 2, "2 responses to id 'validation_Art_0'"),
     ):

@@ -10,16 +10,7 @@ import pytest
 import torch
 from conftest import QUESTIONS, hf_logprobs, random_response
 from safetensors import safe_open
-from tiny import (
-    flags,
-    let_be_right,
-    lucky,
-    make_base,
-    run_training,
-    same_tensors,
-    steps_of,
-    weights_of,
-)
+from tiny import flags, let_be_right, lucky, make_base, run_training, same_tensors, steps_of, weights_of
 from transformers import AutoModelForImageTextToText
 
 import lora

@@ -172,10 +172,7 @@ def test_in_bf16_logits_stay_in_fp32_and_so_does_the_sum_of_the_head_s_gradient(
     K, V, D = 43 * 8, 96, 64
     hidden, weight = (torch.randn(n, D, generator=generator) for n in (K, V))
     hidden += weight.sum(0) / V**0.5  # logits that are large for all alike
-    scale, targets = (
-        torch.randn(K, generator=generator),
-        torch.randint(1, V, (K,), generator=generator),
-    )
+    scale, targets = (torch.randn(K, generator=generator), torch.randint(1, V, (K,), generator=generator))
 
     def run(dtype, attend):
         leaves = [x.bfloat16().to(dtype).requires_grad_() for x in (hidden, weight)]
@@ -441,10 +438,7 @@ def write_as_the_hub_serves(policy, directory) -> None:
             "temporal_patch_size": 2,
             "model_type": "qwen2_5_vl",
         },
-        "rope_scaling": {
-            "type": "mrope",
-            "mrope_section": list(text.rope_parameters["mrope_section"]),
-        },
+        "rope_scaling": {"type": "mrope", "mrope_section": list(text.rope_parameters["mrope_section"])},
         "vocab_size": text.vocab_size,
     }
     generation_config = {

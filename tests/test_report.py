@@ -49,13 +49,7 @@ def group(step: int, text: str = "<image>What is 2 + 3?", responses: list | None
     forced = [["\\boxed{4}.", False], [trigger, True], [" \\boxed{5}", False]]
     usual = [
         response(forced, rethought="self_questioning"),
-        response(
-            [["\\boxed{4}<|im_end|>", False]],
-            right=False,
-            reward=0.0,
-            advantage=-0.5,
-            finish="length",
-        ),
+        response([["\\boxed{4}<|im_end|>", False]], right=False, reward=0.0, advantage=-0.5, finish="length"),
     ]
     return {"step": step, "question": question("1", text), "responses": responses or usual}
 
@@ -132,13 +126,7 @@ def test_every_curve_of_a_run_is_drawn_with_its_values(tmp_path):
     labels = [svg["aria-label"] for svg in elements.of("svg") if svg.get("role") == "img"]
     assert len(labels) == len(elements.of("article")) and "Held-out accuracy: greedy 25" in labels[0]
     titles = set(re.findall("<h3>(.*?)</h3>", page_of(tmp_path / "run")))
-    assert {
-        "Reward",
-        "Entropy",
-        "Gradient norm",
-        "Replayed",
-        "What forced second looks did",
-    } <= titles
+    assert {"Reward", "Entropy", "Gradient norm", "Replayed", "What forced second looks did"} <= titles
 
 
 def test_the_summary_counts_an_episode_once(tmp_path):
@@ -185,10 +173,7 @@ def test_a_second_look_that_was_not_kept_is_shown_under_the_response_that_stood(
     stood = response([["\\boxed{5}.<|im_end|>", False]], not_kept=second)
     elements = Elements(page_of(write_run(tmp_path / "run", samples=[group(0, responses=[stood])])))
     assert "not kept" in elements.text and "looked again: no answer" in elements.text
-    assert [item["class"] for item in elements.of("li") if "class" in item] == [
-        "is-right",
-        "is-wrong",
-    ]
+    assert [item["class"] for item in elements.of("li") if "class" in item] == ["is-right", "is-wrong"]
     assert len(elements.of("script")) == 1
 
 
@@ -212,13 +197,7 @@ def test_held_out_questions_show_what_became_of_their_answers(tmp_path):
     section = page.split('id="heldout"')[1].split("</section>")[0]
     kinds = re.findall(r'data-is="(.*?)".*?note id">(.*?)<', section)
     # Those that changed come first.
-    assert kinds == [
-        ("fixed", "q0"),
-        ("broken", "q2"),
-        ("again fixed", "q4"),
-        ("", "q1"),
-        ("never", "q3"),
-    ]
+    assert kinds == [("fixed", "q0"), ("broken", "q2"), ("again fixed", "q4"), ("", "q1"), ("never", "q3")]
     for told in ("all 5<", "fixed 2<", "broken 1<", "never right 1<", "looks again 1<", "4 → 5<"):
         assert told in section
     assert "2 fixed, 1 broken" in Elements(page).text

@@ -152,12 +152,7 @@ def forms(value: Fraction, rng: random.Random) -> list[str]:
         made += [rf"{sign}{whole}\frac{{{rest}}}{{{d}}}", f"{sign}{whole} {rest}/{d}"]
     if d == 1:
         made += [f"{sign}{n}", f"{sign}{n}.0", f"{sign}{n:,}", f"{sign}{n:,}".replace(",", r"\,")]
-        made += [
-            rf"{sign}\sqrt{{{n * n}}}",
-            f"{sign}{n}e0",
-            rf"\text{{{sign}{n}}}",
-            f"{sign}{n:,} cm",
-        ]
+        made += [rf"{sign}\sqrt{{{n * n}}}", f"{sign}{n}e0", rf"\text{{{sign}{n}}}", f"{sign}{n:,} cm"]
     while d % 2 == 0:
         d //= 2
     while d % 5 == 0:
@@ -299,15 +294,7 @@ def judge_the_hostile() -> dict:
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
     is_correct("sqrt(2)", "1.5")  # builds the number contexts before the hook is listening
     events, accepted = [], []
-    watched = (
-        "exec",
-        "compile",
-        "import",
-        "open",
-        "os.system",
-        "subprocess.Popen",
-        "socket.connect",
-    )
+    watched = ("exec", "compile", "import", "open", "os.system", "subprocess.Popen", "socket.connect")
     sys.addaudithook(lambda event, _: events.append(event) if event in watched else None)
     for k, text in enumerate(HOSTILE):
         for target in TARGETS:

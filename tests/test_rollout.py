@@ -6,15 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import (
-    StaysOn,
-    chi_squared,
-    hf_distribution,
-    hf_generate,
-    hf_inputs,
-    hf_logprobs,
-    to_meta,
-)
+from conftest import StaysOn, chi_squared, hf_distribution, hf_generate, hf_inputs, hf_logprobs, to_meta
 
 import decoding
 import model
@@ -366,10 +358,7 @@ def test_a_decoding_step_looks_at_no_value_and_copies_from_no_other_device(
     assert len(sampler.rows.done) == (3 if some_have_left else 8)
     sampler.policy = to_meta(own_policy)
     sampler.eos = sampler.eos.to("meta")
-    for thing in (
-        sampler.rows,
-        *(x for x in vars(sampler.cache).values() if isinstance(x, decoding.Pages)),
-    ):
+    for thing in (sampler.rows, *(x for x in vars(sampler.cache).values() if isinstance(x, decoding.Pages))):
         for name, value in vars(thing).items():
             if isinstance(value, torch.Tensor):
                 setattr(thing, name, value.to("meta"))
