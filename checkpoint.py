@@ -80,7 +80,7 @@ def unpack_sample(row: dict, prompts: dict) -> Sample:
     if row.pop("prompt") != checksum(prompt):
         raise UserError(
             f"qid {prompt.question.id}: its question, pictures or --template changed within an episode; "
-            "resume with the data and the flags of before"
+            "resume with the data and the same flags as before"
         )
     row["tokens"] = torch.tensor(row["tokens"], dtype=torch.long)
     row["logprobs"] = torch.tensor(row["logprobs"], dtype=torch.float32)
@@ -149,7 +149,8 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
 def digests(directory: Path, alone: bool = False) -> dict[str, str]:
     """{file: SHA-256 of what it holds}; each rank reads a share of the files, or this one all of them."""
     rank, world = (0, 1) if alone else (parallel.rank(), parallel.world())
-    names = sorted(p.name for p in directory.iterdir() if p.name != SUMS and p.is_file())
+    files = (p for p in directory.rglob("*") if p.is_file() and p.name != SUMS)
+    names = sorted(p.relative_to(directory).as_posix() for p in files)
     found = []
     for name in names[rank::world]:
         try:
@@ -405,13 +406,13 @@ def resume_run(run) -> bool:
         # A file may have moved; what its questions are is checked where they are needed.
         if then != now and (name != "data" or "toy" in (then, now)):
             raise UserError(
-                f"{directory}: was made with --{name} {before[name]}; resume with that, or start "
+                f"{directory}: was made with --{name} {then}; resume with that, or start "
                 f"a new run from it: --model {directory}"
             )
-    if trainer.get("data_checksum", run.data_checksum) != run.data_checksum:
+    if trainer["data_checksum"] != run.data_checksum:
         raise UserError(
             f"{directory}: the questions of {run.config.data}, or the flags that choose among them, "
-            "changed since; resume with those of before, or start a new run from it: "
+            "changed since; resume with the same ones, or start a new run from it: "
             f"--model {directory}"
         )
     now, then = run.config.reward, before.get("reward", "")
@@ -444,7 +445,7 @@ def resume_run(run) -> bool:
             elif qid not in known:
                 raise UserError(
                     f"{run.config.data}: no question {qid}, which the episode under way needs; "
-                    "resume with the file and the flags of before"
+                    "resume with the file and the same flags as before"
                 )
             prompt = encode(run.policy, known[qid], run.config.template)
             # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 
 from data import TEMPLATES, UserError
 
-# The most that a flag of train.py or eval.py may be, where more would end in no error but in a wait
-# without end or in no memory.
+# The most that a flag of train.py or eval.py may be: beyond it a run would hang or exhaust memory
+# instead of failing.
 MOST = {
     "heldout": 100_000, "limit": 10_000_000,  # measured to 0.2 points; larger than any benchmark
     "episode_queries": 100_000, "group_size": 1024, "samples": 1024,  # a hundred times the paper's
@@ -59,7 +59,7 @@ class Config:
     out: str = flag("", "directory of the run; default: runs/PRESET, numbered if taken")
     steps: int = flag(60, "optimiser steps; 0: `passes` over the data", low=0)
     passes: int = flag(3, "passes over the data when steps is 0 [P: at most 3]", low=1)
-    seed: int = flag(0, "all randomness is a function of (seed, step, rank)")
+    seed: int = flag(0, "all randomness is a function of (seed, step, question, response)")
     save_every: int = flag(50, "steps between checkpoints; the last step always writes one", low=1)
     keep_last: int = flag(2, "checkpoints kept", low=1)
     eval_every: int = flag(20, "steps between measurements on held-out questions; 0: first and last", low=0)
@@ -79,7 +79,7 @@ class Config:
     warmup: float = flag(0.03, "share of the steps in which the learning rate rises [C: 0.03]", low=0, high=1)
     final_lr: float = flag(0.5, "where the cosine ends, as a share of the peak [C: 0.5]", low=0, high=1)
     weight_decay: float = flag(0.0, "of AdamW [C: 0]", low=0)
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm [C: 1.0]", low=0)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: not at all [C: 1.0]", low=0)
     micro_batch_tokens: int = flag(8192, "tokens per forward pass, padding included", low=1)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass [C: true]")
 

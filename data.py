@@ -99,7 +99,7 @@ def prompt_text(question: Question, template: str) -> str:
 
 
 def place_markers(text: str, n_images: int) -> str:
-    """Give `text` one marker a picture; pictures that have none come first.
+    """Give `text` one marker per picture; pictures that have none come first.
 
     >>> place_markers("What is it?", 2)
     '<image><image>What is it?'
@@ -185,7 +185,7 @@ def check_images(questions: list[Question], seen: bool = True, progress=iter) ->
 # ---------------------------------------------------------------------------- files
 
 
-def hold(folder: Path):
+def lock_folder(folder: Path):
     """Take a folder for this process alone, or raise UserError naming who has it.
 
     Returns the locked file, to be kept open: the system lets go of it when the process ends.

@@ -123,7 +123,7 @@ class Cache:
 
     @property
     def tokens(self) -> int:
-        """That there is room for in the pages in use."""
+        """How many tokens the pages in use can hold."""
         return sum(pages.used * pages.size for pages in (self.prompts, self.responses))
 
     def store(self, groups: list[Group], keys: list, values: list) -> None:
@@ -142,7 +142,7 @@ class Cache:
                 given[i] = None
 
     def reserve(self, seat: Seat, steps: int) -> None:
-        """Pages for so many more tokens of a response."""
+        """Take the pages that the next `steps` tokens need of a response."""
         tokens = min(seat.length + steps, seat.limit)
         missing = -(-tokens // self.responses.size) - len(seat.pages)
         if missing > 0:
@@ -293,7 +293,7 @@ def recordable(policy: Policy) -> bool:
     return policy.device.type == "cuda" and policy.cuda_graphs
 
 
-def record(step: Callable) -> Callable:
+def as_cuda_graph(step: Callable) -> Callable:
     """`step` as a CUDA graph: run by one launch, on the memory that it uses now. It is not run here.
 
     A decoding step is a thousand small kernels, and the host takes longer to launch them one by one

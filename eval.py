@@ -10,7 +10,7 @@
 The paper's protocol (Section 4.2) is the default: greedy, one sample, up to 8192 new tokens,
 pictures of 256 to 1280 visual tokens, the plain prompt. Written to --out:
 
-    NAME.jsonl        one line a sample, appended as it comes; a killed run goes on by id
+    NAME.jsonl        one line per sample, appended as it comes; a killed run goes on by id
     NAME.run.json     the settings that the responses were made with
     summary.json      {NAME: accuracy, ci95, counts, groups, settings}
 
@@ -42,8 +42,8 @@ from data import (
     TEMPLATES,
     UserError,
     check_images,
-    hold,
     load_questions,
+    lock_folder,
     printable,
     read_json,
     read_jsonl,
@@ -71,7 +71,7 @@ class Config:
     show: bool = flag(False, "print ten responses in which no answer was found, and why")
     page: bool = flag(False, "with --compare: write the answers side by side, as a page beside B")
     limit: int = flag(0, "only the first so many questions; 0: all", low=0)
-    samples: int = flag(1, "responses a question: adds pass@k and maj@k [P: 1]", low=1)
+    samples: int = flag(1, "responses per question: adds pass@k and maj@k [P: 1]", low=1)
     template: str = flag(
         "",
         "prompt; default: plain [P; the 72B card: rethink], for own the one it was trained with",
@@ -249,7 +249,7 @@ def answers_from_file(config: Config, name: str, ids: set[str]) -> dict[str, lis
 def evaluate(config: Config) -> dict[str, dict]:
     """All benchmarks asked for; each one's files are written before the next begins."""
     out, summaries = result_folder(config), {}
-    lock = hold(out) if RANK == 0 else None
+    lock = lock_folder(out) if RANK == 0 else None
     read_summary(out)  # what is wrong with it is said now, not after hours of work
     for name in names(config):
         items, left_out, ids = items_of(name, config)
@@ -384,4 +384,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if parallel := sys.modules.get("parallel"):  # --tensor: a process group is to be left
+        parallel.stop()
+        parallel.leave(status)
+    sys.exit(status)

@@ -32,25 +32,23 @@ def group_advantages(rewards: torch.Tensor, scale: str = "mean") -> torch.Tensor
     """
     if scale not in ("mean", "std"):
         raise ValueError(f"scale must be 'mean' or 'std', not {scale!r}")
-    mean, spread = group_baseline(rewards, scale)
-    # Equal rewards must give exactly 0, whatever the rounding of their mean.
-    equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)
-    return ((rewards.float() - mean) / spread).masked_fill(equal, 0.0)
+    return advantages_against(rewards, rewards, scale)
 
 
-def group_baseline(rewards: torch.Tensor, scale: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """rewards [N, G] -> (mean, spread), each [N, 1]: A = (r - mean) / spread. A spread of 0 counts as 1.
+def advantages_against(rewards: torch.Tensor, group: torch.Tensor, scale: str) -> torch.Tensor:
+    """rewards [N, K] of any responses, against groups' rewards [N, G] -> advantages [N, K].
 
-    >>> group_baseline(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), "std")
-    (tensor([[0.5000],
-            [1.0000]]), tensor([[0.5000],
-            [1.0000]]))
+    >>> advantages_against(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0, 0.0]]), "std")
+    tensor([[1., 0.]])
     """
-    rewards = rewards.float()
+    rewards, group = rewards.float(), group.float()
+    equal = (group == group[:, :1]).all(-1, keepdim=True)
+    # Equal rewards must give exactly 0, whatever the rounding of their mean; nor is there a deviation.
+    mean = torch.where(equal, group[:, :1], group.mean(-1, keepdim=True))
+    if scale == "mean":
+        return rewards - mean
     # The population's deviation, so that one success in G does not depend on a correction for G.
-    spread = rewards.std(-1, correction=0, keepdim=True)
-    equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)
-    return rewards.mean(-1, keepdim=True), spread.masked_fill(equal | (scale == "mean"), 1.0)
+    return (rewards - mean) / group.std(-1, correction=0, keepdim=True).masked_fill(equal, 1.0)
 
 
 def policy_loss(

@@ -6,7 +6,7 @@ so the group is a *tree*, and one row holds it whole:
     [ prompt | y_1 | y_2 | ... | y_G ]        T = P + R_1 + ... + R_G tokens instead of G (P + R)
 
 Each response attends to the prompt and to itself; its positions start right after the prompt's.
-The vision tower and the prompt run once a group, forward and backward, and the log-probabilities
+The vision tower and the prompt run once per group, forward and backward, and the log-probabilities
 are those of G separate rows (tests/test_model.py holds them to 1e-5).
 
 The vocabulary projection is the largest tensor of such training: [T, 151936] floats. Here it is
@@ -17,7 +17,7 @@ What we do differently from the released code: image, video and vision ids are b
 and in the log-probabilities, since a response that holds `<|image_pad|>` breaks the next forward
 pass; prompts are never cut; torchvision is not needed.
 
-Letters in shape comments: N questions or trees, G responses a question, P prompt tokens,
+Letters in shape comments: N questions or trees, G responses per question, P prompt tokens,
 R response tokens, T tokens of a packed row, K response tokens of a batch, V vocabulary, D features.
 """
 
@@ -338,7 +338,7 @@ def mrope_positions(input_ids, grid_thw, image_token_id: int, merge: int) -> tor
 
 
 def chat_text(policy: Policy, question: Question, template: str) -> str:
-    """The conversation as the checkpoint's chat template writes it, one IMAGE_PAD a picture."""
+    """The conversation as the checkpoint's chat template writes it, one IMAGE_PAD per picture."""
     content = []
     text = prompt_text(question, template)
     for token in policy.tokenizer.get_added_vocab():
@@ -353,7 +353,7 @@ def chat_text(policy: Policy, question: Question, template: str) -> str:
 
 
 def encode(policy: Policy, question: Question, template: str = "plain") -> Prompt:
-    """Encode a question: chat template, pictures resized and patched, one IMAGE_PAD a visual token.
+    """Encode a question: chat template, pictures resized and patched, one IMAGE_PAD per visual token.
 
     Raises UserError naming the question where a picture cannot be read.
     """

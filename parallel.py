@@ -1,6 +1,6 @@
 """One policy on many ranks: processes, sharding (FSDP2), and weights for sampling.
 
-torchrun starts one process a GPU (gloo on CPUs). `shard` splits every parameter over them; a layer
+torchrun starts one process per GPU (gloo on CPUs). `shard` splits every parameter over them; a layer
 is gathered just before it runs and let go after. Sampling would gather all layers once per token, so
 for a rollout `weights_to_sample` gathers each once. A model that fits is kept whole, and decoding
 then uses no collective at all: ranks may decode different lengths without waiting for each other. Of
@@ -100,7 +100,7 @@ def is_broken(error: RuntimeError) -> bool:
 @contextlib.contextmanager
 def watch(advice: Callable[[], str]):
     """Inside, a thread ends this process where another rank is lost: a collective with a rank that is
-    stopped, or on a lost node, would wait for half an hour and then not say for whom.
+    stopped, or on a lost node, would wait for three hours and then not say for whom.
 
     advice  what to do then; said by the first rank that is left
     """
@@ -327,7 +327,7 @@ def slices(policy: Policy, parts: int) -> Slices | None:
 
 
 def sampling_place(policy: Policy) -> tuple[int, int]:
-    """(where this rank begins, in which steps it goes on) among things to be sampled."""
+    """(first, stride): this rank samples items[first::stride]."""
     parts = policy.slices.parts if policy.slices else 1
     return rank() // parts, world() // parts
 

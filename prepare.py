@@ -28,7 +28,7 @@ import parallel
 import record
 import toy
 from config import Config, sources
-from data import Question, UserError, check_images, hold, load_questions
+from data import Question, UserError, check_images, load_questions, lock_folder
 from model import Policy, Sample, find_checkpoint, load_policy, prompt_length
 from rethink import Rethinking
 from ssr import ReplayBuffer
@@ -103,6 +103,7 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     if questions is not None:
         questions = drop_long_prompts(config, policy, questions, pictures)
         heldout = drop_long_prompts(config, policy, heldout, pictures)
+        config.heldout = len(heldout)
         fit_sizes(config, len(questions))
     if config.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -138,7 +139,8 @@ def own_reward(config: Config, grade: Grade | None) -> Grade | None:
     Its mistakes become errors of one line; its name goes into the run's config.json.
     """
     if grade:
-        config.reward = f"{grade.__module__}:{grade.__qualname__}"
+        named = grade if hasattr(grade, "__qualname__") else type(grade)  # such as functools.partial
+        config.reward = f"{named.__module__}:{named.__qualname__}"
     grade = grade or parallel.agree(lambda: load_reward(config.reward))
 
     def guarded(text: str, question: Question) -> float:
@@ -211,7 +213,7 @@ def run_folder(config: Config):
             out = Path(f"{out}-{number}")
         try:
             out.mkdir(parents=True, exist_ok=True)
-            lock = hold(out)
+            lock = lock_folder(out)
             if not is_taken(out):  # else when it has been resumed: that may fail
                 record.write_config(out, config)
         except OSError as error:

@@ -20,7 +20,7 @@ from rethink import OUTCOMES
 from ssr import effective_sample_size
 
 HELDOUT_KEPT = 256  # questions whose answers are kept
-# What is counted on in a line of metrics.jsonl, samples.jsonl and heldout.jsonl.
+# Fields that readers rely on in a line of metrics.jsonl, samples.jsonl and heldout.jsonl.
 LINE = {"step": int, "heldout_accuracy?": NUMBER}
 
 
@@ -96,7 +96,7 @@ class Recorder:
         learnt = f"held-out accuracy {heldout[0]:.2f} -> {heldout[-1]:.2f}; " if heldout else ""
         where = f"checkpoint: {saved[-1]}"
         if step < total:
-            how = f"go on with --resume --out {self.out} and the flags of before"
+            how = f"go on with --resume --out {self.out} and the same flags as before"
             return f"stopped after step {step} of {total}; {where}; {how}"
         return f"{step} steps; {learnt}{where}"
 

@@ -55,7 +55,7 @@ LINES = (  # of metrics.jsonl: key, title, note, unit
     (
         "logp_mismatch",
         "Mismatch",
-        ("largest difference of a token's log-probability, sampling against training"),
+        ("mean difference of a token's log-probability, sampling against training"),
         "nats",
     ),
     ("speed", "Speed", "response tokens per second, sampling and update together", "tokens/s"),

@@ -63,8 +63,8 @@ def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, key
     """What `rollout.generate` asks when a response ends: shall it look again, and how?
 
     is_right  sample -> bool, asked only where the trigger depends on it
-    key    of the randomness, with the question's id and the member's number: one response's luck
-           depends on nothing that happens to another
+    key       seeds the draws, together with the question's id and g: one response's luck depends on
+              nothing that happens to another
     """
 
     def extend(n: int, g: int, sample) -> Continuation | None:
@@ -130,6 +130,8 @@ def merge_rethought(settings: Rethinking, groups: list[list]) -> tuple[list[list
 
     groups  lists of samples; those that were continued have `.second_look`, itself a sample, whose
             advantage is against the group as it was sampled: siblings are neither lifted nor pushed down
+
+    Where more are right than the quota allows, those of the lowest members are kept.
 
     Returns the groups and the counts: attempted, kept, tokens, and each of OUTCOMES.
 

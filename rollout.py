@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from data import Question
-from decoding import Cache, Group, Seat, decode_step, prefill, record, recordable, sample_token
+from decoding import Cache, Group, Seat, as_cuda_graph, decode_step, prefill, recordable, sample_token
 from model import Policy, Prompt, Sample, decode
 from rethink import Continuation
 
@@ -105,7 +105,7 @@ def generate(
 
 
 def question_key(id_: str, time: int, *of) -> str:
-    """What a question's randomness depends on: `of` (seed, step, ...), its id, and the how many-th time."""
+    """What a question's randomness depends on: `of` (seed, step, ...), its id, how often it was asked."""
     return f"{of} {id_!r} {time}"
 
 
@@ -167,7 +167,7 @@ class Sampler:
             if steps and recordable(self.policy) and recorded != self.cache.shapes:
                 step = self.next_token  # lets go of the last recording's memory
                 step()  # libraries set themselves up when they are first used: not while recording
-                step, recorded, steps = record(step), self.cache.shapes, steps - 1
+                step, recorded, steps = as_cuda_graph(step), self.cache.shapes, steps - 1
             for _ in range(steps):
                 step()
 
@@ -276,7 +276,6 @@ class Sampler:
         rows, seat = self.rows, self.seats[row]
         forced = torch.tensor(how.forced, device=rows.forced.device)
         rows.forced[row, how.keep : how.keep + len(forced)] = forced
-        rows.sampled[row, how.keep :] = True
         rows.luck[row] = luck_of(seat.group.key, seat.member, "second look")
         seat.trigger, seat.length = how.kind, how.keep
         seat.limit = min(self.size, how.limit or self.size)

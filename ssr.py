@@ -36,7 +36,7 @@ def is_effective(sample) -> bool:
 class ReplayBuffer:
     """Effective samples of one episode, drawn in proportion to |A|^alpha.
 
-    alpha        0 draws uniformly; large values draw the largest |A| alone
+    alpha        0 draws uniformly; large values draw only the largest |A|
     seed         of the draws
     replacement  put each draw back; otherwise a draw holds a sample at most once
     """

@@ -40,7 +40,7 @@ from data import MARKER, TEMPLATES, Question
 from model import Policy, encode, load_policy, response_logprobs, save_policy
 from rethink import TRIGGERS, rethinks
 
-CELL = 28  # pixels a side: one visual token
+CELL = 28  # pixels on a side: one visual token
 INITIALIZER_RANGE = 0.08  # the default of 0.02 learns two to three times slower at this size
 COLOURS = {
     "red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 220, 50),

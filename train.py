@@ -44,7 +44,7 @@ import parallel
 import toy
 from config import Config, parse
 from data import Question, UserError, printable
-from grpo import group_advantages, group_baseline, is_clipped, policy_loss, token_weights
+from grpo import advantages_against, is_clipped, policy_loss, token_weights
 from model import Prompt, Sample, answering_text, encode, response_logprobs, with_pixels
 from pages.walk import explain
 from prepare import Grade, Run, gentle_stop, prepare, rethink_settings, say
@@ -162,12 +162,11 @@ def grade(run: Run, sample: Sample) -> None:
 def compare(groups: list[list[Sample]], scale: str) -> None:
     """Set every sample's advantage from the rewards of its group; a second look's against the same."""
     for group in groups:
-        rewards = torch.tensor([[sample.reward for sample in group]])  # [1, G]
-        mean, spread = (float(x) for x in group_baseline(rewards, scale))
-        for sample, advantage in zip(group, group_advantages(rewards, scale)[0].tolist()):
-            sample.advantage = advantage
-            if sample.second_look:
-                sample.second_look.advantage = (sample.second_look.reward - mean) / spread
+        looks = [*group, *(sample.second_look for sample in group if sample.second_look)]
+        rewards = torch.tensor([[look.reward for look in looks]])  # [1, G and more]
+        advantages = advantages_against(rewards, rewards[:, : len(group)], scale)[0].tolist()
+        for look, advantage in zip(looks, advantages):
+            look.advantage = advantage
 
 
 def keep_second_looks(c: Config, groups: list[list[Sample]]) -> tuple[list[list[Sample]], Counter]:
@@ -301,7 +300,7 @@ def micro_batches(run: Run, branches: list[Branch]):
     ]
     plan = plan_micro_batches(lengths, parallel.world(), run.config.micro_batch_tokens)
     mine = [[[branches[i] for i in tree] for tree in micro] for micro in plan[parallel.rank()]]
-    spare = [[Branch(branches[0].sample)]] if branches else []
+    spare = [[Branch(branches[0].sample)]]
     mine += [spare] * (max(map(len, plan)) - len(mine))
 
     def lay_out(micro: list[list[Branch]]) -> Trees:
@@ -314,7 +313,7 @@ def micro_batches(run: Run, branches: list[Branch]):
 
     with ThreadPoolExecutor(1) as background:
         # The next one's pictures are read and patched while this one is trained on.
-        trees = background.submit(lay_out, mine[0]) if mine else None
+        trees = background.submit(lay_out, mine[0])
         for micro, following in zip_longest(mine, mine[1:]):
             now = parallel.agree(trees.result)
             trees = following and background.submit(lay_out, following)
@@ -454,7 +453,7 @@ def measure(run: Run) -> tuple[dict, list[dict]]:
     return row, parallel.gather(answers, run.policy)
 
 
-def is_measured(run: Run) -> bool:
+def measurement_due(run: Run) -> bool:
     """Whether accuracy on held-out questions is due: first, last and every `eval_every` steps."""
     every = run.config.eval_every
     due = run.step in (0, run.total_steps) or (every and run.step % every == 0)
@@ -485,7 +484,7 @@ def train(run: Run, record: Recorder) -> None:
     first = parallel.rank() == 0
     bar = tqdm(total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not first)
     with bar:
-        if is_measured(run):  # before the first step; or where an interruption came between
+        if measurement_due(run):  # before the first step; or where an interruption came between
             record.heldout(run.heldout, *measure(run))
         while run.step < run.total_steps:
             if not run.fresh:
@@ -513,7 +512,7 @@ def train(run: Run, record: Recorder) -> None:
             # Before measuring: should that fail, nothing computed is lost.
             if last or (run.not_finite == 0 and run.step % c.save_every == 0):
                 checkpoint.save_run(run)
-            if is_measured(run) and not stop:
+            if measurement_due(run) and not stop:
                 record.heldout(run.heldout, *measure(run))
             if run.not_finite >= STOP_AFTER:
                 raise UserError(
@@ -534,7 +533,7 @@ def main(argv: list[str], grade: Grade | None = None) -> int:
     def advice() -> str:
         if run is None:
             return "nothing to resume: start it again"
-        return f"go on with --resume --out {run.out} and the flags of before"
+        return f"go on with --resume --out {run.out} and the same flags as before"
 
     try:
         config = parse(argv)

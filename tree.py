@@ -206,7 +206,8 @@ def carried_attention(module, query, key, value, attention_mask, attend=None, **
     """transformers' attention interface: whoever calls the layers brings along how they attend.
 
     query [N, h, T, d]; key, value [N, H, T, d], rotated -> [N, T, h, d]. `attend` is `tree_attention`
-    on a batch of trees or `decoding.Cache`'s; without one, attention is plain.
+    on a batch of trees, or what `Policy.prefill` or
+    `decoding.decode_step` brings; without one, attention is plain.
     """
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -59,8 +59,10 @@ def find_questions(run: Run, steps) -> tuple[list[Sample], list[Sample]]:
             # With half of them right all |A| are equal, and replay has no preference to show.
             tells = 1 < right < len(group) - 1 and 2 * right != len(group)
             kept = steps.keep_second_looks(c, [group])[0][0]
-            if not followed and tells and helped(group, kept):
+            if not followed and tells and helped(group, kept) and all(map(is_effective, kept)):
                 followed = group
+            # Where the baseline is taken after replacement, the siblings' advantages have changed.
+            steps.compare([group], c.advantage)
             if not idle and not any(s.rethought or is_effective(s) for s in kept):
                 idle = kept
             if followed and idle:

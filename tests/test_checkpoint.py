@@ -421,7 +421,7 @@ def test_what_others_put_beside_checkpoints_is_neither_removed_nor_resumed(base,
 
 def test_a_folder_belongs_to_one_run_at_a_time(base, tmp_path, capsys):
     tmp_path.joinpath("run").mkdir()
-    code = "import data, pathlib, sys; kept = data.hold(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+    code = "import data, pathlib, sys; kept = data.lock_folder(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     root = Path(train.__file__).parent
     with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

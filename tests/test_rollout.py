@@ -402,7 +402,7 @@ def test_a_recorded_step_meets_its_memory_where_it_was(own_policy, prompts, monk
 
         return replay
 
-    monkeypatch.setattr(rollout, "record", record)
+    monkeypatch.setattr(rollout, "as_cuda_graph", record)
     monkeypatch.setattr(rollout, "recordable", lambda policy: True)
     got = generate(policy, prompts, 4, 60, 1.0, drawn(prompts, 20), extend, 8)
     assert [said(group) for group in got] == [said(group) for group in want]
@@ -416,7 +416,7 @@ def test_a_step_that_cannot_be_recorded_is_named_with_the_way_around(monkeypatch
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", fail)
     with pytest.raises(UserError, match=r"not permitted.*--cuda_graphs false"):
-        rollout.record(lambda: None)
+        rollout.as_cuda_graph(lambda: None)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
