@@ -63,8 +63,8 @@ def find_questions(run: Run, steps) -> tuple[list[Sample], list[Sample]]:
                 followed = group
             # Where the baseline is taken after replacement, the siblings' advantages have changed.
             steps.compare([group], c.advantage)
-            if not idle and not any(s.rethought or is_effective(s) for s in kept):
-                idle = kept
+            if not idle and not any(map(is_effective, group)):
+                idle = group
             if followed and idle:
                 return followed, idle
     raise UserError(
