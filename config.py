@@ -150,10 +150,12 @@ PRESETS = {
         "template": "rethink", "passes": 10, "batch_size": 64, "max_new_tokens": 1024, "rollout_rows": 64,
         "save_every": 20, "keep_last": 1, "micro_batch_tokens": 12288,
     },
-    "7b": LARGE | {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "pass_rate_column": "PassRate_7BBase"},
+    "7b": LARGE | {
+        "model": "Qwen/Qwen2.5-VL-7B-Instruct", "pass_rate_column": "PassRate_7BBase", "rollout_rows": 192,
+    },
     "72b": LARGE | {
         "model": "Qwen/Qwen2.5-VL-72B-Instruct", "pass_rate_column": "PassRate_32BTrained",
-        "tensor": 8, "micro_batch_tokens": 12288,
+        "tensor": 8, "micro_batch_tokens": 8192, "rollout_rows": 128,
     },
 }  # fmt: skip
 

@@ -348,10 +348,19 @@ def write_comparison(config: Config, told: str) -> Path:
     return report.write_page(path, report.shell(name, " → ".join(config.compare), sections))
 
 
+def results_file(place: str) -> str:
+    """OUT/NAME.jsonl, which --compare may also be given as OUT where it holds the only one."""
+    found = sorted(Path(place).glob("*.jsonl")) if Path(place).is_dir() else [Path(place)]
+    if len(found) != 1:
+        raise UserError(f"--compare {place}: holds {len(found)} results; name one NAME.jsonl")
+    return str(found[0])
+
+
 def main(argv: list[str]) -> int:
     try:
         config = parse(argv)
         if config.compare:
+            config.compare = tuple(map(results_file, config.compare))
             told = scores.compare(*config.compare)
             print(told)
             if config.page:

@@ -76,7 +76,7 @@ class Sample:
 
     prompt: Prompt
     tokens: torch.Tensor  # [R], EOS included where the policy said it
-    logprobs: torch.Tensor  # [R], under the policy that sampled them
+    logprobs: torch.Tensor  # [R], under the policy that sampled them; where forced, of what it replaced
     mask: torch.Tensor  # [R], True = sampled by the policy, False = forced
     text: str
     finish: str  # "stop" (said EOS) or "length" (ran into the limit)

@@ -277,7 +277,7 @@ def fit_sizes(config: Config, n: int) -> None:
     ]
     check_share(config)
     counts = f"{config.data}: {n} questions to train on, {config.heldout} held out"
-    say(f"{counts}; too few for {', '.join(lowered)}" if lowered else counts)
+    say(f"{counts}; lowered to fit: {', '.join(lowered)}" if lowered else counts)
 
 
 def model_path(config: Config) -> str:
@@ -296,7 +296,7 @@ def check_pictures(questions: list[Question]) -> dict[str, list[tuple]]:
     share = questions[parallel.rank() :: parallel.world()]
 
     def bar_over(sizes):
-        return tqdm(sizes, "checking pictures", len(share), disable=parallel.rank() > 0)
+        return tqdm(sizes, "checking pictures", len(share), leave=False, disable=parallel.rank() > 0)
 
     return dict(zip([q.id for q in share], parallel.agree(lambda: check_images(share, progress=bar_over))))
 

@@ -500,13 +500,14 @@ def train(run: Run, record: Recorder) -> None:
                     sample.second_look = None  # a second look that was not kept has been shown
             row = train_step(run, sampling_seconds)
             record.metrics(row)
-            bar.update()
             bar.set_postfix(
+                refresh=False,
                 reward=f"{row['reward']:.2f}",
                 effective=f"{row['effective_queries']:.0%}",
                 replayed=f"{row['replayed']:.0%}",
                 length=f"{row['response_length']:.0f}",
             )
+            bar.update()
             stop = any(parallel.gather([run.interrupted])) or run.not_finite >= STOP_AFTER
             last = run.step == run.total_steps or stop
             # Before measuring: should that fail, nothing computed is lost.

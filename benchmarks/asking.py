@@ -179,7 +179,7 @@ def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
     policy.cuda_graphs = config.cuda_graphs
 
     def bar_over(results):
-        return tqdm(results, total=len(items), desc="checking pictures", disable=RANK > 0)
+        return tqdm(results, total=len(items), desc="checking pictures", disable=RANK > 0, leave=False)
 
     sizes = check_images([item.question for item in items], progress=bar_over)
     lengths = [
@@ -199,8 +199,8 @@ def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
                 file.write(seal(line).encode())
                 file.flush()
             credits.append(scores.credit(line))
+            bar.set_postfix(refresh=False, accuracy=f"{sum(credits) / len(credits):.3f}")
             bar.update()
-            bar.set_postfix(accuracy=f"{sum(credits) / len(credits):.3f}")
 
         for i in (i for i in mine if lengths[i] > settings["max_prompt_tokens"]):
             for k in range(samples):
