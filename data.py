@@ -30,6 +30,7 @@ import os
 import re
 import socket
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -361,6 +362,8 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file, strict=True)
         try:
+            if twice := [x for x, n in Counter(rows.fieldnames or []).items() if n > 1]:
+                raise UserError(f"{path}: two columns {twice[0]!r}; keep one")
             for row in rows:
                 place = f"{path}:{rows.line_num}"
                 if None in row:
@@ -434,10 +437,11 @@ def read_question(row: dict, place: str, folder: Path, number: int) -> Question:
     if isinstance(answer, (list, dict, bool)):
         raise TypeError(f"the answer is a {type(answer).__name__}; give one text or number")
     answer = "" if answer is None else str(answer).strip()
-    if answer in ("", "\\boxed{}"):
+    if answer in ("", "\\boxed{}", "nan"):  # nan: a table's empty cell
         raise ValueError("no answer; a row needs a text or number in 'answer'")
     images = _read_images(row, folder)
-    text, choices = _read_choices(row, place_markers(text, len(images)), answer)
+    text, choices = _read_choices(row, text, answer)
+    text = place_markers(text, len(images))  # once options are listed: one may hold a marker
     qid, category = _column(row, ("qid", "id")), str(row.get("category") or "")
     qid = str(number if qid is None else qid)
     return Question(qid, text, images, answer, choices, category, place)

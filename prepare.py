@@ -6,7 +6,6 @@ Everything the user can get wrong is found here, and said in one line, before an
 import contextlib
 import hashlib
 import json
-import math
 import re
 import runpy
 import shutil
@@ -27,7 +26,7 @@ import lora
 import parallel
 import record
 import toy
-from config import Config, sources
+from config import SIZE, Config, sources
 from data import Question, UserError, check_images, load_questions, lock_folder
 from model import Policy, Sample, find_checkpoint, load_policy, prompt_length
 from rethink import Rethinking
@@ -146,13 +145,13 @@ def own_reward(config: Config, grade: Grade | None) -> Grade | None:
     def guarded(text: str, question: Question) -> float:
         try:
             value = float(grade(text, question))
-        except Exception as error:  # whatever the user's function does wrong
+        except (Exception, SystemExit) as error:  # whatever the user's function does wrong
             at = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
                 f"--reward {config.reward}: {type(error).__name__}: {error} ({at.filename}:{at.lineno}, "
                 f"question {question.id})"
             ) from error
-        if not math.isfinite(value):
+        if not abs(value) <= SIZE:  # nan too; and squares of gradients must fit float32
             raise UserError(f"--reward {config.reward}: {value} for question {question.id}; make it finite")
         return value
 

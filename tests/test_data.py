@@ -369,6 +369,9 @@ BAD_ROWS = {
     "a qid twice": (row(qid="a-1"), "duplicate qid 'a-1', first at .*data.jsonl:1"),
     "more markers than images": (row(qid="b", question="<image> <image>"), "2 <image>.* fix"),
     "markers and no image": (row(qid="b", image=None), "1 <image> markers but 0 images"),
+    "a marker in a choice": (
+        row(qid="b", image=None, choices=["<image>", "y"], answer="B"), "2 <image> markers but 0 images"),
+    "an answer that is not a number": ('{"question": "?", "answer": NaN}', "no answer"),
     "half of a surrogate pair": (row(question="\ud83d?"), "surrogate.* fix it"),
     "an image that is a number": (row(qid="b", image=[3]), "a picture must be a path.*int"),
     "pictures in two columns": (row(qid="b", images=["b.png"]), "both 'image' and 'images'; keep one"),
