@@ -141,7 +141,7 @@ REAL = {
 }  # fmt: skip
 LARGE = REAL | {
     "template": "plain", "episode_queries": 1024, "batch_size": 512, "max_new_tokens": 2048,
-    "save_every": 16, "eval_every": 16, "micro_batch_tokens": 24576,
+    "save_every": 16, "eval_every": 16,
     "rethink_fraction": 0.0, "rethink_min_tokens": 30,
 }  # fmt: skip
 PRESETS = {
@@ -152,10 +152,11 @@ PRESETS = {
     },
     "7b": LARGE | {
         "model": "Qwen/Qwen2.5-VL-7B-Instruct", "pass_rate_column": "PassRate_7BBase", "rollout_rows": 192,
+        "micro_batch_tokens": 24576,
     },
     "72b": LARGE | {
         "model": "Qwen/Qwen2.5-VL-72B-Instruct", "pass_rate_column": "PassRate_32BTrained",
-        "tensor": 8, "micro_batch_tokens": 8192, "rollout_rows": 128,
+        "tensor": 8, "rollout_rows": 128,
     },
 }  # fmt: skip
 
