@@ -9,7 +9,7 @@ A ladder, one idea a rung; each rung samples G responses to each of N questions:
     HF generate           transformers' own: every row has its own prompt, prefilled and kept
     + shared prefill      the model of transformers prefills each question once, its cache is
                           copied to the G rows and grows by concatenation; sampling as in rollout.py
-    + static cache        `rollout.generate`: the prompt's cache is kept and read once a question,
+    + static cache        `rollout.generate`: the prompt's cache is kept and read once per question,
                           the rows' caches are written in place
     + CUDA graphs         the same, a decoding step launched as a whole (only on a GPU)
 

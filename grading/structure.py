@@ -120,7 +120,7 @@ def _environment(text: str, nesting: int) -> tuple | None:
     if not (text.startswith("\\begin") and (match := _ENVIRONMENT.fullmatch(text))):
         return None
     rows = [row.strip(" ,") for row in _NEW_ROW.split(match[2]) if row.strip()]
-    if match[1] in ("cases", "aligned", "gathered"):  # a system, one equation a row
+    if match[1] in ("cases", "aligned", "gathered"):  # a system, one equation per row
         return _list([read(row.replace("&", " "), nesting) for row in rows], ",")
     cells = tuple(tuple(read(cell, nesting) for cell in row.split("&")) for row in rows)
     return ("matrix", match[1].lower() == "vmatrix", cells)
