@@ -312,7 +312,7 @@ def test_a_data_file_that_changed_is_refused_and_config_json_stays(
     capsys.readouterr()
     assert train.main(command) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"the questions of {data}" in line and "resume with those of before" in line
+    assert f"the questions of {data}" in line and "resume with the same ones" in line
     assert (tmp_path / "run/config.json").read_text() == config
     write_rows(data, rows)
     assert train.main(flags(base, tmp_path / "run", **settings, resume="true")) == 0
