@@ -69,7 +69,7 @@ def ranks(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def nodes(base, tmp_path_factory):
-    """What two_ranks.py saw on two nodes of two ranks, on this machine: a dict a rank; their folder."""
+    """What two_ranks.py saw on two nodes of two ranks, on this machine: one dict per rank; their folder."""
     out = tmp_path_factory.mktemp("nodes")
     with socket.socket() as free:
         free.bind(("localhost", 0))
