@@ -155,7 +155,7 @@ def heldout_metrics(run, counts: Counter) -> dict:
         "sampled": "sampled_right",
         "tokens": "tokens",
         "rethinks": "rethinks",
-        "rethinks_helped": "helped",
+        "rethinks_helped": "rethinks_helped",
     }
     if run.config.data == "toy":
         names |= {way: way for way in ("fast", "slow", "twice")}

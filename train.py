@@ -184,10 +184,15 @@ def count_responses(groups: list[list[Sample]]) -> Counter:
         counts.update(
             rewards=sample.reward, truncated=sample.finish == "length", response_tokens=len(sample.tokens)
         )
-        if rethinks(sample.text):
-            helped = sample.right - is_right(sample, before_rethinking(sample.text))
-            counts.update(rethinks=1, rethinks_helped=helped)
+        counts.update(unforced_look(sample, sample.right))
     return counts
+
+
+def unforced_look(sample: Sample, right: bool) -> dict:
+    """Counts of a response that looks again of itself: that it does, and what its answer gained by it."""
+    if not rethinks(sample.text):
+        return {}
+    return {"rethinks": 1, "rethinks_helped": right - is_right(sample, before_rethinking(sample.text))}
 
 
 @torch.no_grad()
@@ -443,9 +448,7 @@ def measure(run: Run) -> tuple[dict, list[dict]]:
                     answers.append(answer | {"right": right, "tokens": len(sample.tokens)})
                     continue
                 counts["tokens"] += len(sample.tokens)
-                if rethinks(sample.text):
-                    helped = right - is_right(sample, before_rethinking(sample.text))
-                    counts.update(rethinks=1, helped=helped)
+                counts.update(unforced_look(sample, right))
                 if c.data == "toy":
                     counts[toy.way(sample.text)] += 1
     run.measured = run.step
