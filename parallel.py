@@ -1,10 +1,10 @@
 """One policy on many ranks: processes, sharding (FSDP2), and weights for sampling.
 
 torchrun starts one process per GPU (gloo on CPUs). `shard` splits every parameter over them; a layer
-is gathered just before it runs and let go after. Sampling would gather all layers once per token, so
-for a rollout `weights_to_sample` gathers each once. A model that fits is kept whole, and decoding
-then uses no collective at all: ranks may decode different lengths without waiting for each other. Of
-one that does not fit, ranks of a node (`--tensor N` of them) keep a *slice* of every layer each:
+is gathered just before it runs and freed after. Sampling would gather all layers once per token, so
+for a rollout `weights_to_sample` gathers each once. A model that fits is kept whole, and decoding then
+uses no collective: ranks may decode different lengths without waiting for each other. If it does not
+fit, `--tensor N` ranks of a node keep a *slice* of every layer each:
 
     attention  o_proj(mix(x)) = sum over ranks of  O[:, mine] mix of my heads
     MLP        down(act(gate x) * up x) = sum over ranks of  down[:, mine] (act(gate[mine] x) * up[mine] x)
@@ -12,8 +12,8 @@ one that does not fit, ranks of a node (`--tensor N` of them) keep a *slice* of 
 so heads and MLP columns never leave their rank, and a token costs two sums over the ranks per layer
 (Megatron-LM, arXiv 1909.08053) instead of moving all weights. These ranks sample the same responses.
 
-Collectives must be called by all ranks alike, or the run hangs. So nothing here decides by what
-one rank alone knows: samples are exchanged (`gather`), and every rank then computes the same plan.
+All ranks must call the same collectives, or the run hangs: samples are exchanged (`gather`), every rank
+computes the same plan from them, and what one rank alone can find wrong is shared (`agree`).
 """
 
 import contextlib
@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -46,10 +45,14 @@ from model import Policy
 PATIENCE = timedelta(hours=3)
 PULSE = 2.0  # seconds between two signs of life
 SILENT = 90  # pulses missed, three minutes, and a rank is lost; what holds Python may take one
+GO_ON = "go on with --resume and the same flags as before"  # from nothing, where there is no checkpoint
+
+ended = threading.Event()  # set where this process leaves the others
 
 
 def start(precision: str = "auto") -> torch.device:
     """Join the other processes of torchrun, if any, and return this one's device."""
+    ended.clear()
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -59,6 +62,7 @@ def start(precision: str = "auto") -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         end_with_parent()
         dist.init_process_group(backend, timeout=PATIENCE)
+        threading.Thread(target=watch, daemon=True).start()
     elif cuda or precision == "bf16":
         # One rank shards over itself: fp32 weights with bf16 compute come by the same path.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -66,6 +70,7 @@ def start(precision: str = "auto") -> torch.device:
 
 
 def stop() -> None:
+    ended.set()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -83,8 +88,8 @@ def end_with_parent() -> None:
 
 
 def leave(code: int) -> None:
-    """End the process. Beside other ranks without C++'s clean-up at exit: gloo's threads outlive their group,
-    and one that is met there ends the process by std::terminate, after all work was done."""
+    """End the process. With other ranks, without C++'s clean-up: gloo's threads outlive their group, and one
+    that is still there would end the process by std::terminate after all work was done."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -97,52 +102,30 @@ def is_broken(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-@contextlib.contextmanager
-def watch(advice: Callable[[], str]):
-    """Inside, a thread ends this process where another rank is lost: a collective with a rank that is
-    stopped, or on a lost node, would wait for three hours and then not say for whom.
-
-    advice  what to do then; said by the first rank that is left
-    """
-    if world() == 1:
-        yield
-        return
-    over = threading.Event()
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    others = [r for r in range(world()) if r != rank()]
-
-    def pulse() -> None:
-        store, me, missed = dist.TCPStore(*address, is_master=False), f"alive {rank()}", Counter()
-        seen: dict[int, int] = {}
-        while not over.wait(PULSE):
-            try:
-                store.add(me, 1)
-                now = {r: store.add(f"alive {r}", 0) for r in others}
-            except RuntimeError:  # its host is gone, or done: then each misses it
-                now = seen
-            for r in others:
-                missed[r] = missed[r] + 1 if seen.get(r) == now.get(r) else 0
-            seen = now
-            lost = [r for r in others if missed[r] >= SILENT]
-            if lost and rank() == min({*others, rank()} - {*lost}):
-                names = f"rank {', '.join(map(str, lost))} of {world()}"
-                seconds = round(PULSE * SILENT)
-                print(f"error: {names} did not answer for {seconds} s; {advice()}", file=sys.stderr)
-            if lost:
-                sys.stderr.flush()
-                os._exit(1)
-
-    thread = threading.Thread(target=pulse, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+def watch() -> None:
+    """End this process where another rank is lost, until `stop`: a collective with a rank that is stopped, or
+    on a lost node, would wait for three hours and then not say for whom. Runs in a thread of its own."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    me, ranks, missed, seen = rank(), range(world()), Counter(), {}
+    while not ended.wait(PULSE):
+        try:
+            store.add(f"alive {me}", 1)
+            now = {r: store.add(f"alive {r}", 0) for r in ranks if r != me}
+        except RuntimeError:  # its host is gone, or done: then every rank misses it
+            now = seen
+        for r in now:
+            missed[r] = missed[r] + 1 if seen.get(r) == now[r] else 0
+        seen = now
+        lost = [r for r in ranks if missed[r] >= SILENT]
+        if lost and me == min(set(ranks) - set(lost)):
+            names, seconds = f"rank {', '.join(map(str, lost))} of {len(ranks)}", round(PULSE * SILENT)
+            print(f"error: {names} did not answer for {seconds} s; {GO_ON}", file=sys.stderr, flush=True)
+        if lost:
+            os._exit(1)
 
 
 def rank() -> int:
-    # Before the processes have met, torchrun's word: so that one of them speaks of a wrong flag.
+    # Before the processes have met, torchrun's word: so that only one of them reports a wrong flag.
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
@@ -154,9 +137,9 @@ def gather(items: list, sampled_by: Policy | None = None) -> list:
     """All ranks' lists as one, in rank order, on every rank. What ranks sampled together counts once."""
     if world() == 1:
         return items
-    lists = [None] * world()
     if sampled_by and sampled_by.slices and sampled_by.slices.part > 0:
         items = []
+    lists = [None] * world()
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
@@ -197,10 +180,6 @@ def barrier() -> None:
 # ---------------------------------------------------------------------------- sharding
 
 
-def is_half(device: torch.device, precision: str) -> bool:
-    return precision == "bf16" or precision == "auto" and device.type == "cuda"
-
-
 def shard(
     policy: Policy, device: torch.device, over: str = "world", offload: bool = False, precision: str = "auto"
 ) -> Policy:
@@ -209,18 +188,18 @@ def shard(
     over       "world" splits over all ranks; "node" splits within a node and keeps a copy on each
                (hybrid sharding: gathers stay on the fast links, gradients are averaged across nodes)
     offload    keep weights, gradients and optimiser state in the host's memory between uses
-    precision  "bf16": layers are gathered and computed in bf16; weights that train, their gradients once
-               reduced, and Adam's moments are fp32, since an update of 1e-6 vanishes in bf16. Frozen
-               weights are bf16 throughout. "fp32": everything. "auto": bf16 on a GPU
+    precision  "bf16": layers are gathered and computed in bf16; weights that train, their reduced
+               gradients and Adam's moments are fp32, since an update of 1e-6 vanishes in bf16. Frozen
+               weights are bf16. "fp32": everything. "auto": bf16 on a GPU
 
-    Units: the vision tower (one gather beats one a block for a small tower), each decoder layer, and the
-    rest: embedding, last norm and head, which the first and the last operation need. A policy on the
-    meta device gets memory for its own part only, to be filled by `checkpoint.load_weights`.
+    Units: the vision tower (one gather, as it is small), each decoder layer, and the rest: embedding, last
+    norm and head, which the first and the last operation need. A policy on the meta device gets memory for
+    its own part only, to be filled by `checkpoint.load_weights`.
     """
     policy.compute_device = device
     if not dist.is_initialized():
         return policy.to(device)
-    half = torch.bfloat16 if is_half(device, precision) else None
+    half = torch.bfloat16 if precision == "bf16" or (precision, device.type) == ("auto", "cuda") else None
     if half:
         policy.compute_dtype = half
         for parameter in policy.parameters():
@@ -240,13 +219,13 @@ def shard(
     register_fsdp_forward_method(policy, "prefill")
     if any(p.is_meta for p in policy.parameters()):
         policy.to_empty(device="cpu" if offload else device)
-        policy.model.tie_weights()  # to_empty makes two tensors of one
         fill_buffers(policy, device)
     return policy
 
 
 def fill_buffers(policy: Policy, device: torch.device) -> None:
-    """Rotary frequencies, which are in no checkpoint."""
+    """Rotary frequencies, which are in no checkpoint; and a head that is tied, of which there are two now."""
+    policy.model.tie_weights()
     for module in policy.modules():
         if module._non_persistent_buffers_set:
             module.to_empty(device=device)
@@ -262,10 +241,10 @@ def optimizer(policy: Policy, lr: float, weight_decay: float) -> torch.optim.Ada
 
 def mesh_over(device_type: str, over: str):
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if over == "node" and world() > local_ranks:
-        shape, names = (world() // local_ranks, local_ranks), ("copies", "shards")
-        return dist.init_device_mesh(device_type, shape, mesh_dim_names=names)
-    return dist.init_device_mesh(device_type, (world(),), mesh_dim_names=("shards",))
+    if over == "world" or world() <= local_ranks:
+        return dist.init_device_mesh(device_type, (world(),), mesh_dim_names=("shards",))
+    shape = world() // local_ranks, local_ranks
+    return dist.init_device_mesh(device_type, shape, mesh_dim_names=("copies", "shards"))
 
 
 def shard_place(tensor: torch.Tensor) -> tuple[int, int]:
@@ -286,8 +265,7 @@ def rows_of(parameter: torch.Tensor) -> tuple[int, int]:
 
 def shard_place_of(policy: Policy) -> tuple[int, int, int]:
     """(part, parts, which copy of it) of this rank's share of a policy."""
-    parameter = next(policy.parameters())
-    index, count = shard_place(parameter)
+    index, count = shard_place(next(policy.parameters()))
     return index, count, rank() // count
 
 
@@ -320,9 +298,8 @@ def slices(policy: Policy, parts: int) -> Slices | None:
             f"--tensor {parts}: {heads} heads on {kv_heads} of keys and values, and {columns} MLP columns, "
             "cannot be cut into so many equal slices; give another number"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape, names = (world() // parts, parts), ("groups", "slices")
-    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)["slices"]
+    device, shape = "cuda" if torch.cuda.is_available() else "cpu", (world() // parts, parts)
+    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=("groups", "slices"))["slices"]
     return Slices(mesh.get_group(), mesh.get_local_rank(), parts)
 
 
@@ -339,11 +316,9 @@ def cut(name: str, weight: torch.Tensor, policy: Policy) -> torch.Tensor:
     """
     part, parts = policy.slices.part, policy.slices.parts
     kv_heads = policy.text_model.config.num_key_value_heads
-    projection, _, kind = name.rpartition(".")
-    projection = projection.rpartition(".")[-1]
+    *_, projection, kind = name.split(".")
     if kind == "gate_up_proj":  # of a mixture's experts, [E, 2 I, D]
-        halves = [half.chunk(parts, 1)[part] for half in weight.chunk(2, 1)]
-        return torch.cat(halves, 1)
+        return torch.cat([half.chunk(parts, 1)[part] for half in weight.chunk(2, 1)], 1)
     if kind == "down_proj":  # [E, D, I]
         return weight.chunk(parts, 2)[part]
     if projection in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") and kind != "lora_A":
@@ -358,7 +333,7 @@ def cut(name: str, weight: torch.Tensor, policy: Policy) -> torch.Tensor:
 
 
 def hold(layer: nn.Module, mine: dict[str, torch.Tensor], slices: Slices) -> list:
-    """Let a decoder layer compute with its slices and sum over the ranks. Returns how to undo it."""
+    """Let a decoder layer compute with its slices and sum over the ranks. Returns what undoes it."""
     undo = []
 
     def over_ranks(module, inputs, output):
@@ -371,12 +346,11 @@ def hold(layer: nn.Module, mine: dict[str, torch.Tensor], slices: Slices) -> lis
 
     for name, tensor in mine.items():
         module, _, kind = name.rpartition(".")
-        weight = nn.Parameter(tensor, requires_grad=False)
-        put(layer.get_submodule(module)._parameters, kind, weight)
-    attention, config = layer.self_attn, layer.self_attn.config
+        put(layer.get_submodule(module)._parameters, kind, nn.Parameter(tensor, requires_grad=False))
+    config = layer.self_attn.config
     groups = config.num_attention_heads // max(config.num_key_value_heads, slices.parts)
-    put(vars(attention), "num_key_value_groups", groups)
-    for module in (attention.o_proj, layer.mlp):
+    put(vars(layer.self_attn), "num_key_value_groups", groups)
+    for module in (layer.self_attn.o_proj, layer.mlp):
         undo.append(module.register_forward_hook(over_ranks).remove)
     return undo
 
@@ -395,7 +369,6 @@ def finish_slices(policy: Policy) -> Policy:
     """Make a policy whose parameters are all kept so ready to sample with."""
     for layer in policy.text_model.layers:
         hold(layer, {}, policy.slices)
-    policy.model.tie_weights()
     fill_buffers(policy, policy.device)
     policy.sampling = True
     return policy
@@ -408,10 +381,7 @@ def in_slices(policy: Policy):
     try:
         for layer in policy.text_model.layers:
             layer.unshard()
-            mine = {
-                name: cut(name, parameter.detach(), policy).clone()
-                for name, parameter in layer.named_parameters()
-            }
+            mine = {n: cut(n, p.detach(), policy).clone() for n, p in layer.named_parameters()}
             layer.reshard()
             undo += hold(layer, mine, policy.slices)
         yield

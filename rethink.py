@@ -12,10 +12,10 @@ The EOS of y1 is removed. Trigger tokens are *forced*: context for y2, never in 
 loss (the policy did not choose them), always in the second one (there it learns to choose them).
 
 What we do differently from the released code: the trigger is drawn without looking at the label
-(`oracle` has the code's rule, which knows whether y1 was right); a kept response is weighed against
-the group's mean *before* replacement (replacing first lifts the mean, and so pushes down siblings
-that only had no second chance); a second look must answer: its reward is that of the box in y2, and without
-one it is never kept; every attempt is counted by what became of it.
+(`oracle` has the code's rule, which knows whether y1 was right); a kept response is compared with the
+group's mean *before* replacement (replacing first raises the mean and so pushes down siblings that had
+no second chance); a second look must answer: its reward is that of the box in y2, and without one it is
+never kept; every attempt is counted by its outcome.
 
 Next: data.py, what a question is; then train.py, where all parts meet.
 """
@@ -31,7 +31,6 @@ TRIGGERS = {
     "self_correction": "\n\nWait, there might be a mistake",
     "self_verification": "\n\nWait, let's double check",
 }
-
 
 # Of a second look: y1's answer, then y2's. "No answer": y2 has no box of its own.
 OUTCOMES = ("wrong_right", "right_right", "right_wrong", "wrong_wrong", "no_answer")
@@ -59,16 +58,15 @@ class Continuation:
     limit: int | None = None  # of the whole response's length
 
 
-def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, key: tuple):
+def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, keys: list[str]):
     """What `rollout.generate` asks when a response ends: shall it look again, and how?
 
     is_right  sample -> bool, asked only where the trigger depends on it
-    key       seeds the draws, together with the question's id and g: one response's luck depends on
-              nothing that happens to another
+    keys      per prompt, what its draws depend on, as `rollout.generate` takes them
     """
 
     def extend(n: int, g: int, sample) -> Continuation | None:
-        rng = random.Random(f"rethink {key} {sample.prompt.question.id} {g}")
+        rng = random.Random(f"rethink {keys[n]} {g}")
         chosen, cut_back = rng.random() < settings.fraction, rng.random() < settings.cutback
         kind = rng.choice(list(TRIGGERS))
         if not chosen or sample.finish != "stop":
@@ -81,7 +79,7 @@ def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, key
         forced = tokenizer(TRIGGERS[kind], add_special_tokens=False).input_ids
         if keep < 1 or keep + len(forced) + settings.min_tokens > max_new_tokens:
             return None
-        # What is longer is never kept: it need not be said.
+        # What is longer is never kept, so it need not be sampled.
         return Continuation(keep, forced, kind, keep + len(forced) + settings.max_tokens)
 
     return extend if settings.fraction > 0 else None
@@ -126,14 +124,8 @@ def outcome(first_right: bool, answered: bool, second_right: bool) -> str:
 
 
 def merge_rethought(settings: Rethinking, groups: list[list]) -> tuple[list[list], Counter]:
-    """Replace y1 by its second look where that is kept. All have been graded and compared.
-
-    groups  lists of samples; those that were continued have `.second_look`, itself a sample, whose
-            advantage is against the group as it was sampled: siblings are neither lifted nor pushed down
-
-    Where more are right than the quota allows, those of the lowest members are kept.
-
-    Returns the groups and the counts: attempted, kept, tokens, and each of OUTCOMES.
+    """Replace y1 by its second look where that is kept, the first `quota` of a group; and the counts:
+    attempted, kept, tokens, and each of OUTCOMES. All samples have been graded and compared.
 
     A group of two wrong answers, the second right after a second look:
 
@@ -145,21 +137,16 @@ def merge_rethought(settings: Rethinking, groups: list[list]) -> tuple[list[list
     >>> merged[0][1] is again, counts["wrong_right"], counts["kept"]
     (True, 1, 1)
     """
-    counts: Counter = Counter()
-    merged = []
-    for group in groups:
-        room, result = settings.quota, []
-        for sample in group:
-            again = sample.second_look
-            if again is not None:
-                counts[outcome(sample.right, again.answered, again.right)] += 1
+    counts, merged = Counter(), [list(group) for group in groups]
+    for group in merged:
+        room = settings.quota
+        for g, first in enumerate(group):
+            if again := first.second_look:
+                counts[outcome(first.right, again.answered, again.right)] += 1
                 counts.update(attempted=1, tokens=second_length(again))
                 if room and is_kept(settings, again):
-                    room -= 1
+                    group[g], room = again, room - 1
                     counts["kept"] += 1
-                    sample = again
-            result.append(sample)
-        merged.append(result)
     return merged, counts
 
 
@@ -171,7 +158,7 @@ def imitated(sample, part: str):
 
 
 def rethinks(text: str) -> bool:
-    """Does a response contain a trigger phrase? Asked of responses in which none was forced."""
+    """Does a response in which none was forced contain a trigger phrase?"""
     return any(trigger.strip() in text for trigger in TRIGGERS.values())
 
 

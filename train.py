@@ -32,7 +32,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import torch
 from safetensors import SafetensorError
@@ -56,7 +56,7 @@ from ssr import is_effective, replay_batch
 from tree import Trees, build_trees, pad_rows, plan_micro_batches
 
 STOP_AFTER = 5  # non-finite steps in a row
-MISMATCH_LIMIT = 0.02  # nats per token between sampling and training; beyond, a run is warned
+MISMATCH_LIMIT = 0.02  # nats per token between sampling and training; above it, the user is warned
 
 
 # ---------------------------------------------------------------------------- sample
@@ -64,13 +64,12 @@ MISMATCH_LIMIT = 0.02  # nats per token between sampling and training; beyond, a
 
 def episode_questions(run: Run) -> list[Question]:
     """The questions of the next episode, the same on every rank: a slice of one shuffle per pass."""
-    c = run.config
+    c, Q = run.config, run.config.episode_queries
     if run.questions is None:
-        level = toy.LEVELS[c.toy_level]
-        return toy.toy_questions(level, c.episode_queries, f"{c.seed}-{run.episode}")
+        return toy.toy_questions(toy.LEVELS[c.toy_level], Q, f"{c.seed}-{run.episode}")
     n, chosen, orders = len(run.questions), [], {}
-    for place in range(run.episode * c.episode_queries, (run.episode + 1) * c.episode_queries):
-        number = place // n
+    for place in range(run.episode * Q, (run.episode + 1) * Q):
+        number = place // n  # of the pass
         if number not in orders:
             orders[number] = random.Random(f"order {c.seed} {number}").sample(range(n), n)
         chosen.append(run.questions[orders[number][place % n]])
@@ -79,16 +78,14 @@ def episode_questions(run: Run) -> list[Question]:
 
 def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     """All groups of the next episode, in the order of its questions, on every rank; and its counts."""
-    c = run.config
-    everything = episode_questions(run)
-    first, step = parallel.sampling_place(run.policy)
-    numbers = range(first, len(everything), step)
-    mine = [everything[i] for i in numbers]
-    keys = question_keys(everything, c.seed, run.step)[first::step]
-    prompts = parallel.agree(lambda: [encode(run.policy, q, c.template) for q in mine])
+    c, questions = run.config, episode_questions(run)
+    first, stride = parallel.sampling_place(run.policy)
+    keys = question_keys(questions, c.seed, run.step)[first::stride]
+    numbers = range(first, len(questions), stride)
+    prompts = parallel.agree(lambda: [encode(run.policy, questions[i], c.template) for i in numbers])
     bar = tqdm(
-        total=len(mine) * c.group_size,
         desc=f"sampling episode {run.episode + 1}",
+        total=len(prompts) * c.group_size,
         unit="response",
         leave=False,
         disable=parallel.rank() > 0,
@@ -98,43 +95,31 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
         counts = count_responses(groups)
         groups, outcomes = keep_second_looks(c, groups)
         if c.recompute_logprobs:
-            differences = check_logprobs(run, groups)
-    if not c.recompute_logprobs:  # one group on each rank, by weights as they are when training
-        differences = check_logprobs(run, groups[:1])
+            differences = compare_logprobs(run, groups)
+    if not c.recompute_logprobs:  # with the weights sharded, as in training
+        differences = compare_logprobs(run, groups)
     counts.update(outcomes)
     counts.update(mismatch_tokens=len(differences), mismatch=float(differences.abs().sum()))
     counts.update(mismatch_kl=float((differences.expm1() - differences).sum()))
     if parallel.world() > 1:  # pictures do not travel; `with_pixels` reads them again
-        for sample in (s for group in groups for s in group):
+        for sample in chain(*groups):
             sample.prompt = replace(sample.prompt, pixel_values=None)
             if sample.second_look:
                 sample.second_look.prompt = sample.prompt
     numbered = parallel.gather(list(zip(numbers, groups)), run.policy)
-    ordered = sorted(numbered, key=lambda pair: pair[0])
     counts = parallel.total(counts, run.policy)
     counts["mismatch_max"] = max(parallel.gather([float(differences.abs().max())]))
     check_mismatch(run, counts["mismatch"] / counts["mismatch_tokens"])
-    return [group for _, group in ordered], counts
+    return [group for _, group in sorted(numbered, key=lambda pair: pair[0])], counts
 
 
 def sample_groups(run: Run, prompts: list[Prompt], keys: list[str], finished=lambda n, g, sample: None):
     """G responses to each prompt, graded and compared. Some carry a second look, graded as well."""
     c = run.config
-    extend = extender(
-        rethink_settings(c), run.policy.tokenizer, is_right, c.max_new_tokens, (c.seed, run.step)
-    )
-    groups = generate(
-        run.policy,
-        prompts,
-        c.group_size,
-        c.max_new_tokens,
-        c.temperature,
-        keys,
-        extend,
-        c.rollout_rows,
-        finished,
-    )
-    looks = [look for group in groups for s in group for look in (s, s.second_look) if look]
+    extend = extender(rethink_settings(c), run.policy.tokenizer, is_right, c.max_new_tokens, keys)
+    sizes = (c.group_size, c.max_new_tokens, c.temperature)
+    groups = generate(run.policy, prompts, *sizes, keys, extend, c.rollout_rows, finished)
+    looks = [look for sample in chain(*groups) for look in (sample, sample.second_look) if look]
     parallel.agree(lambda: [grade(run, look) for look in looks])
     compare(groups, c.advantage)
     return groups
@@ -154,9 +139,7 @@ def grade(run: Run, sample: Sample) -> None:
     said = answering_text(run.policy, sample)
     sample.step = run.step
     sample.answered, sample.right = extract_answer(said) is not None, is_right(sample, said)
-    sample.reward = float(sample.right)
-    if run.grade:
-        sample.reward = run.grade(said, sample.prompt.question)
+    sample.reward = run.grade(said, sample.prompt.question) if run.grade else float(sample.right)
 
 
 def compare(groups: list[list[Sample]], scale: str) -> None:
@@ -180,32 +163,33 @@ def keep_second_looks(c: Config, groups: list[list[Sample]]) -> tuple[list[list[
 def count_responses(groups: list[list[Sample]]) -> Counter:
     """Counts over an episode's first looks, as they were sampled."""
     counts = Counter(effective=sum(any(map(is_effective, group)) for group in groups))
-    for sample in (s for group in groups for s in group):
-        counts.update(
-            rewards=sample.reward, truncated=sample.finish == "length", response_tokens=len(sample.tokens)
-        )
-        counts.update(unforced_look(sample, sample.right))
+    for sample in chain(*groups):
+        counts.update(rewards=sample.reward, truncated=sample.finish == "length")
+        counts.update(response_tokens=len(sample.tokens), **unforced_look(sample, sample.right))
     return counts
 
 
 def unforced_look(sample: Sample, right: bool) -> dict:
-    """Counts of a response that looks again of itself: that it does, and what its answer gained by it."""
+    """Counts of a response that looks again on its own: that it does, and what its answer gained by it."""
     if not rethinks(sample.text):
         return {}
     return {"rethinks": 1, "rethinks_helped": right - is_right(sample, before_rethinking(sample.text))}
 
 
 @torch.no_grad()
-def check_logprobs(run: Run, groups: list[list[Sample]]) -> torch.Tensor:
+def compare_logprobs(run: Run, groups: list[list[Sample]]) -> torch.Tensor:
     """By how much the training forward pass differs from sampling: log-probabilities of sampled tokens.
 
-    With --recompute_logprobs the samples keep what the training forward pass says.
+    One micro-batch tells; every rank runs one. With --recompute_logprobs all are run, and the samples
+    keep what the training forward pass says.
     """
-    c, differences = run.config, []
-    for group in groups:
-        branches = [(group[0].prompt, [sample.tokens for sample in group])]
+    c, samples, differences = run.config, list(chain(*groups)), []
+    [plan] = plan_micro_batches(lengths_of(samples), 1, c.micro_batch_tokens)
+    for micro in plan if c.recompute_logprobs else plan[:1]:
+        trees = [[samples[i] for i in tree] for tree in micro]
+        branches = [(tree[0].prompt, [sample.tokens for sample in tree]) for tree in trees]
         logprobs, _ = response_logprobs(run.policy, branches, c.temperature)
-        for sample, row in zip(group, logprobs.cpu()):
+        for sample, row in zip(chain(*trees), logprobs.cpu()):
             row = row[: len(sample.tokens)]
             differences.append((row - sample.logprobs)[sample.mask])
             if c.recompute_logprobs:
@@ -214,7 +198,7 @@ def check_logprobs(run: Run, groups: list[list[Sample]]) -> torch.Tensor:
 
 
 def check_mismatch(run: Run, mismatch: float) -> None:
-    """Warn where the policy that samples is not the one that learns; stop where neither says anything."""
+    """Warn where the policy that samples is not the one that learns; stop where it is ruined."""
     episode = f"episode {run.episode + 1}"
     if not math.isfinite(mismatch):
         raise UserError(
@@ -257,8 +241,11 @@ class Terms:
     losses: torch.Tensor  # the clipped surrogate
     clipped: torch.Tensor  # True where the clip stopped the gradient
     weights: torch.Tensor  # of a token in the mean over the optimiser batch, times its draws
-    policy_loss: torch.Tensor  # a number: their weighted sum
     sft_loss: torch.Tensor  # a number: the share of the mean NLL of the kept second looks
+
+    @property
+    def policy_loss(self) -> torch.Tensor:
+        return (self.losses * self.weights).sum()
 
     @property
     def ratio(self) -> torch.Tensor:
@@ -286,12 +273,16 @@ def choose_batch(run: Run) -> list[Branch]:
 
 def batch_totals(c: Config, branches: list[Branch]) -> Counter:
     """What the losses of an optimiser batch are divided by."""
-    imitate = [imitated(b.sample, c.rethink_sft_on) for b in branches if b.imitate]
     return Counter(
         tokens=sum(int(b.sample.mask.sum()) * b.draws for b in branches),
         responses=sum(b.draws for b in branches),
-        sft_tokens=sum(int(mask.sum()) for mask in imitate),
+        sft_tokens=sum(int(imitated(b.sample, c.rethink_sft_on).sum()) for b in branches if b.imitate),
     )
+
+
+def lengths_of(samples: list[Sample]) -> list[tuple[str, int, int]]:
+    """(question id, prompt tokens, response tokens) of each, by which micro-batches are planned."""
+    return [(s.prompt.question.id, len(s.prompt.input_ids), len(s.tokens)) for s in samples]
 
 
 def micro_batches(run: Run, branches: list[Branch]):
@@ -300,21 +291,15 @@ def micro_batches(run: Run, branches: list[Branch]):
     A rank that runs out repeats a branch that counts for nothing: its gradients are 0, but all ranks
     must gather and reduce equally often.
     """
-    lengths = [
-        (b.sample.prompt.question.id, len(b.sample.prompt.input_ids), len(b.sample.tokens)) for b in branches
-    ]
+    lengths = lengths_of([b.sample for b in branches])
     plan = plan_micro_batches(lengths, parallel.world(), run.config.micro_batch_tokens)
     mine = [[[branches[i] for i in tree] for tree in micro] for micro in plan[parallel.rank()]]
     spare = [[Branch(branches[0].sample)]]
     mine += [spare] * (max(map(len, plan)) - len(mine))
 
     def lay_out(micro: list[list[Branch]]) -> Trees:
-        return build_trees(
-            [
-                (with_pixels(run.policy, tree[0].sample.prompt), [b.sample.tokens for b in tree])
-                for tree in micro
-            ]
-        )
+        prompts = [with_pixels(run.policy, tree[0].sample.prompt) for tree in micro]
+        return build_trees([(p, [b.sample.tokens for b in tree]) for p, tree in zip(prompts, micro)])
 
     with ThreadPoolExecutor(1) as background:
         # The next one's pictures are read and patched while this one is trained on.
@@ -322,7 +307,7 @@ def micro_batches(run: Run, branches: list[Branch]):
         for micro, following in zip_longest(mine, mine[1:]):
             now = parallel.agree(trees.result)
             trees = following and background.submit(lay_out, following)
-            yield [b for tree in micro for b in tree], now.to(run.policy.device)
+            yield list(chain(*micro)), now.to(run.policy.device)
 
 
 def token_terms(run: Run, branches: list[Branch], trees: Trees, totals: Counter) -> Terms:
@@ -336,42 +321,34 @@ def token_terms(run: Run, branches: list[Branch], trees: Trees, totals: Counter)
     def stack(rows: list[torch.Tensor]) -> torch.Tensor:
         return pad_sequence(rows, batch_first=True).to(device)  # [B, R]
 
-    flat = run.policy(trees, c.temperature)
-    logprobs, entropy = (pad_rows(x, trees.lengths) for x in flat)
+    logprobs, entropy = (pad_rows(x, trees.lengths) for x in run.policy(trees, c.temperature))
     mask = stack([b.sample.mask for b in branches])
     old = stack([b.sample.logprobs for b in branches])
     advantages = torch.tensor([b.sample.advantage for b in branches], device=device)  # [B]
-    draws = torch.tensor([float(b.draws) for b in branches], device=device)[:, None]  # [B, 1]
-    sft_mask = stack([imitated(b.sample, c.rethink_sft_on) & b.imitate for b in branches])
     surrogate = (logprobs, old, advantages, mask, c.clip_low, c.clip_high)
-    losses = policy_loss(*surrogate)
     weights = token_weights(mask, c.average, max(1, totals["tokens"]), max(1, totals["responses"]))
-    weights = weights * draws
+    weights = weights * column([b.draws for b in branches], device)
+    sft_mask = stack([imitated(b.sample, c.rethink_sft_on) & b.imitate for b in branches])
     sft_loss = -(logprobs * sft_mask).sum() / max(1, totals["sft_tokens"])
-    return Terms(
-        mask,
-        logprobs,
-        old,
-        entropy,
-        losses,
-        is_clipped(*surrogate),
-        weights,
-        (losses * weights).sum(),
-        sft_loss,
-    )
+    clipped = is_clipped(*surrogate)
+    return Terms(mask, logprobs, old, entropy, policy_loss(*surrogate), clipped, weights, sft_loss)
+
+
+def column(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """[B, 1]: a number per response, to multiply its tokens by."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)[:, None]
 
 
 @torch.no_grad()
 def token_sums(branches: list[Branch], trees: Trees, t: Terms) -> dict[str, float]:
     """A micro-batch's sums for the metrics."""
-    device = t.mask.device
-    draws = torch.tensor([float(b.draws) for b in branches], device=device)[:, None]  # [B, 1]
-    replays = torch.tensor([float(b.replays) for b in branches], device=device)[:, None]
+    draws = t.mask * column([b.draws for b in branches], t.mask.device)  # [B, R]
+    replays = t.mask * column([b.replays for b in branches], t.mask.device)
     sums = {
         "loss": t.policy_loss, "sft_loss": t.sft_loss,
-        "entropy": (t.entropy * t.mask * draws).sum(), "trained_tokens": (t.mask * draws).sum(),
+        "entropy": (t.entropy * draws).sum(), "trained_tokens": draws.sum(),
         "clipped": (t.clipped * draws).sum(), "clipped_replayed": (t.clipped * replays).sum(),
-        "replayed_tokens": (t.mask * replays).sum(),
+        "replayed_tokens": replays.sum(),
         "prompt_tokens": (trees.branch == 0).sum(), "row_tokens": (trees.branch >= 0).sum(),
     }  # fmt: skip
     return {name: float(value) for name, value in sums.items()}
@@ -397,15 +374,14 @@ def update(run: Run, branches: list[Branch]) -> Counter:
         sums.update(token_sums(rows, trees, terms))
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.max_grad_norm or math.inf)
     norm = float(parallel.whole(norm))
-    learning_rate = c.lr * lr_factor(run.step, run.total_steps, c)
+    lr = c.lr * lr_factor(run.step, run.total_steps, c)
     if math.isfinite(norm):
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = lr
         run.optimizer.step()
     run.optimizer.zero_grad()
     sums = parallel.total(sums)
-    sums.update(totals)
-    sums.update(grad_norm=norm, lr=learning_rate)
+    sums.update(totals, grad_norm=norm, lr=lr)
     return sums
 
 
@@ -426,31 +402,31 @@ def lr_factor(step: int, total: int, c: Config) -> float:
 
 
 def measure(run: Run) -> tuple[dict, list[dict]]:
-    """Held-out questions: a row of metrics, and what was answered greedily to each of them."""
+    """Held-out questions: a row of metrics, and the greedy answer to each of them."""
     c = run.config
-    first, step = parallel.sampling_place(run.policy)
-    mine = run.heldout[first::step]
-    prompts = parallel.agree(lambda: [encode(run.policy, q, c.template) for q in mine])
-    counts, answers = Counter(), []
+    first, stride = parallel.sampling_place(run.policy)
+    questions = run.heldout[first::stride]
+    keys = question_keys(questions, c.seed, run.step, "held out")
+    prompts = parallel.agree(lambda: [encode(run.policy, q, c.template) for q in questions])
+    counts, answers, rows = Counter(), [], c.rollout_rows
     with parallel.weights_to_sample(run.policy):
-        for kind, temperature in (("greedy", 0.0), ("sampled", c.temperature)):
-            keys = question_keys([p.question for p in prompts], c.seed, run.step, "held out")
-            groups = generate(
-                run.policy, prompts, 1, c.max_new_tokens, temperature, keys, max_rows=c.rollout_rows
-            )
-            for sample in (group[0] for group in groups):
-                right, question = is_right(sample), sample.prompt.question
-                counts[f"{kind}_right"] += right
-                if kind == "greedy":
-                    counts.update({("n", question.category): 1, ("right", question.category): right})
-                    found = extract_answer(sample.text)
-                    answer = {"step": run.step, "id": question.id, "text": sample.text, "found": found}
-                    answers.append(answer | {"right": right, "tokens": len(sample.tokens)})
-                    continue
-                counts["tokens"] += len(sample.tokens)
-                counts.update(unforced_look(sample, right))
-                if c.data == "toy":
-                    counts[toy.way(sample.text)] += 1
+        greedy, sampled = (
+            chain(*generate(run.policy, prompts, 1, c.max_new_tokens, temperature, keys, max_rows=rows))
+            for temperature in (0.0, c.temperature)
+        )
+    for sample in greedy:
+        question, right = sample.prompt.question, is_right(sample)
+        counts.update(
+            {"greedy_right": right, ("n", question.category): 1, ("right", question.category): right}
+        )
+        found = extract_answer(sample.text)
+        answer = {"step": run.step, "id": question.id, "text": sample.text, "found": found}
+        answers.append(answer | {"right": right, "tokens": len(sample.tokens)})
+    for sample in sampled:
+        right = is_right(sample)
+        counts.update(sampled_right=right, tokens=len(sample.tokens), **unforced_look(sample, right))
+        if c.data == "toy":
+            counts[toy.way(sample.text)] += 1
     run.measured = run.step
     row = heldout_metrics(run, parallel.total(counts, run.policy))
     return row, parallel.gather(answers, run.policy)
@@ -479,52 +455,51 @@ def train_step(run: Run, sampling_seconds: float) -> dict:
     return row | {"rollout_seconds": sampling_seconds, "step_seconds": step_seconds}
 
 
+def begin_episode(run: Run, record: Recorder) -> None:
+    """Sample the responses that the next steps train on."""
+    groups, run.counts = sample_episode(run)
+    run.fresh = list(chain(*groups))
+    run.buffer.clear()
+    run.episode += 1
+    # Under the first step that trains on them: a run resumed before it writes them again.
+    record.samples(run.step + 1, groups[:2], run.policy.tokenizer)
+    for sample in run.fresh:
+        sample.second_look = None  # a second look that was not kept has been shown
+
+
 def train(run: Run, record: Recorder) -> None:
     """Episodes until the last step, measuring and saving on the way."""
-    c = run.config
-    steps_per_episode = c.episode_queries * c.group_size // c.batch_size
-    sampling_seconds = 0.0
-    first = parallel.rank() == 0
-    bar = tqdm(total=run.total_steps, initial=run.step, desc="training", unit="step", disable=not first)
+    c, sampling_seconds = run.config, 0.0
+    bar = tqdm(
+        desc="training", unit="step", total=run.total_steps, initial=run.step, disable=parallel.rank() > 0
+    )
     with bar:
         if measurement_due(run):  # before the first step; or where an interruption came between
             record.heldout(run.heldout, *measure(run))
         while run.step < run.total_steps:
             if not run.fresh:
                 start = time.perf_counter()
-                groups, run.counts = sample_episode(run)
-                sampling_seconds = (time.perf_counter() - start) / steps_per_episode
-                run.fresh = [sample for group in groups for sample in group]
-                run.buffer.clear()
-                run.episode += 1
-                # Under the first step that trains on them: a run resumed before it writes them again.
-                record.samples(run.step + 1, groups[:2], run.policy.tokenizer)
-                for sample in run.fresh:
-                    sample.second_look = None  # a second look that was not kept has been shown
+                begin_episode(run, record)
+                steps = len(run.fresh) // c.batch_size
+                sampling_seconds = (time.perf_counter() - start) / steps
             row = train_step(run, sampling_seconds)
             record.metrics(row)
-            bar.set_postfix(
-                refresh=False,
-                reward=f"{row['reward']:.2f}",
-                effective=f"{row['effective_queries']:.0%}",
-                replayed=f"{row['replayed']:.0%}",
-                length=f"{row['response_length']:.0f}",
-            )
+            names = ("reward", "effective_queries", "replayed", "response_length")
+            bar.set_postfix({name.partition("_")[0]: f"{row[name]:.3g}" for name in names}, refresh=False)
             bar.update()
             stop = any(parallel.gather([run.interrupted])) or run.not_finite >= STOP_AFTER
-            last = run.step == run.total_steps or stop
             # Before measuring: should that fail, nothing computed is lost.
-            if last or (run.not_finite == 0 and run.step % c.save_every == 0):
+            if stop or run.step == run.total_steps or (run.not_finite == 0 and run.step % c.save_every == 0):
                 checkpoint.save_run(run)
-            if measurement_due(run) and not stop:
-                record.heldout(run.heldout, *measure(run))
             if run.not_finite >= STOP_AFTER:
                 raise UserError(
                     f"step {run.step}: {STOP_AFTER} gradients in a row were not finite; lower --lr, and "
                     f"go on from an earlier checkpoint in {run.out}"
                 )
             if stop:
-                break
+                return
+            if measurement_due(run):
+                record.heldout(run.heldout, *measure(run))
 
 
 def main(argv: list[str], grade: Grade | None = None) -> int:
@@ -533,52 +508,43 @@ def main(argv: list[str], grade: Grade | None = None) -> int:
     grade  your own reward, in place of --reward: (text of the response, Question) -> a number
     """
     run = None
-
-    def advice() -> str:
-        if run is None:
-            return "nothing to resume: start it again"
-        return f"go on with --resume --out {run.out} and the same flags as before"
-
     try:
         config = parse(argv)
         if config.explain:
             explain(config, sys.modules[__name__])
             return 0
         run = prepare(config, grade)
-        with parallel.watch(advice):
-            resumed = run.config.resume and checkpoint.resume_run(run)
-            step = run.step if resumed else None
-            record = parallel.agree(lambda: Recorder(run.out, parallel.rank() == 0, step))
-            record.start(run.step, argv, parallel.world())
-            run.measured = parallel.from_first(record.measured)
-            with gentle_stop(run):
-                train(run, record)
-            parallel.barrier()
+        step = run.step if config.resume and checkpoint.resume_run(run) else None
+        record = parallel.agree(lambda: Recorder(run.out, parallel.rank() == 0, step))
+        record.start(run.step, argv, parallel.world())
+        run.measured = parallel.from_first(record.measured)
+        with gentle_stop(run):
+            train(run, record)
+        parallel.barrier()
         if parallel.rank() == 0:
             saved = checkpoint.list_checkpoints(run.out)
             print(printable(record.summary(run.step, run.total_steps, saved)))
+        return 0
     except UserError as error:  # all ranks have met it: see `parallel.agree`
         if parallel.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:
-        out = run.out if run else config.out
-        print(f"error: {checkpoint.explain_os_error(error, out)}", file=sys.stderr)
+        print(f"error: {checkpoint.explain_os_error(error, run.out if run else config.out)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not parallel.is_broken(error):
             raise
-        print(f"error: rank {parallel.rank()} lost another rank; {advice()}", file=sys.stderr)
+        print(f"error: rank {parallel.rank()} lost another rank; {parallel.GO_ON}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # the second one, or one before training
         if parallel.rank() == 0:
-            print(f"stopped at once; {advice()}", file=sys.stderr)
+            print(f"stopped at once; {parallel.GO_ON}", file=sys.stderr)
         return 130
     finally:
         parallel.stop()
         if run and run.lock:
             run.lock.close()
-    return 0
 
 
 if __name__ == "__main__":

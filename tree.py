@@ -10,14 +10,13 @@ the first token of every response being predicted by the last token of the promp
 
 A sample that replay has drawn k times is one branch whose loss counts k times: the same gradient
 for a k-th of the work. `plan_micro_batches` cuts an optimiser batch into micro-batches for all
-ranks. It is a pure function of the lengths, so every rank computes the whole plan and none has to
-ask.
+ranks: a pure function of the lengths, so every rank computes the whole plan.
 
 Pictures are packed in the same spirit: the patches of all of them on one row, on which each window or
-picture attends to itself alone (`packed_attention`), equal ones in one call.
+picture attends to itself alone (`packed_attention`), those of one size in one call.
 
-Letters: N trees, G branches, P prompt tokens, R response tokens, T tokens of a row, K response
-tokens of all rows, D features.
+Letters: N trees, B branches of all trees, G of one, P prompt tokens, R response tokens, T tokens of a row,
+K response tokens of all rows, D features.
 """
 
 from copy import copy
@@ -26,6 +25,7 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -35,7 +35,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-# Responses up to this length, in tokens, are padded to one length; above, to the double at most.
+# Responses up to this length, in tokens, are padded to one length; above, to twice their length at most.
 SHORT = 64
 
 
@@ -44,7 +44,7 @@ class Responses:
     """B responses of like length, as `tree_attention` takes them: rows of their own, padded to R."""
 
     own: torch.Tensor  # [B, R]: flat index (row * T + column) of each response's tokens, or -1
-    source: torch.Tensor  # [B * R]: the same, with some token or other at padding
+    source: torch.Tensor  # [B * R]: the same, with any token at padding
     row: torch.Tensor  # [B]: which tree each response is on
     mask: torch.Tensor  # [B, 1, R, P + R]: what a response's token sees of its prompt and of itself
 
@@ -54,7 +54,7 @@ class Responses:
         return x.unflatten(0, self.own.shape).transpose(1, 2)
 
     def take_with_prompt(self, x: torch.Tensor, P: int) -> torch.Tensor:
-        """[N, heads, T, d] -> [B, heads, P + R, d]: their prompt's before it."""
+        """[N, heads, T, d] -> [B, heads, P + R, d]: the same after what belongs to their prompts."""
         return torch.cat((x[:, :, :P].index_select(0, self.row), self.take(x)), dim=2)
 
 
@@ -70,17 +70,15 @@ class Trees:
     predictor: torch.Tensor  # [K]: flat index (row * T + column) of the token that predicts
     targets: torch.Tensor  # [K]: the response token predicted there
     lengths: list[int]  # response lengths, over trees and branches in order; they sum to K
-    longest_prompt: int  # P
     responses: list[Responses]  # all of them, the longest first
 
     def to(self, device) -> "Trees":
-        def move(x):
-            return {k: v.to(device) for k, v in vars(x).items() if isinstance(v, torch.Tensor)}
+        def move(x, **kept):
+            tensors = {k: v.to(device) for k, v in vars(x).items() if isinstance(v, torch.Tensor)}
+            return replace(x, **tensors | kept)
 
-        responses = [replace(some, **move(some)) for some in self.responses]
         # The sizes of pictures stay with the host, which lays out the vision tower's work by them.
-        moved = move(self) | {"image_grid_thw": self.image_grid_thw}
-        return replace(self, **moved, responses=responses)
+        return move(self, image_grid_thw=self.image_grid_thw, responses=[*map(move, self.responses)])
 
 
 def tree_mask(branch: torch.Tensor) -> torch.Tensor:
@@ -101,8 +99,6 @@ def tree_mask(branch: torch.Tensor) -> torch.Tensor:
 
 def build_trees(groups: list[tuple[object, list[torch.Tensor]]]) -> Trees:
     """Lay each (Prompt, [response tokens [R], ...]) on one row; pad the rows to the longest.
-
-    The first token of every response is predicted by the last token of the prompt.
 
     >>> from types import SimpleNamespace as S
     >>> ids = lambda *a: torch.tensor(a)
@@ -132,36 +128,27 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]]) -> Trees:
             branch[n, start : start + R] = g
             position_ids[:, n, start : start + R] = torch.arange(first, first + R)
             at = torch.arange(start - 1, start + R - 1)
-            at[0] = P - 1
+            at[0] = P - 1  # the first token of a response is predicted by the last of the prompt
             predictor.append(n * T + at)
             targets.append(y)
-            lengths.append(R)
             own.append(n * T + torch.arange(start, start + R))
             row.append(n)
             start += R
-    prompts = (branch == 0).sum(-1)  # [N]
-    longest_prompt = int(prompts.max())
+    prompts, lengths = (branch == 0).sum(-1), [len(y) for y in targets]  # [N], and G of each
 
     def pad(chosen: list[int]) -> Responses:
-        tokens = torch.nn.utils.rnn.pad_sequence([own[i] for i in chosen], True, -1)  # [B, R]
+        tokens = pad_sequence([own[i] for i in chosen], batch_first=True, padding_value=-1)  # [B, R]
         # Not one token for all padding: gradients are added up there, one after the other on a GPU.
         other = torch.arange(tokens.numel()).view_as(tokens) % (N * T)
         source = torch.where(tokens >= 0, tokens, other).flatten()
         rows = torch.tensor([row[i] for i in chosen])
-        mask = response_mask(prompts[rows], longest_prompt, tokens.shape[1])
+        mask = response_mask(prompts[rows], int(prompts.max()), tokens.shape[1])
         return Responses(tokens, source, rows, mask)
 
-    return Trees(
-        input_ids,
-        position_ids,
-        branch,
-        *join_pictures([prompt for prompt, _ in groups]),
-        torch.cat(predictor),
-        torch.cat(targets),
-        lengths,
-        longest_prompt,
-        [pad(chosen) for chosen in of_like_length(lengths)],
-    )
+    pictures = join_pictures([prompt for prompt, _ in groups])
+    responses = [pad(chosen) for chosen in of_like_length(lengths)]
+    predictor, targets = torch.cat(predictor), torch.cat(targets)
+    return Trees(input_ids, position_ids, branch, *pictures, predictor, targets, lengths, responses)
 
 
 def of_like_length(lengths: list[int]) -> list[list[int]]:
@@ -181,33 +168,27 @@ def of_like_length(lengths: list[int]) -> list[list[int]]:
 
 def join_pictures(prompts: list) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(pixel_values, image_grid_thw) of all the prompts' pictures in order; None where there are none."""
-    pictured = [p for p in prompts if len(p.image_grid_thw)]
-    if not pictured:
-        return None, None
-    pixels, grids = zip(*((p.pixel_values, p.image_grid_thw) for p in pictured))
-    return torch.cat(pixels), torch.cat(grids)
+    pictures = [(p.pixel_values, p.image_grid_thw) for p in prompts if len(p.image_grid_thw)]
+    return tuple(map(torch.cat, zip(*pictures))) or (None, None)
 
 
-def response_mask(prompts: torch.Tensor, longest_prompt: int, longest: int) -> torch.Tensor:
+def response_mask(prompts: torch.Tensor, P: int, R: int) -> torch.Tensor:
     """What the tokens of B responses see, [B, 1, R, P + R]: all of the prompt, then causally themselves.
 
-    >>> response_mask(torch.tensor([1]), longest_prompt=2, longest=2).int()
+    >>> response_mask(torch.tensor([1]), P=2, R=2).int()
     tensor([[[[1, 0, 1, 0],
               [1, 0, 1, 1]]]], dtype=torch.int32)
     """
-    R = longest
-    prompt = torch.arange(longest_prompt) < prompts[:, None, None]  # [B, 1, P]
-    own = torch.ones(R, R, dtype=torch.bool).tril()[None]  # [1, R, R]
-    B = len(prompts)
-    return torch.cat((prompt.expand(B, R, -1), own.expand(B, -1, -1)), dim=-1)[:, None]
+    prompt = torch.arange(P) < prompts[:, None, None, None]  # [B, 1, 1, P]
+    own = torch.ones(R, R, dtype=torch.bool).tril()
+    return torch.cat((prompt.expand(-1, -1, R, -1), own.expand(len(prompts), 1, -1, -1)), dim=-1)
 
 
 def carried_attention(module, query, key, value, attention_mask, attend=None, **options):
-    """transformers' attention interface: whoever calls the layers brings along how they attend.
+    """transformers' attention interface: whoever calls the layers passes how they attend.
 
-    query [N, h, T, d]; key, value [N, H, T, d], rotated -> [N, T, h, d]. `attend` is `tree_attention`
-    on a batch of trees, or what `Policy.prefill` or
-    `decoding.decode_step` brings; without one, attention is plain.
+    query [N, h, T, d]; key, value [N, H, T, d], rotated -> [N, T, h, d]. `attend` is `tree_attention` of a
+    batch of trees, or comes from `Policy.prefill` or `decoding.decode_step`; without one, attention is plain.
     """
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -221,15 +202,14 @@ AttentionMaskInterface.register("carried", sdpa_mask)
 def tree_attention(trees: Trees, module, query, key, value, **options) -> torch.Tensor:
     """Attention on trees without a [T, T] mask: [N, h, T, d] -> [N, T, h, d].
 
-    Two calls: the prompts among themselves, causally (no mask, so the fastest kernel serves); then every
-    response, a row of its own, over its prompt and itself (a call for each range of lengths, so that
-    one long response does not pad all others). A mask over whole rows would have each response look at
-    its siblings, to throw that away: at G = 8 it takes two to four times as long.
+    First the prompts among themselves, causally (no mask, so the fastest kernel serves); then every
+    response, as a row of its own, over its prompt and itself (one call for each range of lengths, so that
+    one long response does not pad all others). A mask over whole rows would compute what each response
+    sees of its siblings and throw it away: at G = 8 it takes two to four times as long.
     """
     N, _, T, _ = query.shape
-    P = trees.longest_prompt
-    # Where a prompt is shorter than P, responses follow it: what is computed for them here is
-    # overwritten below.
+    P = trees.responses[0].mask.shape[-1] - trees.responses[0].mask.shape[-2]
+    # Responses follow where a prompt is shorter than P: what is computed for them here is replaced below.
     causal, _ = sdpa_attention_forward(
         module, query[:, :, :P], key[:, :, :P], value[:, :, :P], None, is_causal=True, **options
     )  # [N, P, h, d]
@@ -238,63 +218,35 @@ def tree_attention(trees: Trees, module, query, key, value, **options) -> torch.
     # One more row, for index -1: choosing what is no padding would make the host wait for a GPU.
     out = F.pad(out, (0, 0, 0, 0, 0, 1))
     for some in trees.responses:
-        said, _ = sdpa_attention_forward(
-            module,
-            some.take(query),
-            some.take_with_prompt(key, P),
-            some.take_with_prompt(value, P),
-            some.mask,
-            is_causal=False,
-            **options,
-        )
+        q, k, v = some.take(query), some.take_with_prompt(key, P), some.take_with_prompt(value, P)
+        said, _ = sdpa_attention_forward(module, q, k, v, some.mask, is_causal=False, **options)
         out = out.index_put_((some.own,), said)  # [B, R, h, d]
     return out[:-1].unflatten(0, (N, T))
 
 
 @dataclass
 class Segments:
-    """Pieces of one row, each of which attends to itself alone: windows or pictures of patches.
+    """Pieces of one row of T patches, each of which attends to itself alone: windows or pictures."""
 
-    Put one after the other by their lengths they are M patches, padding included.
-    """
-
-    batches: list[tuple[int, int, torch.Tensor | None]]  # B segments of L patches; mask [B, 1, 1, L]
-    index: torch.Tensor | None  # [M]: which patch stands there; None: all in the order of the row
-    place: torch.Tensor | None  # [T]: where each patch stands
-    real: torch.Tensor | None  # [M, 1, 1]: False at padding; None: there is none
+    batches: list[tuple[int, int]]  # (B segments, of L patches each), which sum to T
+    index: torch.Tensor  # [T]: which patches these are
+    back: torch.Tensor  # [T]: where each patch stands among them
 
 
 def pack_segments(lengths: list[int], device: torch.device) -> Segments:
-    """Segments of one length are one batch, without a mask; all that are shorter than SHORT are padded
-    to one length. Built on the host, once for all layers.
+    """Those of one length are one batch, without mask or padding. Made on the host, once for all layers.
 
-    >>> segments = pack_segments([1, 2], torch.device("cpu"))
-    >>> segments.batches[0][2][:, 0, 0].int(), segments.index, segments.place
-    (tensor([[1, 0],
-            [1, 1]], dtype=torch.int32), tensor([0, 1, 1, 2]), tensor([0, 2, 3]))
+    >>> segments = pack_segments([1, 2, 1], torch.device("cpu"))
+    >>> segments.batches, segments.index, segments.back
+    ([(2, 1), (1, 2)], tensor([0, 3, 1, 2]), tensor([0, 2, 3, 1]))
     """
-
-    def move(x):
-        return x.to(device, non_blocking=True)
-
-    by_length = {}
+    starts: dict[int, list[int]] = {}
     for start, length in zip(accumulate(lengths, initial=0), lengths):
-        by_length.setdefault(max(length, SHORT - 1), []).append((start, length))
-    batches, index, real = [], [], []
-    for members in by_length.values():
-        start, length = torch.tensor(members).T[..., None]  # [B, 1] each
-        column = torch.arange(int(length.max()))
-        inside = column < length  # [B, L]
-        batches.append((*inside.shape, None if inside.all() else move(inside[:, None, None])))
-        index.append((start + column).clamp(max=sum(lengths) - 1).flatten())
-        real.append(inside.flatten())
-    index, real = torch.cat(index), torch.cat(real)
-    if real.all() and torch.equal(index, torch.arange(len(index))):
-        return Segments(batches, None, None, None)
-    place = torch.empty(sum(lengths), dtype=torch.long)
-    place[index[real]] = real.nonzero()[:, 0]
-    padded = None if real.all() else move(real[:, None, None])
-    return Segments(batches, move(index), move(place), padded)
+        starts.setdefault(length, []).append(start)
+    index = [(torch.tensor(s)[:, None] + torch.arange(L)).flatten() for L, s in starts.items()]
+    index = torch.cat(index)
+    batches = [(len(s), L) for L, s in starts.items()]
+    return Segments(batches, *(x.to(device, non_blocking=True) for x in (index, index.argsort())))
 
 
 class Rearrange(torch.autograd.Function):
@@ -320,19 +272,16 @@ def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q, *
     if isinstance(segments, torch.Tensor):
         segments = pack_segments(segments.diff().tolist(), query.device)
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, h, d]
-    if segments.index is not None:  # the gradient is 0 at padding, which nothing looks at
-        rows = [Rearrange.apply(x, segments.index, segments.place) for x in rows]
-    out, start = [], 0
-    for B, L, mask in segments.batches:
-        q, k, v = (x[start : start + B * L].unflatten(0, (B, L)).transpose(1, 2) for x in rows)
-        out.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0].flatten(0, 1))
-        start += B * L
-    out = torch.cat(out) if len(out) > 1 else out[0]
-    if segments.real is not None:
-        out = out * segments.real
-    if segments.index is not None:
-        out = Rearrange.apply(out, segments.place, segments.index)
-    return out[None], None
+    if len(segments.batches) > 1:
+        rows = [Rearrange.apply(x, segments.index, segments.back) for x in rows]
+    parts = zip(*(x.split([B * L for B, L in segments.batches]) for x in rows))
+    out = []
+    for (B, L), part in zip(segments.batches, parts):
+        q, k, v = (x.unflatten(0, (B, L)).transpose(1, 2) for x in part)
+        out.append(sdpa_attention_forward(module, q, k, v, None, **options)[0].flatten(0, 1))
+    if len(out) == 1:
+        return out[0][None], None
+    return Rearrange.apply(torch.cat(out), segments.back, segments.index)[None], None
 
 
 AttentionInterface.register("flash_packed", packed_attention)
@@ -354,33 +303,26 @@ def vision_layout(visual, grid_thw: torch.Tensor, device: torch.device) -> dict:
     grid_thw  [images, 3], on the host: the tower itself would read it from a GPU in every layer
     """
     config, merge = visual.config, visual.config.spatial_merge_size
-
-    def move(x):
-        return x.to(device, non_blocking=True)
-
     frames = (grid_thw[:, 1] * grid_thw[:, 2]).repeat_interleave(grid_thw[:, 0])
     layout = {
-        "position_ids": move(get_vision_position_ids(grid_thw, merge)),
+        "position_ids": get_vision_position_ids(grid_thw, merge),
         "cu_seqlens": pack_segments(frames.tolist(), device),
         "max_seqlen": int(frames.max()),
     }
     if hasattr(config, "window_size"):  # Qwen2.5-VL: all but a few layers look at windows
         window_index, ends = get_vision_window_index(grid_thw, merge, config.window_size, config.patch_size)
         layout |= {
-            "window_index": move(window_index),
+            "window_index": window_index,
             "cu_window_seqlens": pack_segments(ends.diff().tolist(), device),
             "max_window_seqlen": int(ends.diff().max()),
         }
     if hasattr(visual, "num_grid_per_side"):  # Qwen3-VL: learnt positions, interpolated
-        indices, weights = get_vision_interpolation_indices_and_weights(
-            grid_thw,
-            visual.num_grid_per_side,
-            visual.interpolation_mode,
-            visual.interpolation_align_corners,
-            merge,
-        )
-        layout |= {"interp_indices": move(indices), "interp_weights": move(weights)}
-    return layout
+        how = (visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners, merge)
+        indices, weights = get_vision_interpolation_indices_and_weights(grid_thw, *how)
+        layout |= {"interp_indices": indices, "interp_weights": weights}
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in layout.items()
+    }
 
 
 def pad_rows(flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -390,7 +332,7 @@ def pad_rows(flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     tensor([[1., 2.],
             [3., 0.]])
     """
-    return torch.nn.utils.rnn.pad_sequence(flat.split(lengths), batch_first=True)
+    return pad_sequence(flat.split(lengths), batch_first=True)
 
 
 def plan_micro_batches(
@@ -400,11 +342,9 @@ def plan_micro_batches(
 
     branches  (question id, prompt length, response length) of each branch
     ranks     how many share the work; each gets about the same number of tokens
-    budget    tokens of a micro-batch's rows, padding included. The branches of a question are one
-              tree wherever it allows; a longer group is cut into few trees, and one that is longer
-              with a single branch gets a micro-batch of its own.
-
-    Ranks may get different numbers of micro-batches: the caller fills up with empty ones.
+    budget    tokens of a micro-batch's rows, padding included. The branches of a question are one tree
+              where it allows; a longer group is cut into few trees, and a single branch that is longer
+              gets a micro-batch of its own.
 
     >>> branches = [("a", 10, 4), ("b", 10, 5), ("a", 10, 6), ("c", 10, 40)]
     >>> plan_micro_batches(branches, ranks=2, budget=40)
@@ -413,9 +353,9 @@ def plan_micro_batches(
     by_question: dict[str, list[int]] = {}
     for i, (question, _, _) in enumerate(branches):
         by_question.setdefault(question, []).append(i)
-    trees = []  # (tokens of the row, branch indices)
+    trees = []  # [tokens of the row, branch indices]
     for members in by_question.values():
-        rows = []  # [tokens of the row, branch indices]
+        rows = []
         # The longest first, each where it fits first: few rows.
         for i in sorted(members, key=lambda i: -branches[i][2]):
             _, prompt, response = branches[i]

@@ -228,7 +228,7 @@ def respond(policy, items: list[Item], settings: dict, rows: int, finished) -> N
     extend = None
     if settings["force_rethink"]:  # all that leave room; the trigger is drawn blindly
         rethinking = Rethinking(1.0, max_tokens=length)
-        extend = extender(rethinking, policy.tokenizer, None, length, (settings["seed"],))
+        extend = extender(rethinking, policy.tokenizer, None, length, keys)
     try:
         generate(policy, prompts, count, length, settings["temperature"], keys, extend, rows, finished)
     except torch.OutOfMemoryError:

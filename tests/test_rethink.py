@@ -26,7 +26,7 @@ from rethink import (
     tokens_before_answer,
 )
 from reward import extract_answer
-from rollout import generate
+from rollout import generate, question_keys
 
 EVERY = Rethinking(fraction=1.0)
 
@@ -68,8 +68,8 @@ def group(*rewards, second_looks=()) -> list[Sample]:
     return made
 
 
-def ask(policy, settings, samples, limit=100, grade=None, key=(0, 0)):
-    extend = extender(settings, policy.tokenizer, grade, limit, key)
+def ask(policy, settings, samples, limit=100, grade=None):
+    extend = extender(settings, policy.tokenizer, grade, limit, ["a"])
     return [extend(0, g, sample) for g, sample in enumerate(samples)]
 
 
@@ -97,7 +97,7 @@ def test_the_forced_ids_are_the_trigger_s_and_stand_in_the_place_of_eos(policy):
 
 
 def test_a_fraction_of_zero_switches_it_off(policy):
-    assert extender(Rethinking(fraction=0.0), policy.tokenizer, None, 100, (0, 0)) is None
+    assert extender(Rethinking(fraction=0.0), policy.tokenizer, None, 100, []) is None
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.65])
@@ -149,23 +149,17 @@ def test_the_oracle_verifies_what_is_right_and_corrects_what_is_wrong(policy):
     assert kinds == [right, wrong, wrong, right]
 
 
-def test_one_response_s_luck_depends_on_its_question_its_number_and_the_key_alone(policy):
+def test_one_response_s_luck_depends_on_its_question_s_key_and_its_number_alone(policy):
+    keys = question_keys([said(policy).prompt.question] * 2, 0, 1)  # one question, asked twice
     settings = Rethinking(fraction=0.5, cutback=0.5)
 
-    def luck(qid, n, g, key, text):
-        sample = said(policy, text, qid)
-        second_look = extender(settings, policy.tokenizer, None, 100, key)(n, g, sample)
-        return second_look and second_look.kind
+    def luck(n, keys, text="Looks like \\boxed{red}."):
+        extend = extender(settings, policy.tokenizer, None, 100, keys)
+        looks = [extend(n, g, said(policy, text)) for g in range(30)]
+        return [look and look.kind for look in looks]
 
-    for g in range(30):
-        alone = luck("a", 0, g, (0, 1), "Looks like \\boxed{red}.")
-        assert luck("a", 9, g, (0, 1), "red to blue. So \\boxed{blue}.") == alone
-    for other in [("b", 0, (0, 1)), ("a", 0, (0, 2)), ("a", 0, (1, 1))]:
-        qid, n, key = other
-        text = "Looks like \\boxed{red}."
-        assert [luck(qid, n, g, key, text) for g in range(30)] != [
-            luck("a", 0, g, (0, 1), text) for g in range(30)
-        ]
+    assert luck(0, keys) == luck(1, [*"z", keys[0]], "red to blue. So \\boxed{blue}.")
+    assert luck(0, keys) != luck(1, keys)
 
 
 # ---------------------------------------------------------------------------- cutting back
@@ -336,7 +330,7 @@ def test_the_second_loss_is_taken_on_trigger_tokens_always_and_on_y1_by_flag():
 
 
 def test_merged_ids_are_those_that_were_fed(policy, prompts):
-    extend = extender(EVERY, policy.tokenizer, None, 60, (0, 0))
+    extend = extender(EVERY, policy.tokenizer, None, 60, [p.question.id for p in prompts])
     groups = generate(policy, prompts, 4, 60, 1.0, extend=extend)
     for samples in groups:
         for first in samples:

@@ -235,10 +235,9 @@ def test_the_tower_calls_attention_once_for_each_size_and_never_reads_a_value(na
     pixels, grids = patches(tower).to("meta"), GRIDS.to("meta")
     with StaysOn("meta"):
         tower(pixels, grid_thw=grids, **layout)
-    # The short ones are padded to one size.
-    whole_pictures = [(2, 16 * 24), (1, 14 * 22), (2, 4 * 6)]
-    # 2 x 3 windows of 8 x 8, twice; of the odd picture 1 x 2; every cut window is padded to the longest.
-    windows = [(14, 64), (6, 48)]
+    whole_pictures = [(2, 16 * 24), (1, 14 * 22), (1, 4 * 6), (1, 2 * 4)]
+    # 2 x 3 windows of 8 x 8, twice; of the odd picture 1 x 2, and four that are cut; the smallest are whole.
+    windows = [(14, 64), (3, 48), (1, 36), (1, 24), (1, 8)]
     layers = [windows, whole_pictures, windows] if name == "qwen2_5" else [whole_pictures] * 3
     assert [(shape[0], shape[2]) for shape in calls] == [call for layer in layers for call in layer]
 
