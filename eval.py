@@ -26,8 +26,10 @@ import os
 # cores. Spinning, the default, is several times slower beside one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import itertools
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -36,7 +38,7 @@ import report
 from benchmarks import scores
 from benchmarks.asking import RANK, answers_from_model, made_with, trainer_config
 from benchmarks.readers import BENCHMARKS, Item
-from benchmarks.sources import find_data, find_files, load
+from benchmarks.sources import find_files, load
 from config import flag, read_flags
 from data import (
     TEMPLATES,
@@ -111,10 +113,10 @@ def parse(argv: list[str]) -> Config:
         raise UserError("--benchmark own: give --data FILE with your questions, and no other benchmark")
     if names(config) == ["toy"] and config.data:
         raise UserError("--benchmark toy makes its questions: leave out --data, or ask --benchmark own")
-    if config.temperature and config.temperature < 0.01:
-        raise UserError(f"--temperature {config.temperature}: must be 0, or at least 0.01")
     if config.temperature is None:
         config.temperature = 0.6 if config.samples > 1 else 0.0
+    if 0 < config.temperature < 0.01:
+        raise UserError(f"--temperature {config.temperature}: must be 0, or at least 0.01")
     if config.responses and len(names(config)) > 1:
         raise UserError("--responses holds the responses to one benchmark: give one --benchmark")
     return config
@@ -124,18 +126,10 @@ def names(config: Config) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in config.benchmark.split(",")))
 
 
-def has_several(config: Config) -> bool:
-    """Whether --data must hold a folder for each benchmark."""
-    return len(set(names(config)) - {"toy"}) > 1
-
-
-# ---------------------------------------------------------------------------- questions
-
-
 def read_items(name: str, config: Config) -> list[Item]:
     """The questions of a benchmark, of the user's own file, or of the toy world's held-out side."""
     if name in BENCHMARKS:
-        return load(name, config.data, has_several(config))
+        return load(name, config.data)
     if name == "own":
         questions = load_questions(config.data)
     else:
@@ -157,24 +151,18 @@ def read_items(name: str, config: Config) -> list[Item]:
 def items_of(name: str, config: Config) -> tuple[list[Item], list[Item], set[str]]:
     """(items to be marked, items left out by whole strata, all ids)."""
     items = read_items(name, config)
-    ids = {item.question.id for item in items}
-
-    def is_out(item):
-        return item.unsupported or (item.unaskable and not config.responses)
-
-    out = {item.stratum for item in items if is_out(item)}
-    kept = [item for item in items if item.stratum not in out]
+    unused = {x.stratum for x in items if x.unsupported or (x.unaskable and not config.responses)}
+    kept, left_out = ([x for x in items if (x.stratum in unused) == out] for out in (False, True))
     if not kept:
         raise UserError(f"{name}: none of {len(items)} questions can be marked by rules")
-    left_out = [item for item in items if item.stratum in out]
-    return kept[: config.limit or None], left_out, ids
+    return kept[: config.limit or None], left_out, {x.question.id for x in items}
 
 
-def newest_model(config: Config) -> str:
+def find_model(config: Config) -> str:
     """The directory or hub id to load: by default the newest toy checkpoint, or the toy's base."""
     if config.model not in ("", "toy"):
         return config.model
-    if any(name != "toy" for name in names(config)):
+    if names(config) != ["toy"]:
         raise UserError(
             f"--benchmark {config.benchmark}: give a --model, a directory or hub id (the toy policy knows "
             "only the toy world)"
@@ -189,42 +177,35 @@ def newest_model(config: Config) -> str:
     return str(toy.toy_policy_dir(toy.LEVELS["easy"]))
 
 
-# ---------------------------------------------------------------------------- files
-
-
 def result_folder(config: Config) -> Path:
     """--out; by default the first of runs/eval, runs/eval-2, ... that is free to use."""
 
     def is_free(out: Path) -> bool:
-        for name in names(config):
-            made = out / f"{name}.run.json"
-            if config.responses and made.exists():
-                return False
-            if made.exists() and read_json(made) != made_with(config, name):
-                return False
-        return True
+        made = {name: out / f"{name}.run.json" for name in names(config)}
+        there = {name: path for name, path in made.items() if path.exists()}
+        return all(not config.responses and read_json(there[x]) == made_with(config, x) for x in there)
 
-    number, out = 1, Path(config.out or "runs/eval")
-    while not config.out and not is_free(out):
-        number += 1
-        out = Path(f"runs/eval-{number}")
+    numbered = (Path(f"runs/eval-{number}" if number > 1 else "runs/eval") for number in itertools.count(1))
+    out = Path(config.out) if config.out else next(filter(is_free, numbered))
     out.mkdir(parents=True, exist_ok=True)
     return out
 
 
-def check_owner(config: Config, name: str, out: Path) -> None:
-    """Responses from a file must not overwrite those that a model gave."""
-    result = out / f"{name}.jsonl"
-    same = result.resolve() == Path(config.responses).resolve()
-    if (out / f"{name}.run.json").exists() and not same:
-        raise UserError(f"{result}: holds a model's responses; give another --out")
+def first_line(name: str, count: int, made: dict, out: Path, config: Config) -> str:
+    """What is evaluated, and which settings are not the benchmark's defaults."""
+    who = config.responses or config.model
+    told = [f"{who} on {name}: {count:,} questions"]
+    if not config.responses:
+        usual = made_with(Config(model=config.model, temperature=0.0), name)
+        told += [f"{k} {v}" for k, v in made.items() if v != usual[k]] or ["default settings"]
+    return printable(f"{', '.join(told)}; results in {out}")
 
 
-# ---------------------------------------------------------------------------- responses
-
-
-def answers_from_file(config: Config, name: str, ids: set[str]) -> dict[str, list[dict]]:
+def answers_from_file(config: Config, name: str, out: Path, ids: set[str]) -> dict[str, list[dict]]:
     """{id: [answer]} of --responses. An unknown id, or more responses than samples, is an error."""
+    result = out / f"{name}.jsonl"
+    if (out / f"{name}.run.json").exists() and result.resolve() != Path(config.responses).resolve():
+        raise UserError(f"{result}: holds a model's responses; give another --out")
     found: dict[str, list[dict]] = {}
     for place, row in read_rows(Path(config.responses)):
         if "id" not in row or not isinstance(row.get("response", 0), str | None):
@@ -243,27 +224,18 @@ def answers_from_file(config: Config, name: str, ids: set[str]) -> dict[str, lis
     return found
 
 
-# ---------------------------------------------------------------------------- the run
-
-
-def evaluate(config: Config) -> dict[str, dict]:
+def evaluate(config: Config, out: Path) -> dict[str, dict]:
     """All benchmarks asked for; each one's files are written before the next begins."""
-    out, summaries = result_folder(config), {}
-    lock = lock_folder(out) if RANK == 0 else None
+    summaries = {}
     read_summary(out)  # what is wrong with it is said now, not after hours of work
     for name in names(config):
         items, left_out, ids = items_of(name, config)
         made = {"responses": config.responses} if config.responses else made_with(config, name)
-        settings = made | {"data": config.data, "limit": config.limit}
         if RANK == 0:
-            told = ", ".join(
-                f"{k} {v}" for k, v in made.items() if k != "saved" and (v or k == "temperature")
-            )
-            print(printable(f"{name}: {len(items)} questions, results in {out}; {told}"))
+            print(first_line(name, len(items), made, out, config))
         if config.responses:
-            check_owner(config, name, out)
             check_images([item.question for item in items], seen=False)
-            answers = answers_from_file(config, name, ids)
+            answers = answers_from_file(config, name, out, ids)
         else:
             answers = answers_from_model(name, items, out, made, config)
         if RANK > 0:
@@ -277,15 +249,12 @@ def evaluate(config: Config) -> dict[str, dict]:
             summary["label"] = Path(config.data).name
         if config.limit:
             summary["label"] += f", first {len(items)} only"
-        summaries[name] = summary | {"settings": settings}
-        others = {}  # a model's answers that a smaller --limit leaves out
-        if (out / f"{name}.run.json").exists():
-            others = {id_: found for id_, found in answers.items() if id_ not in marked}
-        write_results(out, name, marked | others, summaries[name])
+        summaries[name] = summary | {"settings": made | {"data": config.data, "limit": config.limit}}
+        if not config.responses:  # a model's answers that a smaller --limit leaves out stay
+            marked |= {id_: found for id_, found in answers.items() if id_ not in marked}
+        write_results(out, name, marked, summaries[name])
         if config.show:
-            print(scores.unanswered([line for lines in marked.values() for line in lines]))
-    if lock:
-        lock.close()
+            print(scores.unanswered([line for item in items for line in marked[item.question.id]]))
     return summaries
 
 
@@ -295,8 +264,7 @@ def write_results(out: Path, name: str, marked: dict[str, list[dict]], summary: 
     write_atomically(out / f"{name}.jsonl", "".join(lines))
     for part in out.glob(f"{name}.rank*.jsonl"):
         part.unlink()
-    known = read_summary(out) | {name: summary}
-    write_atomically(out / "summary.json", json.dumps(known, indent=1))
+    write_atomically(out / "summary.json", json.dumps(read_summary(out) | {name: summary}, indent=1))
 
 
 def read_summary(out: Path) -> dict:
@@ -313,28 +281,20 @@ def write_comparison(config: Config, told: str) -> Path:
 
     told  what `scores.compare` says of them
     """
-    paths = [Path(path) for path in config.compare]
-    name, folder = paths[1].stem, paths[1].parent
+    name, folder = Path(config.compare[1]).stem, Path(config.compare[1]).parent
     made = read_json(folder / "summary.json", {name: {"settings": dict}})[name]["settings"]
     again = replace(config, benchmark=name, data=config.data or made["data"], model=made.get("model", ""))
+
+    def answers(path: str) -> dict[str, dict]:
+        rows = (row for _, row in read_jsonl(Path(path), RESULT) if not row.get("sample"))
+        return {
+            row["id"]: {"text": row["response"] or "", "found": row["extracted"], "right": scores.credit(row),
+                        "tokens": row["tokens"]}
+            for row in rows
+        }  # fmt: skip
+
+    columns = [(path, answers(path)) for path in config.compare]
     items = read_items(name, again)
-    columns = []
-    for path in paths:
-        rows = [row for _, row in read_jsonl(path, RESULT) if not row.get("sample")]
-        columns.append(
-            (
-                str(path),
-                {
-                    row["id"]: {
-                        "text": row["response"] or "",
-                        "found": row["extracted"],
-                        "right": scores.credit(row),
-                        "tokens": row["tokens"],
-                    }
-                    for row in rows
-                },
-            )
-        )
     questions = [vars(item.question) for item in items if item.question.id in columns[1][1]]
 
     def finish(question: dict) -> dict:
@@ -356,36 +316,40 @@ def results_file(place: str) -> str:
     return str(found[0])
 
 
+def run(config: Config) -> None:
+    """What the flags ask for: a comparison, or an evaluation."""
+    if config.compare:
+        config.compare = tuple(map(results_file, config.compare))
+        told = scores.compare(*config.compare)
+        print(told)
+        if config.page:
+            print(write_comparison(config, told))
+        return
+    if config.responses and RANK > 0:
+        return
+    if not config.responses:
+        config.model = find_model(config)
+        if config.tensor > 1:
+            import parallel
+
+            parallel.start()
+    for name in names(config):  # a wrong path is said now, not after hours of work
+        if name in BENCHMARKS:
+            find_files(name, config.data)
+    out = result_folder(config)
+    with lock_folder(out) if RANK == 0 else nullcontext():
+        summaries = evaluate(config, out)
+    if RANK == 0:
+        print("\n" + scores.table(summaries))
+
+
 def main(argv: list[str]) -> int:
     try:
-        config = parse(argv)
-        if config.compare:
-            config.compare = tuple(map(results_file, config.compare))
-            told = scores.compare(*config.compare)
-            print(told)
-            if config.page:
-                print(write_comparison(config, told))
-            return 0
-        if config.responses and RANK > 0:
-            return 0
-        if not config.responses:
-            config.model = newest_model(config)
-            if config.tensor > 1:
-                import parallel
-
-                parallel.start()
-        for name in names(config):  # a wrong path is said now, not after hours of work
-            if name in BENCHMARKS:
-                find_files(name, find_data(name, config.data, has_several(config)))
-        summaries = evaluate(config)
-        if RANK == 0:
-            print("\n" + scores.table(summaries))
+        run(parse(argv))
         return 0
-    except UserError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(printable(f"eval.py: {error}; what is done is kept"), file=sys.stderr)
+    except (UserError, OSError) as error:
+        kept = "" if isinstance(error, UserError) else "; what is done is kept"
+        print(printable(f"eval.py: {error}{kept}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("eval.py: stopped; the same line goes on from here", file=sys.stderr)

@@ -27,38 +27,14 @@ from data import UserError, check_images, read_json, read_jsonl, seal, write_ato
 PATIENCE = 3600  # seconds that rank 0 waits for one more answer of the others
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
-# ---------------------------------------------------------------------------- files
-
-
 AGAIN = {"response": str, "finish": str, "tokens": int, "trigger": str}
 ANSWER = {"id": str, "response": str, "finish": str, "tokens": int, "sample?": int, "again?": AGAIN}
 
-
-def read_answers(path: Path) -> dict[str, dict[int, dict]]:
-    """{id: {sample number: answer}} of a NAME.jsonl; a last line that a kill cut is passed over."""
-    found: dict[str, dict[int, dict]] = {}
-    if path.exists():
-        for _, row in read_jsonl(path, ANSWER, growing=True):
-            found.setdefault(row["id"], {})[row.get("sample", 0)] = row
-    return found
-
-
-def drop_cut_line(path: Path) -> None:
-    """Remove what a kill left of a last line, so that whole lines can be appended."""
-    if path.exists():
-        with open(path, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
-
-
 # How a policy is asked where no flag says otherwise; 0 are the checkpoint's own bounds of a picture.
 PAPER = {
-    "template": "plain",
-    "max_new_tokens": 8192,
-    "min_image_tokens": 256,
-    "max_image_tokens": 1280,
-    "min_pixels": 0,
-    "max_pixels": 0,
-}
+    "template": "plain", "max_new_tokens": 8192, "min_image_tokens": 256, "max_image_tokens": 1280,
+    "min_pixels": 0, "max_pixels": 0,
+}  # fmt: skip
 TOY = dict.fromkeys(PAPER, 0) | {"template": "bare", "max_new_tokens": 64}
 
 
@@ -96,7 +72,52 @@ def claim(out: Path, name: str, settings: dict) -> None:
         write_atomically(made, json.dumps(settings, indent=1))
 
 
-# ---------------------------------------------------------------------------- asking
+def read_answers(out: Path, name: str) -> dict[str, dict[int, dict]]:
+    """{id: {sample number: answer}} so far; a last line that a kill cut is passed over."""
+    found: dict[str, dict[int, dict]] = {}
+    # Other ranks' files first: rank 0 removes them when the main one holds everything.
+    for path in (*sorted(out.glob(f"{name}.rank*.jsonl")), out / f"{name}.jsonl"):
+        for _, row in read_jsonl(path, ANSWER, growing=True) if path.exists() else ():
+            found.setdefault(row["id"], {})[row.get("sample", 0)] = row
+    return found
+
+
+def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, config) -> dict:
+    """{id: [answer]} by asking what is not in OUT yet, each rank its share.
+
+    settings  what the answers depend on (`made_with`); config  the rest, such as --rows
+    """
+    claim(out, name, settings)
+    answers = read_answers(out, name)
+    if config.tensor > 1:
+        import parallel
+
+        answers = parallel.from_first(answers)  # ranks that answer together must ask the same
+
+    def missing() -> int:
+        return sum(len(answers.get(item.question.id, ())) < settings["samples"] for item in items)
+
+    if missing():
+        path = out / (f"{name}.rank{RANK}.jsonl" if RANK else f"{name}.jsonl")
+        if RANK % config.tensor:
+            path = Path(os.devnull)  # the first of those that answer together writes
+        elif path.exists():  # without what a kill left of a last line
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        with open(path, "ab") as file:
+            ask(items, answers, settings, config, file)
+        answers = read_answers(out, name)
+    left, since = missing(), time.monotonic()
+    while RANK == 0 and left:  # other ranks are still answering
+        if time.monotonic() - since > PATIENCE:
+            raise UserError(
+                f"{out}: {left} questions of other ranks got no answer in {PATIENCE} s; "
+                "end them, and give the same line again"
+            )
+        time.sleep(0.2)
+        answers = read_answers(out, name)
+        if missing() < left:
+            left, since = missing(), time.monotonic()
+    return {id_: [found[k] for k in sorted(found)] for id_, found in answers.items()}
 
 
 def bring_policy(settings: dict, tensor: int):
@@ -123,52 +144,6 @@ def bring_policy(settings: dict, tensor: int):
     policy.compute_device, policy.slices = device, parallel.slices(policy, tensor)
     checkpoint.load_weights(find_checkpoint(settings["model"]), policy)
     return parallel.finish_slices(policy)
-
-
-def answers_from_model(name: str, items: list[Item], out: Path, settings: dict, config) -> dict:
-    """{id: [answer]} by asking what is not in OUT yet, each rank its share.
-
-    settings  what the answers depend on (`made_with`); config  the rest, such as --rows
-    """
-    claim(out, name, settings)
-    main = out / f"{name}.jsonl"
-
-    def all_answers() -> dict[str, dict[int, dict]]:
-        # Other ranks' files first: rank 0 removes them when the main one holds everything.
-        merged: dict[str, dict[int, dict]] = {}
-        for path in (*sorted(out.glob(f"{name}.rank*.jsonl")), main):
-            for id_, found in read_answers(path).items():
-                merged.setdefault(id_, {}).update(found)
-        return merged
-
-    def undone(answers) -> list[Item]:
-        return [x for x in items if len(answers.get(x.question.id, ())) < settings["samples"]]
-
-    answers = all_answers()
-    if config.tensor > 1:
-        import parallel
-
-        answers = parallel.from_first(answers)  # ranks that answer together must ask the same
-    if undone(answers):
-        path = main if RANK == 0 else out / f"{name}.rank{RANK}.jsonl"
-        if RANK % config.tensor:
-            path = os.devnull  # the first of those that answer together writes
-        else:
-            drop_cut_line(path)
-        with open(path, "ab") as file:
-            ask(items, answers, settings, config, file)
-    left, since = len(undone(answers)), time.monotonic()
-    while RANK == 0 and left:  # other ranks are still answering
-        time.sleep(0.2)
-        answers = all_answers()
-        if len(undone(answers)) < left:
-            left, since = len(undone(answers)), time.monotonic()
-        if time.monotonic() - since > PATIENCE:
-            raise UserError(
-                f"{out}: {left} questions of other ranks got no answer in {PATIENCE} s; "
-                "end them, and give the same line again"
-            )
-    return {id_: [found[k] for k in sorted(found)] for id_, found in answers.items()}
 
 
 def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
@@ -202,7 +177,7 @@ def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
             bar.set_postfix(refresh=False, accuracy=f"{sum(credits) / len(credits):.3f}")
             bar.update()
 
-        for i in (i for i in mine if lengths[i] > settings["max_prompt_tokens"]):
+        for i in mine[: len(mine) - len(short)]:  # the longest stand first
             for k in range(samples):
                 write(i, k, {"response": "", "finish": "overlong", "tokens": 0})
 
@@ -225,10 +200,9 @@ def respond(policy, items: list[Item], settings: dict, rows: int, finished) -> N
     prompts = (encode(policy, x.question, x.template or settings["template"]) for x in items)
     keys = question_keys([item.question for item in items], settings["seed"])
     count, length = settings["samples"], settings["max_new_tokens"]
-    extend = None
-    if settings["force_rethink"]:  # all that leave room; the trigger is drawn blindly
-        rethinking = Rethinking(1.0, max_tokens=length)
-        extend = extender(rethinking, policy.tokenizer, None, length, keys)
+    # All that leave room look again; the trigger is drawn blindly.
+    rethinking = Rethinking(float(settings["force_rethink"]), max_tokens=length)
+    extend = extender(rethinking, policy.tokenizer, None, length, keys)
     try:
         generate(policy, prompts, count, length, settings["temperature"], keys, extend, rows, finished)
     except torch.OutOfMemoryError:
@@ -240,7 +214,6 @@ def respond(policy, items: list[Item], settings: dict, rows: int, finished) -> N
 def answer_of(sample) -> dict:
     """A Sample as scores.mark takes it, its forced second look beside it."""
     answer = {"response": sample.text, "finish": sample.finish, "tokens": len(sample.tokens)}
-    if sample.second_look:
-        again = answer_of(sample.second_look)
-        answer["again"] = again | {"trigger": sample.second_look.rethought}
+    if second := sample.second_look:
+        answer["again"] = answer_of(second) | {"trigger": second.rethought}
     return answer

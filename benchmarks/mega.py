@@ -16,8 +16,6 @@ from benchmarks.mega_metrics import METRICS, parsed, unquoted
 from benchmarks.rules import FENCE
 from benchmarks.rules import extract as extract_short
 
-# ---------------------------------------------------------------------------- parsing a response
-
 
 def last_object(text: str) -> tuple[dict, str] | None:
     """The last JSON object (or printed dict) in a text, and the text it was read from.
@@ -50,29 +48,23 @@ def extract(response: str, info: dict) -> str | None:
     """
     final = response.rpartition("</think>")[2]
     parser = info.get("response_parse_function")
-    found = last_object(final) if parser == "json" else None
-    if found:
+    if parser == "json" and (found := last_object(final)):
         return found[1]
     tail = re.split(r"\b[Aa]nswer\**:\**", final)
     if len(tail) > 1 and "\\boxed" not in final and "</answer>" not in final:
         spaced = parser in ("verbatim_answer_string", "ascii_answer_string")
         return tail[-1].strip("\n").rstrip() if spaced else tail[-1].strip(" \t\r\n*") or None
+    fenced = [found.strip() for found in FENCE.findall(final)]
     short = extract_short(final)
-    if short is not None:
-        return short
-    fenced = FENCE.findall(final)
-    return fenced[-1].strip() or None if fenced else None
+    return short if short is not None else (fenced[-1] or None if fenced else None)
 
 
 def parse(found: str, answer: dict, info: dict) -> dict:
     """The extracted text by field; every field gets the whole text if it is not valid JSON."""
     if info.get("response_parse_function") == "json":
-        final = last_object(found)
-        if final and final[0]:
-            return final[0]
-        return dict.fromkeys(answer, found)
-    fenced = FENCE.search(found)
-    if fenced:
+        fields, _ = last_object(found) or ({}, "")
+        return fields or dict.fromkeys(answer, found)
+    if fenced := FENCE.search(found):
         found = fenced[1]
     elif all("\n" not in str(gold) for gold in answer.values()):
         # A one-line answer ends with its line (a list with its bracket); the rest is explanation.
@@ -86,9 +78,6 @@ def balanced(text: str) -> bool:
     return all(text.count(a) <= text.count(b) for a, b in ("[]", "{}", "()"))
 
 
-# ---------------------------------------------------------------------------- a sample
-
-
 def metrics_of(info: dict, answer: dict) -> dict[str, str]:
     """{field: metric name}. A field without a metric does not count, as in the official scorer."""
     named = dict(info.get("field_score_function") or {})
@@ -97,11 +86,7 @@ def metrics_of(info: dict, answer: dict) -> dict[str, str]:
 
 
 def unsupported(info: dict, answer: dict) -> set[str]:
-    """The names of metrics and aggregations that this sample needs and that do not run here.
-
-    >>> unsupported({"field_score_function": {"code": "program_judge"}}, {"code": ""})
-    {'program_judge'}
-    """
+    """The names of metrics and aggregations that this sample needs and that do not run here."""
     names = {str(name).lower() for name in metrics_of(info, answer).values()} - set(METRICS)
     function = (info.get("aggregation") or {}).get("function", "mean")
     return names | ({f"aggregation {function}"} if function not in ("mean", "min") else set())

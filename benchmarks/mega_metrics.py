@@ -14,6 +14,7 @@ import json
 import math
 import re
 import unicodedata
+from contextlib import suppress
 from fractions import Fraction
 
 from benchmarks.rules import FENCE, extract, literal, value
@@ -21,19 +22,13 @@ from grading.choices import choose
 from grading.spelling import tidy
 from reward import is_correct
 
-# ---------------------------------------------------------------------------- casting
-
 
 def parsed(text: str):
     """JSON or a printed Python value, or None."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return literal(text)
-    except ValueError:
-        return None
+    for read in (json.loads, literal):
+        with suppress(ValueError, RecursionError):
+            return read(text)
+    return None
 
 
 def unquoted(text):
@@ -103,9 +98,6 @@ def xml_numbers(text, tag: str) -> list[tuple[float, ...]]:
     return [tuple(float(part) for part in inner.split(",")) for inner in found]
 
 
-# ---------------------------------------------------------------------------- metrics
-
-
 def exact(ours, gold) -> bool:
     ours, gold = str(ours), str(gold)
     if re.fullmatch("[A-Za-z]", gold) and len(ours) > 1:  # a choice: "(B)" or "B. red" will do
@@ -118,17 +110,13 @@ def simple(ours, gold) -> bool:
     return str(ours).translate(strip).lower() == str(gold).translate(strip).lower()
 
 
-def share(common: set, of: set) -> float:
-    return len(common) / len(of) if of else 1.0
-
-
 def precision(ours: set, gold: set) -> float:
     """0 for an empty or unreadable answer, unless the gold set is empty too."""
-    return share(ours & gold, ours) if ours else float(not gold)
+    return len(ours & gold) / len(ours) if ours else float(not gold)
 
 
 def jaccard(ours: set, gold: set) -> float:
-    return share(ours & gold, ours | gold)
+    return len(ours & gold) / len(ours | gold) if ours | gold else 1.0
 
 
 def over_keys(ours, gold, metric) -> float:
@@ -172,7 +160,7 @@ def relative_difference(ours, gold) -> float:
     a, b = number_of(ours), number_of(gold)
     if a is None or b is None:
         return 0.0
-    return float(max(0, 1 - abs(a - b) / abs(b))) if b else float(a == b)
+    return max(0.0, float(1 - abs(a - b) / abs(b))) if b else float(a == b)
 
 
 def positive_int(ours, gold) -> float:
@@ -221,8 +209,8 @@ def near(ours, gold) -> float:
     ours, gold = plain(ours), plain(gold)
     if abs(len(ours) - len(gold)) > 0.1 * max(len(ours), len(gold)):
         return 0.0
-    near_enough = similarity(ours, gold)
-    return near_enough if near_enough >= 0.9 else 0.0
+    found = similarity(ours, gold)
+    return found if found >= 0.9 else 0.0
 
 
 def overlap(box, other) -> float:

@@ -1,10 +1,9 @@
 """Seven benchmarks as their authors publish them: from rows to Questions and marking rules.
 
 The paper evaluates on MathVista, MathVerse, MathVision, MMMU, MMMU-Pro, EMMA and MEGA-Bench core
-(Section 4.2, Tables 1 and 2). Each has one reader here, from a row of its published schema to an
-`Item`: the Question to ask, the rule that marks the answer found in a response, the groups it is
-reported in, its cluster (questions that are not independent) and its stratum (the headline is the
-mean over strata: a single one for a plain average, the tasks for MEGA-Bench).
+(Section 4.2, Tables 1 and 2). A reader turns a row of the published schema into an `Item`: the
+Question to ask, the rule that marks an answer, and how it is reported. `BENCHMARKS`, at the end, has one
+line per benchmark.
 
 What we do differently: pictures come first and the text follows, as in the paper's evaluation, and
 a picture that the text names ("<image 2>") is called [Image 2]; options are laid out as in the
@@ -33,7 +32,7 @@ class Item:
     rule: Callable[[str], float]  # the answer found in a response -> its mark, 0 to 1
     groups: list[str]  # the rows of the report that it counts in
     cluster: str = ""  # items that are not independent; "" is a cluster of its own
-    stratum: str = ""
+    stratum: str = ""  # the headline is the mean over strata; for MEGA-Bench these are its tasks
     template: str = ""  # "" takes the one the user chose
     unsupported: str = ""  # why its whole stratum cannot be marked
     unaskable: str = ""  # why its whole stratum cannot be shown to our models
@@ -53,43 +52,42 @@ class Benchmark:
     beside: str = "(?!)"  # matches paths of another setting or variant: not to be read
 
 
-# ---------------------------------------------------------------------------- parts of a reader
+def ask(id_, text: str, images: list, gold: str, choices: list[str], category: str) -> Question:
+    """A Question whose pictures all come before its words."""
+    text = place_markers(text.replace(MARKER, "").strip(), len(images))
+    return Question(str(id_), text, images, gold, choices or None, category)
 
 
 def picture(stored):
     """Bytes, a path, or None, from {"bytes", "path"} (parquet) or a path (jsonl)."""
-    if isinstance(stored, dict):
-        return stored.get("bytes") or stored.get("path")
-    return stored or None
+    return stored.get("bytes") or stored.get("path") if isinstance(stored, dict) else stored or None
 
 
-def numbered_pictures(row: dict) -> dict[int, object]:
-    """The pictures in columns image_1, image_2, ... that are there, by number."""
-    numbers = sorted(int(name[6:]) for name in row if re.fullmatch("image_[0-9]+", name))
-    found = {number: picture(row[f"image_{number}"]) for number in numbers}
-    return {number: stored for number, stored in found.items() if stored is not None}
+def numbered_pictures(row: dict, text: str) -> tuple[str, list]:
+    """The pictures in columns image_1, image_2, ..., and the text with their tags replaced by their places.
 
+    A tag's number counts, not the order of mention: MMMU-Pro has shuffled its options.
 
-def name_pictures(text: str, numbers: list[int]) -> str:
-    """Replace numbered tags by the place of their picture among those shown.
-
-    The number counts, not the order of mention: MMMU-Pro shuffles options, so <image 3> may come
-    before <image 1> and still means the column image_3.
-
-    >>> name_pictures("Is <image 3> like <image_1>?", [1, 3])
-    'Is [Image 2] like [Image 1]?'
+    >>> numbered_pictures({"image_1": "a.png", "image_2": None, "image_3": "b.png"}, "<image 3>, <image_1>?")
+    ('[Image 2], [Image 1]?', ['a.png', 'b.png'])
     """
+    columns = sorted((int(name[6:]), name) for name in row if re.fullmatch("image_[0-9]+", name))
+    found = {number: picture(row[name]) for number, name in columns if picture(row[name]) is not None}
+    numbers = list(found)
 
-    def name(tag: re.Match) -> str:
+    def place(tag: re.Match) -> str:
         number = int(tag[1])
-        return f"[Image {numbers.index(number) + 1 if number in numbers else number}]"
+        return f"[Image {numbers.index(number) + 1 if number in found else number}]"
 
-    return re.sub(r"<image[ _]?([0-9]+)>", name, text)
+    return re.sub(r"<image[ _]?([0-9]+)>", place, text), list(found.values())
 
 
-def with_markers(text: str, pictures: list) -> str:
-    """The text of a Question: one marker per picture, all before the words."""
-    return place_markers(text.replace(MARKER, "").strip(), len(pictures))
+def options_of(row: dict) -> list[str]:
+    return [str(option) for option in literal(row.get("options")) or []]
+
+
+def filled(row: dict, *names: str) -> list[str]:
+    return [row[name] for name in names if row.get(name)]
 
 
 def gold_text(row: dict) -> str:
@@ -97,9 +95,6 @@ def gold_text(row: dict) -> str:
     if answer in ("", "?"):
         raise ValueError("no answer; the answers of some test splits are withheld")
     return answer
-
-
-# ---------------------------------------------------------------------------- MathVista
 
 
 def mathvista(row: dict) -> Item:
@@ -111,7 +106,6 @@ def mathvista(row: dict) -> Item:
     right = {letter for letter, choice in zip(LETTERS, choices or []) if choice == gold}
     target, precision = value(gold), row.get("precision")
     decimals = len(gold.partition(".")[2]) if precision is None else int(precision)
-    half = Fraction(1, 2 * 10**decimals)
 
     def rule(text):
         if choices:
@@ -122,22 +116,16 @@ def mathvista(row: dict) -> Item:
         number = value(text)
         if number is None or target is None:
             return is_correct(text, gold)
-        # 3.0 is 3, but 3.9 is not, though the official scorer truncates it. Decimals may differ by
-        # half a unit in the last place of the required precision.
-        return number == target if kind == "integer" else abs(number - target) <= half
+        if kind == "integer":  # 3.9 is not 3, though the official scorer truncates it
+            return number == target
+        return abs(number - target) <= Fraction(1, 2 * 10**decimals)
 
     images = [picture(row.get("decoded_image")) or picture(row["image"])]
     query = row.get("query") or with_choices(row["question"], choices or [])
     meta = row.get("metadata") or {}
-    groups = [row["question_type"], kind]
-    groups += [meta.get(name) or "" for name in ("task", "category", "context", "grade")]
-    question = Question(
-        row["pid"], with_markers(query, images), images, gold, choices or None, meta.get("task") or ""
-    )
+    groups = [row["question_type"], kind, *filled(meta, "task", "category", "context", "grade")]
+    question = ask(row["pid"], query, images, gold, choices, meta.get("task") or "")
     return Item(question, rule, groups + list(meta.get("skills") or []))
-
-
-# ---------------------------------------------------------------------------- MathVerse
 
 
 def mathverse(row: dict) -> Item:
@@ -147,27 +135,18 @@ def mathverse(row: dict) -> Item:
     in the picture) and question_for_eval holds its text.
     """
     gold, version = gold_text(row), row["problem_version"]
-    meta = row.get("metadata") or {}
-    words = row["question"] or row.get("question_for_eval") or ""
-    choices = parse_choices(words) or []
-    images = [picture(row["image"])]
-    query = row.get("query_cot") or row["question"] or "Answer the question in the picture."
-
-    free = row["question_type"] != "multi-choice"
+    choices = parse_choices(row["question"] or row.get("question_for_eval") or "") or []
     # Of 436 choices, ten golds are odd: "C\nD", "False", a bearing.
-    right = None if free else named(gold, choices, strict=False)
+    multiple = row["question_type"] == "multi-choice"
+    right = named(gold, choices, strict=False) if multiple else None
 
     def rule(text):
         return named(text, choices, strict=False) == right if right else same_quantity(text, gold)
 
-    groups = [version, row["question_type"], meta.get("subject") or "", meta.get("subfield") or ""]
-    question = Question(
-        row["sample_index"], with_markers(query, images), images, gold, choices or None, version
-    )
+    query = row.get("query_cot") or row["question"] or "Answer the question in the picture."
+    question = ask(row["sample_index"], query, [picture(row["image"])], gold, choices, version)
+    groups = [version, row["question_type"], *filled(row.get("metadata") or {}, "subject", "subfield")]
     return Item(question, rule, groups, cluster=row["problem_index"])
-
-
-# ---------------------------------------------------------------------------- MathVision
 
 
 def mathvision(row: dict) -> Item:
@@ -176,15 +155,11 @@ def mathvision(row: dict) -> Item:
     A box that is a letter is a letter, even if some option has that value. Free-form decimals are
     equal if they agree after rounding to two places, the official tolerance.
     """
-    choices = [str(option) for option in literal(row.get("options")) or []]
+    choices = options_of(row)
     # One gold has a form feed in place of \f; some are in dollars or in a box.
     gold = gold_text({"answer": str(row["answer"]).replace("\x0crac", "\\frac")})
-    images = [picture(row.get("decoded_image")) or picture(row["image"])]
     clean = gold.replace("{degrees}", "").strip("$ ")
     clean = extract(clean) if "\\boxed" in clean else clean
-    # Options that read "(A)" or "A" are part of the picture: print no list.
-    drawn = [named(option, []) for option in choices] == [{letter} for letter in "ABCDE"]
-
     right = pick(clean, choices) if choices else lambda text: is_correct(text, clean)
 
     def rule(text):
@@ -199,18 +174,15 @@ def mathvision(row: dict) -> Item:
             return False
         return pick(clean, [quotient(choice) for choice in choices])(quotient(text))
 
-    text = re.sub(r"<image[ _]?[0-9]+>", "", row["question"])
-    shown = [re.sub(r"<image[ _]?[0-9]+>", "", option).strip() for option in choices]
-    text = text.strip() if drawn else with_choices(text.strip(), shown)
-    question = Question(
-        str(row["id"]), with_markers(text, images), images, gold, choices or None, row["subject"]
-    )
+    text, *shown = (re.sub(r"<image[ _]?[0-9]+>", "", x).strip() for x in (row["question"], *choices))
+    # Options that read "(A)" or "A" are part of the picture: print no list.
+    if [named(option, []) for option in choices] != [{letter} for letter in "ABCDE"]:
+        text = with_choices(text, shown)
+    images = [picture(row.get("decoded_image")) or picture(row["image"])]
     groups = ["multiple choice" if choices else "free form", row["subject"]]
     groups += [f"level {row['level']}"] if row.get("level") is not None else []
-    return Item(question, rule, groups)
+    return Item(ask(row["id"], text, images, gold, choices, row["subject"]), rule, groups)
 
-
-# ---------------------------------------------------------------------------- MMMU
 
 DOMAINS = {
     "Art and Design": "Art Art_Theory Design Music",
@@ -230,24 +202,18 @@ def mmmu(row: dict) -> Item:
 
     An open answer is right if it equals an alias as a text, as an expression or to two decimals.
     """
-    subject = "_".join(row["id"].split("_")[1:-1])
-    choices = [str(option) for option in literal(row.get("options")) or []]
-    gold, pictures = gold_text(row), numbered_pictures(row)
+    choices, gold, kind = options_of(row), gold_text(row), row["question_type"]
     aliases = [str(alias) for alias in literal(gold)] if gold.startswith("[") else [gold]
 
     def open_answer(text):
         return any(is_correct(text, alias) or close(text, alias, decimals=2) for alias in aliases)
 
-    kind = row["question_type"]
-    text = with_choices(row["question"], choices if kind == "multiple-choice" else [])
-    text = name_pictures(text, list(pictures))
-    images = list(pictures.values())
-    rule = pick(gold, choices) if kind == "multiple-choice" else open_answer
-    question = Question(row["id"], with_markers(text, images), images, gold, choices or None, subject)
+    multiple = kind == "multiple-choice"
+    text, images = numbered_pictures(row, with_choices(row["question"], choices if multiple else []))
+    subject = "_".join(row["id"].split("_")[1:-1])
+    question = ask(row["id"], text, images, gold, choices, subject)
+    rule = pick(gold, choices) if multiple else open_answer
     return Item(question, rule, [kind, DOMAIN.get(subject, "other"), subject])
-
-
-# ---------------------------------------------------------------------------- MMMU-Pro
 
 
 def mmmu_pro(row: dict) -> Item:
@@ -256,27 +222,22 @@ def mmmu_pro(row: dict) -> Item:
     All ids occur in both settings, so ours are standard:ID and vision:ID; the headline is the mean
     of the two settings, and the two forms of a question are one cluster.
     """
-    setting = "standard" if row.get("question") is not None else "vision"
-    choices = [str(option) for option in literal(row["options"])]
-    gold = gold_text(row)
-    if setting == "standard":
-        pictures = numbered_pictures(row)
-        text = name_pictures(with_choices(row["question"], choices), list(pictures))
-        images = list(pictures.values())
+    gold, choices = gold_text(row), [str(option) for option in literal(row["options"])]
+    if row.get("question") is not None:
+        setting = "standard"
+        text, images = numbered_pictures(row, with_choices(row["question"], choices))
     else:  # the picture shows the options too
-        images = [picture(row["image"])]
+        setting, images = "vision", [picture(row["image"])]
         text = "Write out the multiple-choice question in the image and then solve it."
-    name = f"{setting}:{row['id']}"
-    question = Question(name, with_markers(text, images), images, gold, choices, row["subject"])
+    question = ask(f"{setting}:{row['id']}", text, images, gold, choices, row["subject"])
     groups = [setting, row["subject"]]
     return Item(question, pick(gold, choices), groups, cluster=row["id"], stratum=setting)
 
 
-# ---------------------------------------------------------------------------- EMMA
-
-WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-WORDS += ["eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen"]
-WORDS += ["eighteen", "nineteen", "twenty"]
+WORDS = [
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
+    *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+]
 
 
 def emma(row: dict) -> Item:
@@ -284,33 +245,25 @@ def emma(row: dict) -> Item:
 
     Open answers: equal expressions, equal to two decimals, or a number word (EMMA's own rule).
     """
-    kind = row["type"].strip().lower()
-    choices = [str(option) for option in literal(row.get("options")) or []]
-    gold, pictures = gold_text(row), numbered_pictures(row)
+    kind, choices, gold = row["type"].strip().lower(), options_of(row), gold_text(row)
 
     def open_answer(text):
         word = compact(tidy(text))
         text = str(WORDS.index(word)) if word in WORDS else text
         return is_correct(text, gold) or close(text, gold, decimals=2)
 
+    multiple = kind == "multiple choice"
     text = "\n".join(part.strip() for part in (row.get("context"), row["question"]) if part)
-    text = with_choices(text, choices if kind == "multiple choice" else [])
-    text = name_pictures(text, list(pictures))
-    images = list(pictures.values())
-    rule = (
-        pick(gold.upper() if len(gold) == 1 else gold, choices) if kind == "multiple choice" else open_answer
-    )
-    question = Question(row["pid"], with_markers(text, images), images, gold, choices or None, row["subject"])
+    text, images = numbered_pictures(row, with_choices(text, choices if multiple else []))
+    rule = pick(gold.upper() if len(gold) == 1 else gold, choices) if multiple else open_answer
+    question = ask(row["pid"], text, images, gold, choices, row["subject"])
     # Coding questions have several categories: one group for each.
-    parts = [row.get("task") or "", *(row.get("category") or "").split(";")]
+    parts = ";".join(filled(row, "task", "category")).split(";")
     groups = [kind, row["subject"], *(f"{row['subject']}: {part.strip()}" for part in parts if part)]
     return Item(question, rule, groups)
 
 
-# ---------------------------------------------------------------------------- MEGA-Bench
-
-
-def megabench_item(row: dict) -> Item:
+def megabench(row: dict) -> Item:
     """TIGER-Lab/MEGA-Bench core: 440 tasks, each with its own metrics (mega.py).
 
     Every column is text; dicts and lists are printed. Media are relative paths, in the order of the
@@ -333,7 +286,7 @@ def megabench_item(row: dict) -> Item:
     return Item(
         Question(str(row["id"]), text, media, gold, None, task),
         lambda found: mega.score(found, answer, info),
-        groups=[row.get("application") or "", row.get("output_format") or ""],
+        groups=filled(row, "application", "output_format"),
         cluster=task,
         stratum=task,
         template="bare",  # every task says how to answer
@@ -343,40 +296,30 @@ def megabench_item(row: dict) -> Item:
     )
 
 
-# ---------------------------------------------------------------------------- the table
-
 BENCHMARKS = {
     "mathvista": Benchmark(
         mathvista, "AI4Math/MathVista", "testmini", "data/testmini-*", 1000,
-        covers="all: 540 choices, 418 integers, 40 decimals, 2 lists",
-    ),
+        "all: 540 choices, 418 integers, 40 decimals, 2 lists"),
     "mathverse": Benchmark(
-        mathverse, "AI4Math/MathVerse", "testmini", "testmini.parquet", 3940, beside="text_only",
-        covers="2180 choices; about two thirds of the 1760 free-form answers",
-    ),
+        mathverse, "AI4Math/MathVerse", "testmini", "testmini.parquet", 3940,
+        "2180 choices; about two thirds of the 1760 free-form answers", beside="text_only"),
     "mathvision": Benchmark(
         mathvision, "MathLLMs/MathVision", "test", "data/test-*", 3040,
-        covers="all: 1532 choices, 1508 expressions",
-    ),
+        "all: 1532 choices, 1508 expressions"),
     "mmmu": Benchmark(
         mmmu, "MMMU/MMMU", "validation", "*/validation-*", 900,
-        covers="847 choices; 53 open answers, by alias or number",
-    ),
+        "847 choices; 53 open answers, by alias or number"),
     "mmmu_pro": Benchmark(
-        mmmu_pro, "MMMU/MMMU_Pro", "test", "*/test-*", 3460, beside="4 options",
-        covers="all: 1730 choices in each of two settings",
-    ),
+        mmmu_pro, "MMMU/MMMU_Pro", "test", "*/test-*", 3460,
+        "all: 1730 choices in each of two settings", beside="4 options"),
     "emma": Benchmark(
-        emma, "luckychao/EMMA", "test", "*/test-*", 2788, beside="mini",
-        covers="all: 2002 choices, 786 short answers",
-    ),
+        emma, "luckychao/EMMA", "test", "*/test-*", 2788,
+        "all: 2002 choices, 786 short answers", beside="mini"),
     "emma_mini": Benchmark(
         emma, "luckychao/EMMA-mini", "test", "*/test-*", 400,
-        covers="all: 341 choices, 59 short answers",
-    ),
+        "all: 341 choices, 59 short answers"),
     "megabench": Benchmark(
-        megabench_item, "TIGER-Lab/MEGA-Bench", "test", "core/test-*", 6531,
-        beside="(^|/)open|single_image",
-        covers="tasks whose every metric runs without a judge, a network or foreign code",
-    ),
+        megabench, "TIGER-Lab/MEGA-Bench", "test", "core/test-*", 6531,
+        "tasks whose every metric runs without a judge, a network or foreign code",
+        beside="(^|/)open|single_image"),
 }  # fmt: skip

@@ -27,8 +27,6 @@ from grading.structure import readings, same, value_of
 from grading.value import Point, evaluate, symbols
 from reward import MAX_LENGTH, extract_answer, is_correct
 
-# ---------------------------------------------------------------------------- finding the answer
-
 _BEST = "(?:correct|right|best|final|closest|nearest|(?:most )?appropriate|available)"
 # "Answer: B", "**Answer**: B", "the correct option letter is B"; but not "the answer isn't B".
 ANSWER = re.compile(
@@ -84,8 +82,8 @@ def extract(response: str, choices: Sequence[str] = ()) -> str | None:
 
 def _after(text: str) -> str:
     """The answer at the start of a text that follows "answer is"."""
-    frame = next((match for pattern in _FRAMES if (match := pattern.match(text))), None)
-    found = frame[1] if frame else _SENTENCE.split(text.partition("\n")[0])[0]
+    framed = [match[1] for pattern in _FRAMES if (match := pattern.match(text))]
+    found = framed[0] if framed else _SENTENCE.split(text.partition("\n")[0])[0]
     found = found.strip().removeprefix("\\boxed{").rstrip(" .*$\"'`")
     for closing, opening in (("\\]", "\\["), ("\\)", "\\("), ("}", "{")):
         while found.endswith(closing) and found.count(closing) > found.count(opening):
@@ -102,9 +100,6 @@ def _whole(response: str, choices: Sequence[str]) -> str | None:
     sentence = response.endswith(".") and response.count(" ") > 3
     prose = sentence or (" " in response and _PROSE.search(response))
     return None if prose or len(response) > 80 else response
-
-
-# ---------------------------------------------------------------------------- values
 
 
 def literal(value):
@@ -184,11 +179,7 @@ def close(text: str, gold: str, decimals: int) -> bool:
 
 
 def equal_lists(text: str, gold: str) -> bool:
-    """Printed lists with equal elements in order.
-
-    >>> equal_lists("$[1.0, 2]$", "[1, 2]"), equal_lists("[2, 1]", "[1, 2]")
-    (True, False)
-    """
+    """Printed lists with equal elements in order."""
     try:
         ours, theirs = literal(ungrouped(text)), literal(gold)
     except ValueError:

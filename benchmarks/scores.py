@@ -21,14 +21,8 @@ from grading.choices import choose
 from grading.spelling import compact, tidy
 from rethink import before_rethinking, outcome, rethinks
 
-MODELS = (
-    "Qwen2.5-VL-7B",
-    "VL-Rethinker-7B",
-    "Qwen2.5-VL-32B",
-    "VL-Rethinker-32B",
-    "Qwen2.5-VL-72B",
-    "VL-Rethinker-72B",
-)
+SIZES = ("7B", "32B", "72B")
+MODELS = [f"{model}-{size}" for size in SIZES for model in ("Qwen2.5-VL", "VL-Rethinker")]
 PUBLISHED = {  # the paper's greedy accuracy in %, one column per model
     "mathvista": (68.2, 74.9, 74.7, 78.8, 74.8, 80.4),
     "mathverse": (46.3, 54.2, 48.5, 56.9, 57.2, 63.5),
@@ -42,16 +36,12 @@ PUBLISHED = {  # the paper's greedy accuracy in %, one column per model
 # ---------------------------------------------------------------------------- one response
 
 
-def mark(item: Item, answer: dict | None) -> dict:
+def mark(item: Item, answer: dict) -> dict:
     """One line of OUT/NAME.jsonl, from "response" and, where known, "finish" and "tokens"."""
-    answer = answer or {"response": None, "finish": "missing"}
-    response = answer["response"]
-    if response is None:
-        extracted = None
-    elif item.extract:
-        extracted = item.extract(response)
-    else:
-        extracted = extract(response, item.question.choices or ())
+    response, extracted = answer["response"], None
+    if response is not None:
+        found = item.extract or (lambda text: extract(text, item.question.choices or ()))
+        extracted = found(response)
     score = 0.0 if extracted is None else float(item.rule(extracted))
     line = {
         "id": item.question.id,
@@ -67,20 +57,18 @@ def mark(item: Item, answer: dict | None) -> dict:
         line["score"] = score
     if item.cluster:
         line["cluster"] = item.cluster
-    if answer.get("again"):  # what it said when forced to look again
-        forced, kept = answer["again"], ("extracted", "correct", "finish", "tokens")
+    if forced := answer.get("again"):  # what it said when forced to look again
         # A second look must answer: what y1 said is no answer of y2.
         again = mark(item, forced | {"response": forced["response"].removeprefix(response)})
-        line["again"] = {key: again[key] for key in kept}
+        line["again"] = {key: again[key] for key in ("extracted", "correct", "finish", "tokens")}
         line["again"] |= {"response": forced["response"], "trigger": forced["trigger"]}
     return line
 
 
 def mark_all(item: Item, answers: list[dict], samples: int) -> list[dict]:
     """The lines of all samples of a question; missing ones are wrong."""
-    padded = answers + [None] * (samples - len(answers))
-    lines = [mark(item, answer) for answer in padded]
-    return [line | ({"sample": k} if k else {}) for k, line in enumerate(lines)]
+    padded = answers + [{"response": None, "finish": "missing"}] * (samples - len(answers))
+    return [mark(item, answer) | ({"sample": k} if k else {}) for k, answer in enumerate(padded)]
 
 
 def why_unanswered(line: dict) -> str | None:
@@ -91,13 +79,12 @@ def why_unanswered(line: dict) -> str | None:
     return reasons.get(line["finish"], "no box or phrase")
 
 
-def unanswered(lines: list[dict], most: int = 10) -> str:
-    """The ends of a few responses without an answer, for reading."""
-    shown = []
-    for line in [line for line in lines if why_unanswered(line)][:most]:
-        end = printable(" ".join(line["response"][-300:].split()))
-        shown.append(f"{printable(line['id'])} ({why_unanswered(line)}): ...{end}")
-    return "\n".join(shown)
+def unanswered(lines: list[dict]) -> str:
+    """The ends of ten responses without an answer, for reading."""
+    shown = [line for line in lines if why_unanswered(line)][:10]
+    ends = [printable(" ".join(line["response"][-300:].split())) for line in shown]
+    told = zip(shown, ends, strict=True)
+    return "\n".join(f"{printable(line['id'])} ({why_unanswered(line)}): ...{end}" for line, end in told)
 
 
 def credit(line: dict) -> float:
@@ -147,26 +134,19 @@ def majority(item: Item, lines: list[dict]) -> float:
     """Credit of the answer given most often, the earliest of equals; no answer is no vote."""
     votes: Counter[str] = Counter()
     credits: dict[str, float] = {}
-    for line in lines:
-        if line["extracted"] is None:
-            continue
-        vote = compact(tidy(line["extracted"]))
-        if item.question.choices:
-            vote = choose(line["extracted"], item.question.choices) or vote
+    for line in (line for line in lines if line["extracted"] is not None):
+        letter = item.question.choices and choose(line["extracted"], item.question.choices)
+        vote = letter or compact(tidy(line["extracted"]))
         votes[vote] += 1
         credits.setdefault(vote, credit(line))
     return credits[votes.most_common(1)[0][0]] if votes else 0.0
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p that wins and losses are equally likely; with right and wrong, McNemar's.
-
-    >>> round(sign_test(8, 1), 4)
-    0.0391
-    """
+    """Two-sided exact p that wins and losses are equally likely; with right and wrong, McNemar's."""
     n = wins + losses
     tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1))
-    return float(min(1.0, 2 * tail / 2**n)) if n else 1.0
+    return min(1.0, 2 * tail / 2**n)
 
 
 # ---------------------------------------------------------------------------- a benchmark
@@ -176,55 +156,53 @@ def summarise(
     name: str, items: list[Item], left_out: list[Item], marked: dict[str, list[dict]], samples: int
 ) -> dict:
     """The entry of a benchmark in summary.json, from its lines by question id."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for i, item in enumerate(items):
-        for group in dict.fromkeys(item.groups):
-            if group:
-                groups[group].append(i)
     by_item = [marked[item.question.id] for item in items]
     values = [sum(map(credit, lines)) / len(lines) for lines in by_item]
     lines = [line for lines in by_item for line in lines]
+    reasons = Counter(filter(None, map(why_unanswered, lines)))
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, item in enumerate(items):
+        for group in dict.fromkeys(filter(None, item.groups)):
+            groups[group].append(i)
+
+    def mean(values: list[float]) -> float:
+        return round(headline(items, values), 6)
 
     def part(chosen: list[int]) -> dict:
         accuracy = headline([items[i] for i in chosen], [values[i] for i in chosen])
         return {"accuracy": round(accuracy, 6), "n": len(chosen)}
 
     summary = {
-        "accuracy": round(headline(items, values), 6),
+        "accuracy": mean(values),
         "n": len(items),
         "ci95": [round(bound, 6) for bound in interval(items, values)],
-        "no_answer": sum(why_unanswered(x) is not None for x in lines),
-        "no_answer_by": {
-            why: round(count / len(lines), 6)
-            for why, count in Counter(filter(None, map(why_unanswered, lines))).most_common()
-        },
-        "truncated": sum(x["finish"] == "length" for x in lines),
-        "missing": sum(x["response"] is None for x in lines),
-        "overlong": sum(x["finish"] == "overlong" for x in lines),
+        "no_answer": reasons.total(),
+        "no_answer_by": {why: round(count / len(lines), 6) for why, count in reasons.most_common()},
+        "truncated": sum(line["finish"] == "length" for line in lines),
+        "missing": sum(line["response"] is None for line in lines),
+        "overlong": sum(line["finish"] == "overlong" for line in lines),
         "label": label(name, items, left_out),
         "groups": {group: part(chosen) for group, chosen in groups.items()},
+        **rethinking(items, by_item),
     }
-    summary |= rethinking(items, by_item)
     if samples > 1:
         summary[f"mean@{samples}"] = summary["accuracy"]
         right = [sum(line["correct"] for line in lines) for lines in by_item]
-        for k in (k for k in range(1, samples + 1) if k in (1, samples) or k & (k - 1) == 0):
-            chances = [pass_at(k, samples, correct) for correct in right]
-            summary[f"pass@{k}"] = round(headline(items, chances), 6)
-        voted = [majority(item, lines) for item, lines in zip(items, by_item, strict=True)]
-        summary[f"maj@{samples}"] = round(headline(items, voted), 6)
+        for k in sorted({samples} | {2**i for i in range(samples.bit_length())}):
+            summary[f"pass@{k}"] = mean([pass_at(k, samples, correct) for correct in right])
+        summary[f"maj@{samples}"] = mean([majority(*pair) for pair in zip(items, by_item, strict=True)])
     if name == "megabench":
         tasks = {item.stratum for item in items}
         # One sample's reason leaves out its whole task.
-        reasons = {x.stratum: x.unaskable for x in left_out if x.unaskable}
-        reasons |= {x.stratum: x.unsupported for x in left_out if x.unsupported}
+        why = {x.stratum: x.unaskable for x in left_out if x.unaskable}
+        why |= {x.stratum: x.unsupported for x in left_out if x.unsupported}
         summary |= {
             "tasks_scored": len(tasks),
             "tasks_total": len(tasks | {item.stratum for item in left_out}),
             "samples_scored": len(items),
             "samples_total": len(items) + len(left_out),
             "unsupported": len(left_out),
-            "unsupported_metrics": dict(Counter(reasons[x.stratum] for x in left_out)),
+            "unsupported_metrics": dict(Counter(why[x.stratum] for x in left_out)),
             "micro": round(sum(values) / len(values), 6),
         }
     if name in BENCHMARKS:
@@ -239,28 +217,24 @@ def rethinking(items: list[Item], by_item: list[list[dict]]) -> dict:
     accuracy before, after, and the bound when only wrong answers are looked at again (Fig. 7)."""
     pairs = [(x, line) for x, lines in zip(items, by_item, strict=True) for line in lines]
     own = [(x, line) for x, line in pairs if line["response"] and rethinks(line["response"])]
-    helped = 0.0
-    for item, line in own:
-        before = mark(item, line | {"response": before_rethinking(line["response"])})
-        helped += credit(line) - credit(before)
-    summary = {"rethinks": round(len(own) / len(pairs), 6), "rethinks_helped": helped}
-    forced = [line for _, line in pairs if "again" in line]
+    before = [mark(x, line | {"response": before_rethinking(line["response"])}) for x, line in own]
+    helped = sum(credit(line) - credit(first) for (_, line), first in zip(own, before, strict=True))
+    summary = {"rethinks": round(len(own) / len(pairs), 6), "rethinks_helped": float(helped)}
+    forced = [(line, line["again"]) for _, line in pairs if "again" in line]
     if forced:
 
         def mean(value) -> float:
             return round(headline(items, [sum(map(value, x)) / len(x) for x in by_item]), 6)
 
-        changes = Counter(
-            outcome(line["correct"], again["extracted"] is not None, again["correct"])
-            for line in forced
-            for again in [line["again"]]
-        )
         summary["force_rethink"] = {
             "before": mean(credit),
             "after": mean(lambda line: credit(line.get("again", line))),
             "only_wrong": mean(lambda line: max(credit(line), credit(line.get("again", line)))),
             "forced": len(forced),
-            **changes,
+            **Counter(
+                outcome(line["correct"], again["extracted"] is not None, again["correct"])
+                for line, again in forced
+            ),
         }
     return summary
 
@@ -289,50 +263,42 @@ def label(name: str, items: list[Item], left_out: list[Item]) -> str:
 # ---------------------------------------------------------------------------- tables
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
 def table(summaries: dict[str, dict]) -> str:
     """A table to paste: one line per benchmark, the published numbers, then every group."""
-    rows = [("benchmark", "accuracy", "95 %", "n", "no answer", "truncated", "missing", "what")]
+    counts = ("n", "no_answer", "truncated", "missing")
+    rows = [("benchmark", "accuracy", "95 %", "n", "no answer", "truncated", "missing")]
     for name, s in summaries.items():
-        low, high = (f"{100 * bound:.1f}" for bound in s["ci95"])
-        counts = [str(s[key]) for key in ("n", "no_answer", "truncated", "missing")]
-        rows.append((name, f"{100 * s['accuracy']:.1f}", f"{low}-{high}", *counts, s["label"]))
-    blocks = [_aligned(rows)]
-    published = [(name, s["published"]) for name, s in summaries.items() if "published" in s]
-    if published:
-        rows = [("published, %", *MODELS)]
-        rows += [(name, *(f"{number:.1f}" for number in row.values())) for name, row in published]
-        blocks.append(_aligned(rows))
+        bounds = "-".join(map(percent, s["ci95"]))
+        rows.append((name, percent(s["accuracy"]), bounds, *(str(s[key]) for key in counts)))
+    published = [(k, *map(str, s["published"].values())) for k, s in summaries.items() if "published" in s]
+    blocks = [_aligned(rows), *([_aligned([("published, %", *MODELS), *published])] if published else [])]
     for name, s in summaries.items():
-        forced = s.get("force_rethink")
-        if forced:
-            counts = ", ".join(f"{k} {v}" for k, v in forced.items() if isinstance(v, int))
-            blocks.append(
-                f"{name}, forced to look again: before {100 * forced['before']:.1f}, after "
-                f"{100 * forced['after']:.1f}, if only when wrong {100 * forced['only_wrong']:.1f} "
-                f"({counts})"
+        told = [f"{name}: {s['label']}"]
+        told += [f"rules cover {s['rules_cover']}"] if "rules_cover" in s else []
+        if reasons := [f"{percent(share)} % {why}" for why, share in s["no_answer_by"].items()]:
+            told += [f"no answer: {', '.join(reasons)}"]
+        told += [f"{key} {percent(s[key])}" for key in s if key.startswith(("pass@", "maj@"))]
+        if forced := s.get("force_rethink"):
+            numbers = ", ".join(f"{k} {v}" for k, v in forced.items() if isinstance(v, int))
+            told.append(
+                f"forced to look again: before {percent(forced['before'])}, after "
+                f"{percent(forced['after'])}, if only when wrong {percent(forced['only_wrong'])} ({numbers})"
             )
-        several = [f"{key} {100 * s[key]:.1f}" for key in s if key.split("@")[0] in ("pass", "maj")]
-        rows = [(name, "accuracy", "n")]
-        rows += [(g, f"{100 * v['accuracy']:.1f}", str(v["n"])) for g, v in sorted(s["groups"].items())]
-        covers = [f"rules cover {s['rules_cover']}"] if "rules_cover" in s else []
-        reasons = [f"{100 * share:.1f} % {why}" for why, share in s["no_answer_by"].items()]
-        covers += [f"no answer: {', '.join(reasons)}"] if reasons else []
-        blocks.append("\n".join([_aligned(rows), *several, *covers]))
+        rows = [(g, percent(v["accuracy"]), str(v["n"])) for g, v in sorted(s["groups"].items())]
+        blocks.append("\n".join([*told, _aligned([(name, "accuracy", "n"), *rows])]))
     return "\n\n".join(blocks)
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
+    """Words to the left, numbers to the right, under each other."""
     rows = [tuple(map(printable, row)) for row in rows]  # groups are named by the data
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # Words to the left, numbers to the right, under each other.
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 or (i == 7 and len(row) == 8) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    cells = [[row[0].ljust(first), *map(str.rjust, row[1:], widths)] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
 # ---------------------------------------------------------------------------- two results
@@ -371,17 +337,14 @@ def compare(path_a: str, path_b: str) -> str:
     differences = [b[id_][0] - a[id_][0] for id_ in shared]
     mean, half = paired(differences, [a[id_][1] for id_ in shared])
     wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    p = sign_test(wins, losses)
     rows = [("", "accuracy", "n")]
     for name, path, result in (("A", path_a, a), ("B", path_b, b)):
-        accuracy = sum(result[id_][0] for id_ in shared) / n
-        rows.append((f"{name}  {path}", f"{100 * accuracy:.1f}", str(n)))
-    alone = len(a) + len(b) - 2 * n
-    return "\n".join(
-        [
-            _aligned(rows),
-            f"B - A = {100 * mean:+.1f} +- {100 * half:.1f} points (95 %)",
-            f"B better on {wins}, A on {losses}, equal on {n - wins - losses}; McNemar p = {p:.3g}",
-            *([f"{alone} questions are in one file only and left out"] if alone else []),
-        ]
+        rows.append((f"{name}  {path}", percent(sum(result[id_][0] for id_ in shared) / n), str(n)))
+    told = (
+        f"{_aligned(rows)}\n"
+        f"B - A = {100 * mean:+.1f} +- {100 * half:.1f} points (95 %)\n"
+        f"B better on {wins}, A on {losses}, equal on {n - wins - losses}; "
+        f"McNemar p = {sign_test(wins, losses):.3g}"
     )
+    alone = len(a) + len(b) - 2 * n
+    return told + (f"\n{alone} questions are in one file only and left out" if alone else "")

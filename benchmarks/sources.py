@@ -13,46 +13,40 @@ file and row, where a skipped row would quietly change the denominator.
 import re
 from pathlib import Path
 
-from benchmarks.readers import BENCHMARKS, Benchmark, Item
+from benchmarks.readers import BENCHMARKS, Item
 from data import UserError, check_shape, read_rows
 
 SPLITS = {"train", "dev", "validation", "val", "test", "testmini"}
-
 # What marking and counting rely on, in an Item and its Question.
 ITEM = {
-    "text": str,
-    "answer": str,
-    "category": str,
-    "choices": (list, type(None)),
-    "groups": [str],
-    "cluster": (str, int),
-    "stratum": str,
-}
+    "text": str, "answer": str, "category": str, "choices": (list, type(None)),
+    "groups": [str], "cluster": (str, int), "stratum": str,
+}  # fmt: skip
 
 
-def is_wanted(benchmark: Benchmark, path: str) -> bool:
+def is_wanted(name: str, path: str) -> bool:
     """Whether a file of a directory holds the benchmark's split, judged by its path.
 
-    >>> mmmu = BENCHMARKS["mmmu"]
-    >>> is_wanted(mmmu, "Art/dev-00000.parquet"), is_wanted(mmmu, "Art/validation-00000.parquet")
+    >>> is_wanted("mmmu", "Art/dev-00000.parquet"), is_wanted("mmmu", "Art/validation-00000.parquet")
     (False, True)
     """
     path = path.lower()
-    if re.search(benchmark.beside, path) or any(part.startswith(".") for part in path.split("/")):
+    if re.search(BENCHMARKS[name].beside, path) or any(part.startswith(".") for part in path.split("/")):
         return False
     words = set(re.split(r"[^a-z]+", path.rsplit(".", 1)[0])) & SPLITS
-    return not words or benchmark.split in {"validation" if w == "val" else w for w in words}
+    return not words or BENCHMARKS[name].split in {"validation" if w == "val" else w for w in words}
 
 
-def find_files(name: str, path: Path) -> list[Path]:
+def find_files(name: str, data: str) -> list[Path]:
     """The files to read: the one given, or all of a directory that hold the benchmark's split."""
+    path = find_data(name, data)
     if path.is_file():
         return [path]
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     for suffix in (".parquet", ".jsonl"):
         found = sorted(file for file in path.rglob(f"*{suffix}") if file.is_file())
-        wanted = [file for file in found if is_wanted(BENCHMARKS[name], file.relative_to(path).as_posix())]
+        wanted = [file for file in found if is_wanted(name, file.relative_to(path).as_posix())]
         if wanted:
             return wanted
         if found:
@@ -63,53 +57,51 @@ def find_files(name: str, path: Path) -> list[Path]:
     raise UserError(f"{path}: holds no .parquet and no .jsonl file")
 
 
+def find_data(name: str, data: str) -> Path:
+    """A file, a directory, a hub id, or by default the benchmark's own hub id.
+
+    A directory may hold one folder (or file) per benchmark, named as on the hub (MathVista).
+    """
+    path, hub = Path(data), BENCHMARKS[name].hub
+    if not data or (not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", data)):
+        return download(name, data or hub)
+
+    def letters(text: str) -> str:
+        return re.sub("[^a-z]", "", text.lower())
+
+    for child in sorted(path.iterdir()) if path.is_dir() else []:
+        # A file NAME.jsonl may be a result of ours.
+        if child.suffix != ".jsonl" and letters(child.stem.split("--")[-1]) == letters(hub.split("/")[1]):
+            return child
+    return path
+
+
 def download(name: str, hub: str) -> Path:
     """The benchmark's files from a data set on the hub, through its cache."""
     import huggingface_hub
 
     wanted = BENCHMARKS[name].files if hub == BENCHMARKS[name].hub else None
     try:
-        folder = huggingface_hub.snapshot_download(hub, repo_type="dataset", allow_patterns=wanted)
+        return Path(huggingface_hub.snapshot_download(hub, repo_type="dataset", allow_patterns=wanted))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{hub}: not here, and not to be had from the hub ({reason}); give --data a file or a directory"
         ) from None
-    return Path(folder)
-
-
-def find_data(name: str, data: str, several: bool) -> Path:
-    """Where a benchmark's files are: a file, a directory, a hub id, or its own hub id by default.
-
-    A directory may hold one folder (or file) per benchmark, named as on the hub (MathVista).
-    """
-    path = Path(data)
-    if not data or (not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", data)):
-        return download(name, data or BENCHMARKS[name].hub)
-    plain = re.sub("[^a-z]", "", BENCHMARKS[name].hub.split("/")[1].lower())
-    for child in sorted(path.iterdir()) if path.is_dir() else []:
-        # A file NAME.jsonl may be a result of ours.
-        if child.suffix != ".jsonl" and re.sub("[^a-z]", "", child.stem.lower().split("--")[-1]) == plain:
-            return child
-    if several:
-        raise UserError(f"{path}: no folder of {name} in it; several benchmarks need one each")
-    return path
 
 
 def find_picture(stored, folder: Path):
     """Published paths are relative to the file, or to a folder above it (hub snapshots)."""
     if not isinstance(stored, str):
         return stored
-    for base in (folder, *folder.parents[:2]):
-        if (base / stored).is_file():
-            return base / stored
-    return folder / stored
+    places = [base / stored for base in (folder, *folder.parents[:2])]
+    return next((place for place in places if place.is_file()), places[0])
 
 
-def load(name: str, data: str, several: bool = False) -> list[Item]:
+def load(name: str, data: str) -> list[Item]:
     """All items of a benchmark. Raises UserError naming file and row for what cannot be read."""
     items, places = [], {}
-    for file in find_files(name, find_data(name, data, several)):
+    for file in find_files(name, data):
         for place, row in read_rows(file):
             try:
                 item = BENCHMARKS[name].read(row)
@@ -124,9 +116,9 @@ def load(name: str, data: str, several: bool = False) -> list[Item]:
             question, item.question.place = item.question, place
             question.id = str(question.id)
             if question.id in places:
+                first = places[question.id]
                 raise UserError(
-                    f"{place}: duplicate id {question.id!r}, first at {places[question.id]}; "
-                    "is a file there twice?"
+                    f"{place}: duplicate id {question.id!r}, first at {first}; is a file there twice?"
                 )
             places[question.id] = place
             question.images = [find_picture(stored, file.parent) for stored in question.images]

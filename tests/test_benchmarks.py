@@ -518,16 +518,16 @@ def test_megabench_json_answers_are_weighted_or_take_the_least():
 
 def test_megabench_metrics_that_run_code_or_ask_a_judge_are_not_supported():
     for metric in ("program_judge", "gpt_4o_as_judge", "geo_proximity_location_dict", "new_metric"):
-        assert readers.megabench_item(mega_row(metric=metric)).unsupported == metric
-    assert readers.megabench_item(mega_row()).unsupported == ""
+        assert readers.megabench(mega_row(metric=metric)).unsupported == metric
+    assert readers.megabench(mega_row()).unsupported == ""
 
 
 def test_megabench_pictures_fill_the_placeholders_in_order():
-    item = readers.megabench_item(mega_row(global_media="['./data/toy/g.png']"))
+    item = readers.megabench(mega_row(global_media="['./data/toy/g.png']"))
     assert item.question.images == ["./data/toy/g.png", "./data/toy/0.png", "./data/toy/1.png"]
     assert item.question.text.startswith("<image>Read the gauge.\nExample 1:\n<image>")
     assert item.template == "bare"
-    assert readers.megabench_item(mega_row(query_text="<video>")).unaskable == "video"
+    assert readers.megabench(mega_row(query_text="<video>")).unaskable == "video"
 
 
 # ---------------------------------------------------------------------------- files
@@ -589,10 +589,9 @@ def test_pictures_of_jsonl_rows_are_found_beside_the_file_or_above_it(tmp_path):
 def test_several_benchmarks_have_a_folder_each(tmp_path):
     write_parquet(tmp_path / "MathVista" / "testmini-0.parquet", [mathvista_row()])
     write_parquet(tmp_path / "MMMU_Pro" / "vision" / "test-0.parquet", [vision_row()])
-    assert len(load("mathvista", str(tmp_path), several=True)) == 1
-    assert len(load("mmmu_pro", str(tmp_path), several=True)) == 1
-    with pytest.raises(UserError, match="no folder of emma"):
-        load("emma", str(tmp_path), several=True)
+    assert len(load("mathvista", str(tmp_path))) == len(load("mmmu_pro", str(tmp_path))) == 1
+    with pytest.raises(UserError, match="no column 'type' of emma's published files"):
+        load("emma", str(tmp_path))
 
 
 @pytest.mark.parametrize(
