@@ -30,12 +30,14 @@ from reward import MAX_LENGTH, extract_answer, is_correct
 _BEST = "(?:correct|right|best|final|closest|nearest|(?:most )?appropriate|available)"
 # "Answer: B", "**Answer**: B", "the correct option letter is B"; but not "the answer isn't B".
 ANSWER = re.compile(
-    rf"(?:^[#*_ ]*(?:final )?answer[*_ ]*\n|\b(?:answer|答案|(?:{_BEST}\s+)+(?:option|choice))"
+    rf"(?:^[#*_ ]*(?:final )?answer[*_ ]*\n"
+    rf"|(?:\b|(?=答))(?:answer|答案|(?:{_BEST}\s+)+(?:option|choice|letter))"
     r"(?:\s+(?:option|choice|letter))*(?:\s+to\s(?:\"[^\"\n]*\"|[^.:\n\"]){1,40}?)?[*_\"']*\s*"
     r"(?:[:：=是为]|\b(?:is|are|would be|should be|must be|will be)\b"
     r"|(?=\(?[A-Z]\)?\s+is\s+(?:the\s+)?(?:correct|right|best))))"
     r"(?:\s*(?:therefore|thus|then|most|likely|probably|definitely|clearly|indeed|still"
-    r"|approximately|about|roughly|given by|(?:option|choice|letter)(?=\W+[A-Z]\b))\b)*[\s:：*_#>]*",
+    r"|approximately|about|roughly|given by|(?:option|choice|letter)(?=\W+[A-Z]\b))\b)*"
+    r"[\s:：*_#>]*(?:[-•]\s+[*_]*)?",
     re.IGNORECASE | re.MULTILINE,
 )
 FENCE = re.compile(r"```\w*[ \t]*\n?(.*?)\s*```", re.DOTALL)
@@ -48,6 +50,7 @@ _FRAMES = [
 _SENTENCE = re.compile(
     r"(?:(?<=[^\s.(][^\s.(])|(?<=[)\]}$*%°]))[.!?]\s+(?=[A-Z(\\\"*])"
     r"|(?<=[0-9)\]}$*%°]),?\s+(?=(?:because|since|as|with|which|where|when)\b)"
+    r"|,\s+(?=(?:because|since|as|which|not)\b)"
 )
 _SPECIAL = re.compile(r"(?:</s>|<\|[a-z_]+\|>)\s*$")  # tokens that some decoders leave
 _PROSE = re.compile(
@@ -88,7 +91,7 @@ def _after(text: str) -> str:
     for closing, opening in (("\\]", "\\["), ("\\)", "\\("), ("}", "{")):
         while found.endswith(closing) and found.count(closing) > found.count(opening):
             found = found.removesuffix(closing).rstrip(" .*$")
-    return found.strip(" $*")  # a leading full stop stays: ".5" is a number
+    return found.strip(' $*`"')  # a leading full stop stays: ".5" is a number
 
 
 def _whole(response: str, choices: Sequence[str]) -> str | None:

@@ -22,7 +22,7 @@ from grading.structure import readings, same
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _RIGHT = "(?:correct|right|best)"
-_LEAD = rf"(?:the )?(?:{_RIGHT} )?(?:(?:option|choice|answer|letter)\s+)?"
+_LEAD = rf"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:{_RIGHT} )?(?:(?:option|choice|answer|letter)\s+)?"
 _LONE = re.compile(
     rf"{_LEAD}[(\[]?\s*([A-Z])\s*[)\]]?\s*[.:,)]*"
     rf"(?: is (?:the )?(?:{_RIGHT}|(?:{_RIGHT} )?(?:answer|option|choice)))?",
@@ -30,12 +30,14 @@ _LONE = re.compile(
 )
 _LABELLED = re.compile(
     rf"{_LEAD}(?:[(\[]\s*(?P<framed>[A-Z])\s*[)\]][.:,]*|(?P<bare>[A-Z])"
-    r"(?:\s?[.:)]+|\s(?=[(\[])|(?P<weak>,|\s-|(?=[\s\d(-]))))\s*"
+    r"(?:\s?[.:)]+|\s(?=[(\[])|(?P<weak>[,;]|\s-|(?=[\s\d(-]))))\s*"
     r"(?![\s,;&]|and\b|or\b|[(\[][A-Z][)\]].)(?P<text>.+)",
     re.IGNORECASE,
 )
 _REASON = re.compile(rf"(?:because|since|as|which|for|due|given|so|is (?:the )?{_RIGHT})\b")
-_AFTER = re.compile(r"(.+?)\s?[(\[]([A-Z])[)\]]")
+# B (6) or C (8)
+_ANOTHER = re.compile(r"(?:\bor|\band|[,;])\s*[(\[]?[A-Z](?:[)\].:]|\s[(\[])|\s[(\[][A-Z][)\]](?=\s)")
+_AFTER = re.compile(r"(.+?)\s?[(\[](?:option |choice )?([A-Z])[)\]]")
 _SAID = re.compile(r"(yes|no|true|false)[,.;:-]", re.IGNORECASE)  # No, it is not
 _FRAME = re.compile(r"[(\[](.*)[)\]]$")
 _ONE = r"[(\[]?[A-Z][)\]]?"
@@ -69,7 +71,8 @@ def read_label(tidied: str) -> Label | None:
     inner, strong = _LONE.fullmatch(text), match["weak"] is None
     if inner and strong and inner[1] == letter:  # B: B
         return Label(letter, "", True)
-    return Label(letter, text, strong and not inner)
+    hedged = inner or _ANOTHER.search(text)
+    return Label(letter, text, bool(_REASON.match(text) or (strong and not hedged)))
 
 
 def read_letters(tidied: str) -> frozenset[str]:
@@ -115,7 +118,7 @@ def named(text: str, choices: Sequence[str], strict: bool = True) -> frozenset[s
         return _by_text(text, choices) or several
     if meant and found.sure:
         return frozenset() if strict else letter
-    if found and not meant and (found.sure or _REASON.match(found.text)):
+    if found and not meant and found.sure:
         return letter
     said = None if strict else _SAID.match(tidied)
     if said and (equal := _equal(said[1], choices)):

@@ -42,7 +42,7 @@ _TOKEN = re.compile(
     r"(?P<space>\s*)(?:"
     r"(?P<number>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![A-Za-z0-9]))?)"
     r"|(?P<word>(?:sin|cos|tan|cot|sec|csc|ln|log)(?=[xy](?![A-Za-z]))|[A-Za-z]+"
-    r"|[^\x00-\x7f\W\d_]+)"  # of another script: a unit, or unreadable
+    r"|(?:(?!\d)[\u0400-\u1fff\u3040-\ud7af])+)"  # of another script: a unit, or unreadable
     r"|(?P<command>\\[A-Za-z]+|\\[{}])"
     r"|(?P<op>\*\*|[-+*/^_!%°'|(){}\[\],$€£¥₹¢]))"
 )

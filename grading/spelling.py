@@ -31,15 +31,16 @@ _VULGAR = "½12 ⅓13 ⅔23 ¼14 ¾34 ⅕15 ⅖25 ⅗35 ⅘45 ⅙16 ⅚56 ⅐17 
 _CHARACTERS |= {v[0]: rf"\frac{{{v[1]}}}{{{v[2]}}}" for v in _VULGAR.split()}
 _TABLE = str.maketrans(_CHARACTERS)
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ"
-_PLAIN = str.maketrans(_RAISED + _LOWERED, "0123456789+-n" * 2)
+_DIGITS = str.maketrans(_RAISED + _LOWERED, "0123456789+-n" * 2)
 
+_STYLES = "text textbf textit textrm textsf texttt textnormal mathrm mathbf mathit mathsf mathtt mathcal"
+_STYLES += " mathnormal mbox hbox fbox operatorname boldsymbol bm emph underline ce"
 _COMMANDS = {
     name: replacement
     for names, replacement in (
         ("left right big Big bigl bigr Bigl Bigr bigg Bigg biggl biggr Biggl Biggr middle", ""),
         ("displaystyle textstyle scriptstyle limits nolimits nonumber rm bf it therefore !", ""),
-        ("text textbf textit textrm textsf texttt textnormal mathrm mathbf mathit mathsf", ""),
-        ("mathtt mathcal mathnormal mbox hbox operatorname boldsymbol bm emph underline ce", ""),
+        (_STYLES, ""),
         ("quad qquad enspace thinspace space hfill , ; : > ( ) [ ]", " "),
         ("dfrac tfrac cfrac nicefrac sfrac", r"\frac"), ("dbinom tbinom", r"\binom"),
         ("leq le leqslant leqq", "≤"), ("geq ge geqslant geqq", "≥"), ("neq ne", "≠"),
@@ -56,59 +57,85 @@ _COMMANDS = {
 }  # fmt: skip
 _COMMANDS[" "] = " "
 _COMMAND = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
-_LEADING_SIGN = re.compile(r"[=≈] ?(?![=<>])")
-_STYLED = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox"
-    r"|operatorname\*?|boldsymbol|bm|emph|underline|ce)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+_STYLED = re.compile(rf"\\(?:{'|'.join(_STYLES.split())})\*?\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
+
+
+def _recurring(match: re.Match) -> str:
+    r"""0.1\overline{6} -> (\frac{15}{90})"""
+    whole, fixed, period = match.groups()
+    above = int(whole + fixed + period) - int((whole + fixed) or 0)
+    return rf"(\frac{{{above}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}})"
+
+
+def _rules(*rules: tuple) -> list[tuple]:
+    """(what a text must contain for the rule to apply, pattern, replacement)"""
+    return [(needed, re.compile(pattern), replacement) for needed, pattern, replacement in rules]
+
+
+def _apply(rules: list[tuple], text: str) -> str:
+    for needed, pattern, replacement in rules:
+        if needed in text:
+            text = pattern.sub(replacement, text)
+    return text
+
+
+_MARKDOWN = _rules(
+    ("`", r"^(`+)(?:[a-z]*\n)?\s*([^`]+?)\s*\1$", r"\2"),
+    ("__", r"(?<![\w}])__([^_]+)__(?![\w{])", r"\1"),
+    ("*", r"(?<![\w)}*^])(\*\*?)([^*]+)\1(?!\*)", r"\2"),
+    # a mark whose partner was cut off with the sentence before the answer
+    ("**", r"(?<=[A-Za-z.)])\*\*(?=[\s.:,]|$)|^\*\*(?=\S)", ""),
+    # $ around the whole text, or around a part as in pandoc: no space inside, no digit after it
+    ("$", r"^\s*\$\$?((?:[^$\\]|\\.)*)\$\$?[\s.,;]*$", r"\1"),
+    ("$", r"(?<!\\)\$\$?(?![\s$])((?:[^$\\]|\\.)*)(?<![\s\\])\$\$?(?![0-9])", r"\1"),
 )
-_BLANKS = re.compile(r"\\(?:[hv]space\*?|[hv]?phantom|color|textcolor)\s*\{[^{}]*\}|\\!\s*")
-# $ around the whole text, or around a part as in pandoc: no space inside, no digit after it.
-_DOLLARS = [
-    re.compile(r"^\s*\$\$?((?:[^$\\]|\\.)*)\$\$?[\s.,;]*$"),
-    re.compile(r"(?<!\\)\$\$?(?![\s$])((?:[^$\\]|\\.)*)(?<![\s\\])\$\$?(?![0-9])"),
-]
-# Markdown's bold; and a mark whose partner was cut off with the sentence before the answer.
-_BOLD = re.compile(r"(?<![\w)}*])(\*\*?)([^*]+)\1(?!\*)")
-_LOOSE_BOLD = re.compile(r"(?<=[A-Za-z.)])\*\*(?=[\s.:,]|$)|^\*\*(?=\S)")
-_CIRCLE = re.compile(r"\^\s*(?:\{\s*(?:\\circ|°)\s*\}|\\circ(?![A-Za-z])|°|\{?\\degree\}?)")
-_RECURRING = re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar|dot)\s*\{([0-9]{1,20})\}")
-_GROUPED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
-_SPACED = re.compile(r"(?<![0-9.,])(?<![0-9] )[1-9][0-9]{0,2}(?: [0-9]{3})+(?! ?[0-9]|,[0-9]|/)")
+_LATEX = _rules(
+    ("\\!", r"\\!\s*", ""),
+    ("{", r"\\(?:[hv]space\*?|[hv]?phantom|color|textcolor)\s*\{[^{}]*\}", ""),
+    (".", r"\\(?:left|right)\.", ""),
+    ("^", r"\^\s*(?:\{\s*(?:\\circ|°)\s*\}|\\circ(?![A-Za-z])|°|\{?\\degree\}?)", "°"),
+    (".", r"([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar|dot)\s*\{([0-9]{1,20})\}", _recurring),
+)
+# 5 \frac{m}{s^2}, a unit that is written as a fraction
+_UNIT_FRACTION = r"(?<=[0-9} ])\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+(?:\^\{?[23]\}?)?) ?\}$"
+_PLAIN = _rules(
+    ("^", r"([0-9]) ?\^ ?\{? ?(st|nd|rd|th)\b ?\}?", r"\1\2"),  # 5^{\text{th}}
+    (" ", r"([0-9]) (st|nd|rd|th)\b", r"\1\2"),
+    ("^", r"(?<=[0-9]) ?\^ ?(?:\{o\}|o\b)", "°"),
+    (".", r"(?<![A-Za-z.])(sq|cu|in|ft|yd|mi|lb|oz|hr|min|sec|deg|Rs)\.(?= |$)", r"\1"),
+    ("$", r"(?<![A-Za-z])(?:US|HK|NZ|[ACS])\$", "$"),
+    ("^", r"(?<=[0-9.]) ?[xX] ?(?=10 ?\^)", "*"),  # 3 x 10^5
+    ("^", r"\^ ?\{?'+ ?\}?", "'"),
+    ("\\frac", r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
+    ("\\frac", r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
+    ("\\frac", r"\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r"\\frac{\1}{\2}"),
+    ("\\frac", _UNIT_FRACTION, r" \1/\2"),
+    ("\\overline", r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
+    ("\\mu", r"(?<=[0-9 ])\\mu ?(?=[mgsLAFCV]\b)", "u"),
+    ("\\Omega", r"(?<=[0-9 ])k ?\\Omega", "kohm"),
+    # 69{degrees}, \sqrt{3}{cm}, and not \frac{3}{ab}
+    ("{", r"^((?:[^\\]|\\sqrt|\\pi)*[0-9}]) ?\{ ?([A-Za-z/]{2,}) ?\}$", r"\1 \2"),
+    ("square", r"\bsquare(?=[a-z]{2})", "square "),
+    ("cubic", r"\bcubic(?=[a-z]{2})", "cubic "),
+    ("per", r"\bper ?cent(?:age)?(?: points?)?\b", "percent"),
+    # \sqrt{3} (≈ 1.73)
+    (")", r"[, ]*\((?:≈|approximately|approx\.?|about) ?([^()]*)\)$", r" ≈ \1"),
+    ("\\{", r"\\\{ *\\\}", r"\\emptyset"),
+    ("real", r"^(?:[Aa]ll )?(?:real numbers|reals)$", r"(-\\infty,\\infty)"),
+    ("\\mathbb", r"\\mathbb ?\{?R\}?$", r"(-\\infty,\\infty)"),
+    ("°", r"° ?([CF])\b", r" ° \1"),
+    ("  ", r" +", " "),
+)
+_SEPARATORS = _rules(
+    (",", r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])", lambda m: m[0].replace(",", "")),
+    (" ", r"(?<![0-9.,])(?<![0-9] )[1-9][0-9]{0,2}(?: [0-9]{3})+(?! ?[0-9]|,[0-9]|/)",
+     lambda m: m[0].replace(" ", "")),
+)  # fmt: skip
 _ANSWER_IS = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:(?:correct|final|right|best) )*"
     r"(?:answer|solution|result|choice|option)s?(?: choice| option)?(?: is ?:?| are| ?[:=]) *",
     re.IGNORECASE,
 )
-# 5 \frac{m}{s^2}, a unit that is written as a fraction
-_UNIT_FRACTION = r"(?<=[0-9} ])\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+(?:\^\{?[23]\}?)?) ?\}$"
-# A text must contain this for the rule to apply; the rule; its replacement.
-_SMALL_RULES = [
-    (needed, re.compile(pattern), replacement)
-    for needed, pattern, replacement in (
-        ("{", r"([0-9]) ?\^? ?\{ ?(st|nd|rd|th) ?\}", r"\1\2"),  # 5^{\text{th}}
-        ("^", r"([0-9]) ?\^ ?(st|nd|rd|th)\b", r"\1\2"),
-        (" ", r"([0-9]) (st|nd|rd|th)\b", r"\1\2"),
-        ("^", r"(?<=[0-9]) ?\^ ?(?:\{o\}|o\b)", "°"),
-        (".", r"(?<![A-Za-z.])(sq|cu|in|ft|yd|mi|lb|oz|hr|min|sec|deg|Rs)\.(?= |$)", r"\1"),
-        ("$", r"(?<![A-Za-z])(?:US|HK|NZ|[ACS])\$", "$"),
-        ("^", r"(?<=[0-9.]) ?[xX] ?(?=10 ?\^)", "*"),  # 3 x 10^5
-        ("^", r"\^ ?\{?'+ ?\}?", "'"),
-        ("\\frac", r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
-        ("\\frac", r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
-        ("\\frac", r"\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r"\\frac{\1}{\2}"),
-        ("\\frac", _UNIT_FRACTION, r" \1/\2"),
-        ("\\overline", r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
-        ("\\mu", r"(?<=[0-9 ])\\mu ?(?=[mgsLAFCV]\b)", "u"),
-        ("\\Omega", r"(?<=[0-9 ])k ?\\Omega", "kohm"),
-        ("{", r"^([^\\]*[0-9]) ?\{ ?([A-Za-z]{2,}) ?\}$", r"\1 \2"),  # 69{degrees}
-        ("re", r"\bsquare(?=[a-z]{2})", "square "),
-        ("\\{", r"\\\{ *\\\}", r"\\emptyset"),
-        ("real", r"^(?:[Aa]ll )?(?:real numbers|reals)$", r"(-\\infty,\\infty)"),
-        ("\\mathbb", r"\\mathbb ?\{?R\}?$", r"(-\\infty,\\infty)"),
-        ("°", r"° ?([CF])\b", r" ° \1"),
-        ("  ", r" +", " "),
-    )
-]
 
 
 @lru_cache(maxsize=4096)
@@ -118,32 +145,24 @@ def tidy(text: str) -> str:
     >>> tidy(r"$\dfrac{1}{2}\,\text{cm}$."), tidy(r"1{,}234"), tidy("1 234"), tidy("12,34")
     ('\\frac{1}{2} cm', '1234', '1234', '12,34')
     """
-    text = ungrouped(text)
-    if "," in text:
-        text = _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
-    return _SPACED.sub(lambda match: match[0].replace(" ", ""), text) if " " in text else text
+    return _apply(_SEPARATORS, ungrouped(text))
 
 
 @lru_cache(maxsize=4096)
 def ungrouped(text: str) -> str:
     """tidy() before it removes thousands separators."""
-    if "*" in text:
-        text = _LOOSE_BOLD.sub("", _BOLD.sub(r"\2", text))
-    if "$" in text:
-        text = _DOLLARS[1].sub(r"\1", _DOLLARS[0].sub(r"\1", text))
+    text = _apply(_MARKDOWN, text)
     if not text.isascii():
-        text = text.replace("³√", r"\sqrt[3]")
-        text = re.sub(f"[{_RAISED}]+", lambda m: f"^{{{m[0].translate(_PLAIN)}}}", text)
-        text = re.sub(f"[{_LOWERED}]+", lambda m: f"_{{{m[0].translate(_PLAIN)}}}", text)
+        text = text.replace("³√", r"\sqrt[3]").replace("平方", " square ").replace("立方", " cubic ")
+        text = re.sub(f"[{_RAISED}]+", lambda m: f"^{{{m[0].translate(_DIGITS)}}}", text)
+        text = re.sub(f"[{_LOWERED}]+", lambda m: f"_{{{m[0].translate(_DIGITS)}}}", text)
         text = re.sub("[µμ](?=[mgsLAFCV])", "u", text).translate(_TABLE)
     if "\\" in text:
-        text = _BLANKS.sub("", text).replace(r"\left.", "").replace(r"\right.", "")
-        text = _CIRCLE.sub("°", text)
+        text = _apply(_LATEX, text)
         for _ in range(3):
             if (plainer := _STYLED.sub(_unstyled, text)) == text:
                 break
             text = plainer
-        text = _RECURRING.sub(_recurring, text)
         text = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), text)
     text = text.replace("{,}", ",").replace("~", " ").strip()
     if "\n" in text and "\\begin" not in text:
@@ -151,14 +170,11 @@ def ungrouped(text: str) -> str:
     text = _bare(text)
     if text.isdigit():
         return text
-    spelled = text
-    for needed, pattern, replacement in _SMALL_RULES:
-        if needed in spelled:
-            spelled = pattern.sub(replacement, spelled)
+    spelled = _apply(_PLAIN, text)
     if text[:1] in ("'", '"', "`") and text[:1] == text[-1:]:
         spelled = spelled[1:-1]
     spelled = spelled if spelled == text else _bare(spelled)
-    return _LEADING_SIGN.sub("", spelled) if spelled[:1] in ("=", "≈") else spelled
+    return re.sub("^[=≈] ?(?![=<>])", "", spelled) if spelled[:1] in ("=", "≈") else spelled
 
 
 def _bare(text: str) -> str:
@@ -181,13 +197,6 @@ def _unstyled(match: re.Match) -> str:
     left = " " if inner[:1].isalpha() and (before.isalnum() or before in ("}", ")")) else ""
     right = " " if inner[-1:].isalpha() and after.isalpha() else ""
     return left + inner + right
-
-
-def _recurring(match: re.Match) -> str:
-    r"""0.1\overline{6} -> (\frac{15}{90})"""
-    whole, fixed, period = match.groups()
-    above = int(whole + fixed + period) - int((whole + fixed) or 0)
-    return rf"(\frac{{{above}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}})"
 
 
 _WORD = re.compile(r"[^\W\d_]\.?[^\W\d_]")

@@ -45,14 +45,17 @@ _COMPOUND = re.compile(r"[0-9.]+ ?[A-Za-z]+(?: ?[0-9.]+ ?[A-Za-z]+){1,2}")
 _POINT = re.compile(r"([A-Z]'?) ?(\(.+,.+\))")
 _CHAIN = re.compile(r"[A-Z][a-z]?(?:-[A-Z][a-z]?)+")  # H-O-H, and not a difference
 _BUILDER = re.compile(r"[a-z] ?(?:\\in ?\\mathbb ?\{R\} ?)?(?:\\mid|\||:)(.+)")
-_NAME = r"(?:[A-Za-z]+|\\[A-Za-z]+(?:\{[A-Za-z ]*\})?)(?: ?_ ?(?:\{[^{}]*\}|[0-9A-Za-z])|[0-9])?'*"
+_NAME = (
+    r"(?:[A-Za-z]+|\\(?!frac|sqrt)[A-Za-z]+(?:\{[A-Za-z ]*\})?)(?: ?_ ?(?:\{[^{}]*\}|[0-9A-Za-z])|[0-9])?'*"
+    r"(?:\^(?:\{-1\}|\*|\{\*\}))?"
+)
+_THING = rf"(?:{_NAME}|\| ?{_NAME} ?\|)"
 # What may stand before "=" without being part of the answer: x, f(x), Area of ABC, angle 1,
-# |AB|, dy/dx, a:b, \\frac{AB}{BC}, (x_1, y). Not 2x, x + y or x^2: those are equations.
+# |AB|, dy/dx, a:b, \frac{AB}{BC}, (x_1, y). Not 2x, x + y or x^2: those are equations.
 _LABEL = re.compile(
-    rf"{_NAME}(?:\^\{{-1\}})?(?: {_NAME}){{0,7}}(?: [0-9])? ?(?:\([^()<>]{{1,20}}\))?"
-    r"|\|[A-Z]{1,2}\||\\frac ?\{d[a-z]?\} ?\{d[a-z]\}|d[a-z] ?/ ?d[a-z]"
-    rf"|{_NAME}(?: ?: ?{_NAME}){{1,2}}|\({_NAME}(?: ?, ?{_NAME}){{1,3}}\)"
-    rf"|\\frac ?\{{ ?{_NAME} ?\}} ?\{{ ?{_NAME} ?\}}"
+    rf"{_THING}(?:(?: | ?(?=\\)){_NAME}){{0,7}}(?: [0-9])? ?(?:\([^()]{{1,20}}\))?"
+    rf"|{_THING}(?: ?[:/] ?{_THING}){{1,2}}|\({_NAME}(?: ?, ?{_NAME}){{1,3}}\)"
+    rf"|\\frac ?\{{ ?{_THING} ?\}} ?\{{ ?{_THING} ?\}}"
 )
 
 
@@ -212,6 +215,8 @@ def same(a: tuple, b: tuple) -> bool:
         if other[0] == "list" and _is_inequality(relation):
             joined = other[2] != "or" and all(map(_is_inequality, other[1]))
             return joined and _same_conditions((relation,), other[1])
+        if other[0] == "list" and (unpacked := _unpacked(relation)):
+            return same(unpacked, other)
         value = value_of(relation)
         return value is not None and same(value, other)
     if "list" in kinds:  # \{5\} is 5; x = 1, y = 2 is (1, 2)
@@ -266,6 +271,15 @@ def _solution(items: tuple) -> tuple | None:
     return tuple(values[name] for name in sorted(values))
 
 
+def _unpacked(relation: tuple) -> tuple | None:
+    """(x, y) = (1, 2) -> x = 1, y = 2."""
+    names, values = relation[2][0], relation[2][-1]
+    if relation[1] != ("=",) or names[0] != "tuple" or values[0] != "tuple" or not relation[3][0]:
+        return None
+    pairs = zip(names[3], values[3], strict=True)
+    return ("list", tuple(("relation", ("=",), (x, y), (str(x[1]), "")) for x, y in pairs), ",")
+
+
 def _same_bag(a: tuple, b: tuple, equal) -> bool:
     if len(a) != len(b):
         return False
@@ -283,6 +297,8 @@ def _same_row(a: tuple, b: tuple, equal=same) -> bool:
 
 
 def _is_solution(item: tuple) -> bool:
+    if item[0] == "tuple":
+        return all(map(_is_solution, item[3]))
     equation = item[0] == "relation" and set(item[1]) == {"="}
     return equation or (item[0] == "value" and not symbols(item[1]))
 

@@ -69,7 +69,7 @@ if else elif for while with from import lambda return yield none true false nan 
 exec print pass del raise assert global max min sum int float noon midnight clock through until
 till versus but nor fold one two three four five six seven eight nine ten squared cubed root sin
 cos tan log approximately about is are was were wrong correct incorrect right left it its this
-that what why how so then because"""
+that what why how so then because 半 倍"""
 NO_NOUN = set(_NO_NOUN.split())
 
 
@@ -136,10 +136,11 @@ def _separable(tree: Tree, before: list[Token], first: Token, last: bool) -> boo
 
 
 def _noun(tokens: list[Token]) -> Unit | None:
-    """One or two ordinary words: 12 students."""
+    """One or two ordinary words: 12 students; or a word of another script: 12人."""
     words = [token.text for token in tokens]
-    plain = all(t.kind == "word" and t.spaced and len(t.text) > 2 for t in tokens)
-    if len(words) > 2 or not plain or not all(word[1:].islower() for word in words):
+    plain = all(t.kind == "word" and t.spaced and len(t.text) > 2 and t.text[1:].islower() for t in tokens)
+    foreign = len(words) == 1 and words[0] > "\u0400" and not any(map(str.isnumeric, words[0]))
+    if len(words) > 2 or not (plain or foreign):
         return None
     if not NO_NOUN.isdisjoint(word.lower() for word in words):
         return None

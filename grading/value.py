@@ -265,7 +265,7 @@ def _gap(left, right, at: Point) -> tuple:
 
 
 def near(a: Tree, b: Tree) -> bool:
-    """Are two constants within one percent of each other?"""
+    """Are two constants within two percent of each other?"""
     if symbols(a) or symbols(b):
         return False
     [at] = _points((a, b), True, LOW)
@@ -273,7 +273,7 @@ def near(a: Tree, b: Tree) -> bool:
     if left is None or right is None:
         return False
     gap, size = _gap(left, right, at)
-    return bool(100 * gap <= size)
+    return bool(50 * gap <= size)
 
 
 def proportional(a: Tree, b: Tree, positive: bool) -> bool:
