@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from tiny import let_be_right, lucky, make_base
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,6 +52,24 @@ def policy() -> Policy:
 def own_policy(policy) -> Policy:
     """A copy of `policy` that a test may change."""
     return copy.deepcopy(policy)
+
+
+@pytest.fixture(scope="session")
+def base():
+    """The folder of a small policy that guesses."""
+    return make_base()
+
+
+@pytest.fixture(scope="session")
+def by_luck():
+    """For fixtures and whole modules: half of the guesses are right."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield lambda: let_be_right(monkeypatch, lucky)
+
+
+@pytest.fixture
+def reward_by_luck(monkeypatch):
+    let_be_right(monkeypatch, lucky)
 
 
 @pytest.fixture

@@ -32,9 +32,8 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-import torch
 from PIL import Image
-from tiny import SECONDS, flags, lucky, make_base
+from tiny import SECONDS, flags, lucky, make_base, start, start_ranks, wait
 
 import eval as evaluation
 import report
@@ -46,48 +45,19 @@ FAILURES = ("traceback", "hang", "wrong")
 # ---------------------------------------------------------------------------- processes
 
 
-def start(action: Callable[[], int], log: Path, rank: int = 0, world: int = 1, port: int = 0) -> int:
-    """Fork; the child runs `action`, all it says goes to `log`. Returns its process id."""
-    if pid := os.fork():
-        return pid
-    code = 70
-    try:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not pytest's
-        torch.set_num_threads(1)
-        if world > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+def by_luck(action: Callable[[], int]) -> Callable[[], int]:
+    """The action, in a process where half of the guesses are right."""
+
+    def lucky_action() -> int:
         train.is_right = lambda sample, text=None: lucky(sample)
-        code = action()
-    except BaseException:  # noqa: BLE001, a child must never return into its parent's work
-        import traceback
+        return action()
 
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def wait(pid: int, seconds: float = LIMIT) -> int | None:
-    """The exit status, negative where a signal ended it; None where the time was up."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+    return lucky_action
 
 
 def run(action, log: Path) -> tuple[str, str]:
     """("done", "refused", "traceback" or "hang", what was said)."""
-    code = wait(start(action, log))
+    code = wait(start(by_luck(action), log), LIMIT)
     said = log.read_text(errors="replace")
     if code is None:
         return "hang", said
@@ -108,10 +78,8 @@ STRANGE = (None, [], {}, "", "x", "\x1b[2J\n", True, -1, 0, 2**31, 2**63, 10**40
 def places(value, path=()) -> list[tuple]:
     """The paths to all values in a JSON value; of a long list, to the first few."""
     found = [path]
-    items = (
-        value.items() if isinstance(value, dict) else enumerate(value[:4]) if isinstance(value, list) else ()
-    )
-    for key, part in items:
+    pairs = enumerate(value[:4]) if isinstance(value, list) else ()
+    for key, part in value.items() if isinstance(value, dict) else pairs:
         found += places(part, (*path, key))
     return found
 
@@ -373,17 +341,7 @@ def absurd_flags(root: Path, count: int, seed: int) -> Counter:
         if program is train:
             known = flags(base, trial / "run", steps=1, heldout=2)
         else:
-            known = [
-                "--model",
-                str(base),
-                "--out",
-                str(trial / "run"),
-                "--limit",
-                "2",
-                "--max_new_tokens",
-                "4",
-            ]
-
+            known = f"--model {base} --out {trial}/run --limit 2 --max_new_tokens 4".split()
         outcome, said = run(partial(in_folder, trial, program, [*known, f"--{name}={value}"]), log)
         outcome = "accepted" if outcome == "done" else outcome
         counts[outcome] += 1
@@ -395,23 +353,10 @@ def absurd_flags(root: Path, count: int, seed: int) -> Counter:
 # ---------------------------------------------------------------------------- kills
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def launch(action, log: Path, world: int) -> list[int]:
-    port = free_port()
-    return [start(action, log.with_suffix(f".{rank}"), rank, world, port) for rank in range(world)]
-
-
 def finish(action, log: Path, world: int) -> float:
     """Run on `world` processes to the end; returns the seconds it took. Raises where one fails."""
     begin = time.monotonic()
-    codes = [wait(pid, 3 * LIMIT) for pid in launch(action, log, world)]
+    codes = [wait(pid, 3 * LIMIT) for pid in start_ranks(world, by_luck(action), log)]
     said = "".join(log.with_suffix(f".{rank}").read_text(errors="replace") for rank in range(world))
     if codes != [0] * world or "Traceback" in said:
         raise RuntimeError(f"{codes}: {said}")
@@ -452,7 +397,7 @@ def kills(root: Path, count: int, seed: int) -> Counter:
         trial.mkdir()
         try:
             for _ in range(rng.choice((1, 2))):
-                pids = launch(partial(action, trial), log, world)
+                pids = start_ranks(world, by_luck(partial(action, trial)), log)
                 time.sleep(rng.uniform(0.05, seconds))
                 for pid in pids:
                     os.kill(pid, signal.SIGKILL)
@@ -487,7 +432,7 @@ def soak(root: Path, length: int, seed: int) -> Counter:
         return int(status["VmRSS"].split()[0]) // 1024, files, int(status["Threads"])
 
     while True:
-        pid = start(action, root / "log")
+        pid = start(by_luck(action), root / "log")
         goal = min(length, (done() // 100 + 1) * 100 + rng.randrange(15))
         early = None
         while done() < goal and os.waitpid(pid, os.WNOHANG) == (0, 0):

@@ -1,11 +1,12 @@
-"""Two processes (gloo): the gradient of one, no hang, resuming with other numbers of ranks."""
+"""Several processes (gloo): the gradient of one, no hang, resuming with other numbers of ranks, a rank that is lost.
 
-import functools
+Ranks are forked from this process, so whatever a test has replaced here is replaced in them too.
+"""
+
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,144 +15,122 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import (
+    LIMIT,
     flags,
     heldout_of,
     let_be_right,
     lucky,
-    make_base,
+    odd_sum,
+    on_ranks,
     run_training,
     same_tensors,
+    start_ranks,
     steps_of,
+    wait,
     weights_of,
 )
-from two_ranks import BUDGETS, ONE_RANK, even_lucky, gradients_of_hand_made_batch, hand_made_batch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import lora
 import parallel
+import toy
 import train
 from checkpoint import list_checkpoints
 from config import parse
+from data import Question
+from model import Sample, encode
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-LIMIT = 150  # seconds: longer is a hang
-HERE = Path(__file__).parent
-
-
-def environment() -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+pytestmark = pytest.mark.usefixtures("reward_by_luck")
+BUDGETS = (1, 100, 8192)  # --micro_batch_tokens: one response at a time, some trees, everything
+EPISODES = {"steps": 4, "heldout": 3, "rethink_fraction": 0.5, "save_every": 2, "keep_last": 9}
 
 
-@pytest.fixture(scope="session")
-def base():
-    return make_base()
+def trained(base: Path, out: Path, **changes) -> list[dict]:
+    """The steps of a run by two ranks, which must go well on both."""
+    assert on_ranks(2, lambda: train.main(flags(base, out, **changes))) == [0, 0]
+    return steps_of(out)
 
 
-@pytest.fixture(scope="module")
-def ranks(base, tmp_path_factory):
-    """The checks of two_ranks.py, run once: name -> what each rank saw; "" -> their folder."""
-    out = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        let_be_right(monkeypatch, lucky)
-        run_training(base, out / "from_one", steps=1, heldout=0, keep_last=9)
-    command = [*TORCHRUN, HERE / "two_ranks.py", base, out]
-    done = subprocess.run(command, timeout=LIMIT, env=environment(), check=False,
-                          capture_output=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()[-5000:]
-
-    @functools.cache
-    def read(name: str):
-        return json.loads((out / f"{name}.json").read_text()) if name else out
-
-    return read
+# ---------------------------------------------------------------------------- the gradient
 
 
-@pytest.fixture(scope="module")
-def nodes(base, tmp_path_factory):
-    """What two_ranks.py saw on two nodes of two ranks, on this machine: one dict per rank; their folder."""
-    out = tmp_path_factory.mktemp("nodes")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2",
-              "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "nodes"]  # fmt: skip
-    command = [*launch, HERE / "two_ranks.py", base, out, "node"]
-    agents = [
-        subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL,
-                         stderr=subprocess.PIPE) for _ in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [agent.communicate(timeout=LIMIT)[1].decode() for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
-    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(errors)[-5000:]
-    return json.loads((out / "node.json").read_text()), out
+def hand_made_batch(policy) -> list[train.Branch]:
+    """Responses to questions with 0, 1 and 2 pictures; some drawn twice, forced, imitated."""
+    (world,) = toy.toy_questions(toy.LEVELS["easy"], 1, "hand made")
+    picture = world.images[0]
+    questions = [
+        Question("text", "How many legs do 3 spiders have?", [], "24"),
+        Question("one", world.text, [picture], "red"),
+        Question("two", "<image>Is this <image> turned?", [picture, picture.rotate(90)], "no"),
+    ]
+    draw = torch.Generator().manual_seed(0)
+    branches = []
+    for question in questions:
+        prompt = encode(policy, question, "bare")
+        for i in range(5):
+            length = int(torch.randint(2, 20, (), generator=draw))
+            tokens = torch.randint(20, 400, (length,), generator=draw)
+            mask = torch.rand(length, generator=draw) > 0.2
+            mask[0] = True
+            old = -6 + torch.randn(length, generator=draw)
+            advantage = float(torch.randn((), generator=draw))
+            sample = Sample(prompt, tokens, old, mask, "", "stop", 1.0, advantage)
+            sample.rethought = "self_correction" if i == 2 else None
+            branches.append(train.Branch(sample, draws=1 + i % 2, fresh=i < 4, imitate=i == 2))
+    return branches
 
 
-def distance(a: dict, b: dict) -> tuple[float, float]:
-    """Largest difference of any number, and the norm of the difference relative to b's."""
-    assert a.keys() == b.keys()
-    flat_a, flat_b = (torch.cat([x[n].flatten() for n in sorted(x)]) for x in (a, b))
-    return float((flat_a - flat_b).abs().max()), float((flat_a - flat_b).norm() / flat_b.norm())
+def gradients(base: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
+    """Of the hand-made batch by `train.update`, as the optimiser meets them."""
+    run, found = train.prepare(parse(flags(base, out, max_grad_norm=0, **changes))), {}
+
+    def note(optimizer, args, kwargs):
+        for name, parameter in checkpoint.trained(run.policy):
+            found[name] = parallel.whole(parameter.grad).clone()
+
+    for module in lora.adapted(run.policy).values():  # at its start of 0, A has no gradient
+        parallel.local(module.lora_B.detach()).fill_(0.02)
+    run.optimizer.register_step_pre_hook(note)
+    train.update(run, hand_made_batch(run.policy))
+    if parallel.rank() == 0:
+        save_file(found, out / "gradient.safetensors")
+    part, parts, copy = parallel.shard_place_of(run.policy)
+    held = sum(parallel.local(p).numel() for p in run.policy.parameters())
+    found["place"] = part, parts, copy, held / sum(p.numel() for p in run.policy.parameters())
+    return found
 
 
-KINDS = {"lora": {"lora_rank": 3}, "frozen": {"train_vision": "false"}}
-
-
-@pytest.mark.parametrize("budget", [*BUDGETS, "offload", *KINDS])
-def test_two_ranks_take_the_gradient_of_one(ranks, base, tmp_path, budget):
-    """Whatever micro-batches each has, and with text on one and pictures on the other."""
-    kind = KINDS.get(budget, {})
-    run = train.prepare(parse(flags(base, tmp_path, max_grad_norm=0, micro_batch_tokens=8192, **kind)))
-    one = gradients_of_hand_made_batch(run)
-    two = load_file(ranks("") / f"gradient-{budget}.safetensors")
-    largest, relative = distance(two, one)
-    print(f"budget {budget}: largest difference {largest:.1e}, relative {relative:.1e}")
-    assert largest < 1e-5 and relative < 1e-5
+def assert_gradient_of_one(base: Path, out: Path, **changes) -> None:
+    """That OUT/ranks holds the gradient that one rank takes in one micro-batch."""
+    one = gradients(base, out / "one", micro_batch_tokens=8192, **changes)
+    del one["place"]
+    several = load_file(out / "ranks/gradient.safetensors")
+    assert several.keys() == one.keys()
+    flat, want = (torch.cat([found[n].flatten() for n in sorted(one)]) for found in (several, one))
+    assert (flat - want).abs().max() < 1e-5 and (flat - want).norm() < 1e-5 * want.norm()
     assert all(bool(g.any()) for name, g in one.items() if "visual.blocks" in name or "lora" in name)
-    assert any("visual" in name for name in one) == (not kind)
 
 
-def test_hybrid_sharding_splits_within_a_node_and_takes_the_gradient_of_one(nodes, base, tmp_path):
-    """Two nodes of two ranks, met by torchrun's rendezvous as on a cluster."""
-    seen, out = nodes
-    places = sorted((rank["part"], rank["copy"]) for rank in seen)
-    assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert all(rank["parts"] == 2 and 0.45 < rank["share"] < 0.55 for rank in seen)
-    run = train.prepare(parse(flags(base, tmp_path, max_grad_norm=0)))
-    one = gradients_of_hand_made_batch(run)
-    largest, relative = distance(load_file(out / "gradient-node.safetensors"), one)
-    assert largest < 1e-5 and relative < 1e-5
+KINDS = {f"budget {n}": {"micro_batch_tokens": n} for n in BUDGETS} | {
+    "offload": {"offload": "true"}, "lora": {"lora_rank": 3}, "frozen": {"train_vision": "false"},
+}  # fmt: skip
 
 
-def test_a_run_of_two_nodes_is_saved_once_and_one_rank_goes_on(nodes, base, monkeypatch):
-    seen, out = nodes
-    assert [rank["code"] for rank in seen] == [0] * 4
-    saved = sorted(path.name for path in (out / "run/checkpoint-2").glob("state-*"))
-    assert saved == ["state-0-of-2.safetensors", "state-1-of-2.safetensors"]
-    let_be_right(monkeypatch, lucky)
-    run_training(base, out / "run", steps=3, rethink_fraction=0.5, resume="true")
-    rows = steps_of(out / "run")
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert max(row["logp_mismatch"] for row in rows) < 1e-4
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_take_the_gradient_of_one(base, tmp_path, kind):
+    """Whatever micro-batches each has, and with text on one and pictures on the other."""
+    on_ranks(2, lambda: gradients(base, tmp_path / "ranks", **KINDS[kind])["place"])
+    weights = KINDS[kind] if kind in ("lora", "frozen") else {}
+    assert_gradient_of_one(base, tmp_path, **weights)
 
 
-def test_a_run_with_offloaded_weights_trains(ranks, base):
-    assert [seen["code"] for seen in ranks("offload")] == [0, 0]
-    rows = steps_of(ranks("") / "offload")
-    assert len(rows) == 2 and max(row["logp_mismatch"] for row in rows) < 1e-4
-    trained = weights_of(ranks("") / "offload/checkpoint-2")
-    assert not same_tensors(trained, weights_of(base))
-
-
-def test_the_hand_made_batch_gives_ranks_unlike_work(base):
+def test_the_hand_made_batch_gives_ranks_unlike_work(policy):
     """Text alone on one rank, pictures on the other; unequal numbers of micro-batches."""
-    run = train.prepare(parse(flags(base, base.parent / "plan")))
-    branches = hand_made_batch(run.policy)
-    lengths = [(b.sample.prompt.question.id, len(b.sample.prompt.input_ids), len(b.sample.tokens))
-               for b in branches]  # fmt: skip
+    samples = [branch.sample for branch in hand_made_batch(policy)]
+    lengths = [(s.prompt.question.id, len(s.prompt.input_ids), len(s.tokens)) for s in samples]
     counts, alone = set(), set()
     for budget in BUDGETS:
         shares = train.plan_micro_batches(lengths, 2, budget)
@@ -162,30 +141,138 @@ def test_the_hand_made_batch_gives_ranks_unlike_work(base):
     assert counts != {0} and True in alone
 
 
-def test_decoding_whole_weights_uses_no_collective(ranks):
-    for seen in ranks("whole"):
-        assert seen["sampling"] == 0 < seen["training"]
-        assert seen["responses"] > 0
+def test_hybrid_sharding_splits_within_a_node_and_takes_the_gradient_of_one(base, tmp_path):
+    """Two nodes of two ranks."""
+    seen = on_ranks(4, lambda: gradients(base, tmp_path / "ranks", shard="node")["place"], per_node=2)
+    assert sorted((part, copy) for part, _, copy, _ in seen) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(parts == 2 and 0.45 < share < 0.55 for _, parts, _, share in seen)
+    assert_gradient_of_one(base, tmp_path)
 
 
-def test_ranks_may_decode_different_lengths(ranks):
-    assert [seen["code"] for seen in ranks("whole")] == [0, 0]
-    rows = steps_of(ranks("") / "whole")
-    assert [row["response_length"] for row in rows] == [(1 + 12) / 2] * 2
-    assert [row["truncated"] for row in rows] == [0.5] * 2
+# ---------------------------------------------------------------------------- whole runs
 
 
-def test_ranks_that_sample_together_count_once(ranks):
-    assert [seen["code"] for seen in ranks("together")] == [0, 0]
-    rows = steps_of(ranks("") / "together")
+def test_a_run_of_two_nodes_is_saved_once_and_one_rank_goes_on(base, tmp_path):
+    settings = {"shard": "node", "tensor": 2, "rethink_fraction": 0.5}
+    assert on_ranks(4, lambda: train.main(flags(base, tmp_path, **settings, steps=2)), 2) == [0] * 4
+    saved = sorted(path.name for path in (tmp_path / "checkpoint-2").glob("state-*"))
+    assert saved == ["state-0-of-2.safetensors", "state-1-of-2.safetensors"]
+    run_training(base, tmp_path, steps=3, rethink_fraction=0.5, resume="true")
+    rows = steps_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert max(row["logp_mismatch"] for row in rows) < 1e-4
+
+
+@pytest.mark.parametrize("changes", [{"offload": "true"}, {"tensor": 2}], ids=["offload", "together"])
+def test_ranks_that_offload_or_sample_together_train_on_each_response_once(base, tmp_path, changes):
+    rows = trained(base, tmp_path, **changes, steps=2, rethink_fraction=0.5)
     assert [row["batch_responses"] for row in rows] == [16, 16]
     assert all(0 < row["reward"] < 1 and row["logp_mismatch"] < 1e-4 for row in rows)
-    assert all(0 <= row["heldout_accuracy"] <= 1 for row in heldout_of(ranks("") / "together"))
+    assert all(0 <= row["heldout_accuracy"] <= 1 for row in heldout_of(tmp_path))
+    assert not same_tensors(weights_of(tmp_path / "checkpoint-2"), weights_of(base))
 
 
-def test_replay_fills_the_batch_where_one_rank_has_nothing_effective(ranks):
-    assert [seen["code"] for seen in ranks("one_rank")] == [0, 0]
-    rows = steps_of(ranks("") / "one_rank")
+class Collectives(TorchDispatchMode):
+    """Counts what is sent between ranks while it is on."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.namespace in ("c10d", "_c10d_functional")
+        return function(*args, **(kwargs or {}))
+
+
+def test_decoding_whole_weights_uses_no_collective_so_that_lengths_may_differ(base, tmp_path, monkeypatch):
+    """Rank 0's responses are one token long, rank 1's run into the limit."""
+    let_be_right(monkeypatch, odd_sum)
+    sampling, training, real_generate, real_update = (
+        Collectives(),
+        Collectives(),
+        train.generate,
+        train.update,
+    )
+
+    def generate(policy, *args, **kwargs):
+        policy.eos_ids = list(range(len(policy.tokenizer))) if parallel.rank() == 0 else []
+        with sampling:
+            return real_generate(policy, *args, **kwargs)
+
+    def update(*args):
+        with training:
+            return real_update(*args)
+
+    monkeypatch.setattr(train, "generate", generate)
+    monkeypatch.setattr(train, "update", update)
+    settings = {"steps": 2, "batch_size": 32, "heldout": 1, "max_new_tokens": 12, "rollout_rows": 8}
+
+    def action():
+        return train.main(flags(base, tmp_path, **settings)), sampling.count, training.count > 0
+
+    assert on_ranks(2, action) == [[0, 0, True]] * 2
+    rows = steps_of(tmp_path)
+    assert [(row["response_length"], row["truncated"]) for row in rows] == [((1 + 12) / 2, 0.5)] * 2
+
+
+def test_nothing_effective_on_any_rank_skips_the_step(base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, lambda sample: False)
+    rows = trained(base, tmp_path, ssr="filter", steps=2, heldout=0)
+    assert [row["skipped"] for row in rows] == [True, True]
+    assert same_tensors(weights_of(tmp_path / "checkpoint-2"), weights_of(base))
+
+
+def test_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all(base, tmp_path, monkeypatch):
+    spoilt, unchanged = [], []
+    real_loss, real_step = train.policy_loss, train.train_step
+
+    def policy_loss(*args):
+        spoilt.append(parallel.rank() == 1 and len(unchanged) == 1)  # in the second step
+        return real_loss(*args) * (float("nan") if spoilt[-1] else 1.0)
+
+    def train_step(run, seconds):
+        before = {n: parallel.local(p).clone() for n, p in run.policy.named_parameters()}
+        row = real_step(run, seconds)
+        unchanged.append(
+            same_tensors(before, {n: parallel.local(p) for n, p in run.policy.named_parameters()})
+        )
+        return row
+
+    monkeypatch.setattr(train, "policy_loss", policy_loss)
+    monkeypatch.setattr(train, "train_step", train_step)
+    seen = on_ranks(
+        2, lambda: (train.main(flags(base, tmp_path, steps=3, heldout=0)), any(spoilt), unchanged)
+    )
+    assert seen == [[0, False, [False, True, False]], [0, True, [False, True, False]]]
+    assert [row["skipped"] for row in steps_of(tmp_path)] == [False, True, False]
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+def even_lucky(sample) -> bool:
+    """Right now and then at the questions 0 and 2, which rank 0 samples; never at rank 1's."""
+    return lucky(sample) and int(sample.prompt.question.id[-1]) % 2 == 0
+
+
+@pytest.fixture(scope="module")
+def of_two(base, tmp_path_factory) -> tuple[Path, list]:
+    """The folder of a run by two ranks, and what each saw: which pictures are left when samples have travelled."""
+    out, seen, real = tmp_path_factory.mktemp("two") / "run", [], train.sample_episode
+
+    def sample_episode(run):
+        groups, counts = real(run)
+        seen.append([group[0].prompt.pixel_values is None for group in groups])
+        return groups, counts
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        let_be_right(monkeypatch, even_lucky)
+        monkeypatch.setattr(train, "sample_episode", sample_episode)
+        return out, on_ranks(2, lambda: (train.main(flags(base, out, **EPISODES)), seen))
+
+
+def test_replay_fills_the_batch_where_one_rank_has_nothing_effective_and_pictures_do_not_travel(of_two):
+    out, seen = of_two
+    assert seen == [[0, [[True] * 4] * 2]] * 2
+    rows = steps_of(out)
     assert len(rows) == 4 and not any(row["skipped"] for row in rows)
     assert [row["batch_responses"] for row in rows] == [16] * 4
     assert all(row["effective_queries"] <= 0.5 for row in rows)
@@ -193,53 +280,47 @@ def test_replay_fills_the_batch_where_one_rank_has_nothing_effective(ranks):
     assert max(row["logp_mismatch"] for row in rows) < 1e-4
 
 
-def test_pictures_do_not_travel(ranks):
-    for seen in ranks("one_rank"):
-        assert seen["left_behind"] == [[True] * 4] * 2
-
-
-def test_nothing_effective_on_any_rank_skips_the_step(ranks, base):
-    assert [seen["code"] for seen in ranks("nothing")] == [0, 0]
-    assert [row["skipped"] for row in steps_of(ranks("") / "nothing")] == [True, True]
-    assert same_tensors(weights_of(ranks("") / "nothing/checkpoint-2"), weights_of(base))
-
-
-def test_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all(ranks):
-    assert [seen["spoilt"] for seen in ranks("nan")] == [False, True]
-    for seen in ranks("nan"):
-        assert seen["code"] == 0
-        assert seen["unchanged"] == [False, True, False]
-    assert [row["skipped"] for row in steps_of(ranks("") / "nan")] == [False, True, False]
-
-
-# ---------------------------------------------------------------------------- resuming
-
-
-def test_two_ranks_resume_exactly(ranks):
-    assert [seen["code"] for seen in ranks("exact")] == [0, 0]
-    whole, out = ranks("") / "one_rank", ranks("") / "exact"
-    assert steps_of(out) == steps_of(whole) and heldout_of(out) == heldout_of(whole)
+def test_two_ranks_resume_exactly(of_two, base, tmp_path, monkeypatch):
+    let_be_right(monkeypatch, even_lucky)
+    whole, out = of_two[0], shutil.copytree(of_two[0], tmp_path / "run")
+    shutil.rmtree(out / "checkpoint-4")
+    assert trained(base, out, **EPISODES, resume="true") == steps_of(whole)
+    assert heldout_of(out) == heldout_of(whole)
     assert same_tensors(weights_of(out / "checkpoint-4"), weights_of(whole / "checkpoint-4"))
 
 
-def test_two_ranks_go_on_from_one(ranks):
-    out = ranks("") / "from_one"
-    assert [seen["code"] for seen in ranks("from_one")] == [0, 0]
-    assert [row["step"] for row in steps_of(out)] == [1, 2, 3]
-    with safe_open(out / "checkpoint-1/state-0-of-1.safetensors", framework="pt") as file:
-        saved = {name: file.get_tensor(name) for name in list(file.keys()) if "step/" not in name}
-    assert same_tensors(load_file(out / "resumed.safetensors"), saved)
+def test_two_ranks_go_on_from_one(base, tmp_path, monkeypatch):
+    run_training(base, tmp_path, steps=1, heldout=0, keep_last=9)
+    real = checkpoint.resume_run
+
+    def resume(run):
+        found, state = real(run), {}
+        for name, parameter in run.policy.named_parameters():
+            moments = run.optimizer.state[parameter]
+            for kind, tensor in (("param", parameter.detach()), *moments.items()):
+                if kind != "step":
+                    state[f"{kind}/{name}"] = parallel.whole(tensor).clone()
+        if parallel.rank() == 0:
+            save_file(state, tmp_path / "resumed.safetensors")
+        return found
+
+    monkeypatch.setattr(checkpoint, "resume_run", resume)
+    rows = trained(base, tmp_path, steps=3, heldout=0, keep_last=9, resume="true")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    saved = load_file(tmp_path / "checkpoint-1/state-0-of-1.safetensors")
+    assert same_tensors(
+        load_file(tmp_path / "resumed.safetensors"), {n: t for n, t in saved.items() if "step/" not in n}
+    )
 
 
-def test_one_rank_goes_on_from_two(ranks, base, tmp_path, monkeypatch):
+def test_one_rank_goes_on_from_two(of_two, base, tmp_path, monkeypatch):
     let_be_right(monkeypatch, even_lucky)
-    out = shutil.copytree(ranks("") / "exact", tmp_path / "run")
-    run_training(base, out, **ONE_RANK | {"steps": 6}, resume="true")
+    out = shutil.copytree(of_two[0], tmp_path / "run")
+    run_training(base, out, **EPISODES | {"steps": 6}, resume="true")
     assert [row["step"] for row in steps_of(out)] == [1, 2, 3, 4, 5, 6]
     # What one rank reads is what two wrote, one after the other.
-    written = ranks("") / "one_rank" / "checkpoint-4"
-    parts = [load_file(written / f"state-{r}-of-2.safetensors") for r in (0, 1)]
-    run = train.prepare(parse(flags(base, ranks("") / "one_rank", **ONE_RANK, resume="true")))
+    parts = [load_file(of_two[0] / f"checkpoint-4/state-{r}-of-2.safetensors") for r in (0, 1)]
+    run = train.prepare(parse(flags(base, of_two[0], **EPISODES, resume="true")))
     assert checkpoint.resume_run(run) and run.step == 4
     for name, parameter in run.policy.named_parameters():
         found = {"param": parameter.detach()} | run.optimizer.state[parameter]
@@ -250,8 +331,7 @@ def test_one_rank_goes_on_from_two(ranks, base, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------- one rank as on a GPU
 
 
-def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lucky)
+def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(base, tmp_path):
     settings = {"precision": "bf16", "rethink_fraction": 0.5, "gradient_checkpointing": "true"}
     run_training(base, tmp_path, **settings)
     rows = steps_of(tmp_path)
@@ -270,45 +350,75 @@ def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(base, tmp_pat
     parallel.stop()
 
 
-# ---------------------------------------------------------------------------- mistakes
+# ---------------------------------------------------------------------------- what goes wrong
+
+GONE = json.dumps({"question": "Is it?", "answer": "no", "image": "gone.png"})
+FINE = json.dumps({"question": "Is it?", "answer": "no"})
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("changes", "words"),
     [
-        ("shared", "--episode_queries 1 cannot be shared by 2 ranks"),
-        ("picture", "bad.jsonl:2: picture"),
-        ("flag", "--ssr"),
-        ("weights", "no weights for"),
+        ({"episode_queries": 1, "batch_size": 8}, "--episode_queries 1 cannot be shared by 2 ranks"),
+        ({"data": "bad.jsonl", "heldout": 0}, "bad.jsonl:2: picture"),  # rank 1 looks at the second
+        ({"ssr": "maybe"}, "--ssr"),
+        ({"model": "broken"}, "no weights for"),
     ],
 )
-def test_a_mistake_ends_all_ranks_and_is_said_once(ranks, name, words):
-    (code, lines), (other_code, other_lines) = (seen[name] for seen in ranks("errors"))
-    assert code == other_code == 2
-    assert len(lines) == 1 and words in lines[0] and not other_lines
+def test_a_mistake_ends_all_ranks_and_is_said_once(base, tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text(f"{FINE}\n{GONE}\n{FINE}\n{FINE}")
+    shutil.copytree(base, "broken", ignore=shutil.ignore_patterns("*.safetensors"))
+    log = tmp_path / "log"
+    pids = start_ranks(2, lambda: train.main(flags(base, "out") + as_flags(changes)), log)
+    assert [wait(pid, LIMIT) for pid in pids] == [2, 2]
+    said = [log.with_suffix(f".{rank}").read_text().splitlines() for rank in (0, 1)]
+    lines, others = ([line for line in text if line.startswith("error: ")] for text in said)
+    assert len(lines) == 1 and words in lines[0] and not others
 
 
-# ---------------------------------------------------------------------------- torchrun train.py
+def as_flags(changes: dict) -> list[str]:
+    return [text for name, value in changes.items() for text in (f"--{name}", str(value))]
 
 
-def wait_for(condition, process, limit: float) -> None:
-    end = time.monotonic() + limit
-    while not condition():
-        assert process.poll() is None, process.communicate()[1].decode()[-3000:]
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.05)
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_that_is_stopped_or_killed_ends_the_other_which_says_how_to_go_on(
+    base, tmp_path, monkeypatch, number
+):
+    """The time is `PULSE` times `SILENT`, 2 s here; without it a collective would wait for hours."""
+    monkeypatch.setattr(parallel, "PULSE", 0.1)
+    monkeypatch.setattr(parallel, "SILENT", 20)
+    real, log = train.update, tmp_path / "log"
+
+    def update(run, branches):
+        if run.step == 2 and parallel.rank() == 1:
+            os.kill(os.getpid(), number)
+        return real(run, branches)
+
+    monkeypatch.setattr(train, "update", update)
+    pids = start_ranks(2, lambda: train.main(flags(base, tmp_path / "run")), log)
+    assert wait(pids[0], 60) == 1
+    os.kill(pids[1], signal.SIGKILL)
+    assert wait(pids[1], 60) == -signal.SIGKILL
+    said = log.with_suffix(".0").read_text().splitlines()[-1]
+    lost = "rank 1 of 2 did not answer for 2 s" if number == signal.SIGSTOP else "rank 0 lost another rank"
+    assert f"error: {lost}; go on with --resume --out {tmp_path / 'run'}" in said
+    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
 
-def test_torchrun_that_is_asked_to_stop_saves_and_one_rank_goes_on(base, tmp_path, monkeypatch):
+def test_torchrun_that_is_asked_to_stop_saves_and_one_rank_goes_on(base, tmp_path):
     """SIGTERM to torchrun, as a cluster sends it, while two ranks are training."""
     settings = {"ssr": "off", "heldout": 0, "save_every": 100_000}
-    command = [*TORCHRUN, HERE.parent / "train.py"]
-    command += flags(base, tmp_path, **settings, steps=100_000)
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, Path(train.__file__), *flags(base, tmp_path, **settings, steps=100_000)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=os.environ | {"TQDM_DISABLE": "1"}, **pipes) as process:
         try:
-            metrics = tmp_path / "metrics.jsonl"
-            wait_for(lambda: metrics.exists() and len(steps_of(tmp_path)) > 2, process, LIMIT)
+            end, metrics = time.monotonic() + LIMIT, tmp_path / "metrics.jsonl"
+            while not (metrics.exists() and len(steps_of(tmp_path)) > 2):
+                assert process.poll() is None, process.communicate()[1].decode()[-3000:]
+                assert time.monotonic() < end
+                time.sleep(0.05)
             process.send_signal(signal.SIGTERM)
             said, errors = (text.decode() for text in process.communicate(timeout=60))
         finally:

@@ -1,9 +1,16 @@
-"""What the end-to-end tests share: a small policy that guesses, and runs of seconds with it."""
+"""What the end-to-end tests share: a small policy that guesses, runs of seconds with it, and forked processes."""
 
 import functools
 import json
+import os
 import random
+import signal
+import socket
+import sys
 import tempfile
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +23,7 @@ from rethink import TRIGGERS
 from reward import extract_answer
 
 SECONDS = ("rollout_seconds", "step_seconds")
+LIMIT = 150  # seconds: longer is a hang
 TEMPORARY = tempfile.TemporaryDirectory(prefix="tiny-")  # goes when the tests end
 
 
@@ -103,6 +111,77 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
 def same_tensors(a: dict, b: dict) -> bool:
     """Bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------------- processes
+
+
+def start(action: Callable[[], int], log: Path) -> int:
+    """Fork, so that everything is imported already; the child runs `action`, all it says goes to `log`.
+    Returns its process id."""
+    assert not torch.cuda.is_initialized(), (
+        "CUDA does not survive a fork: set CUDA_VISIBLE_DEVICES to nothing"
+    )
+    if pid := os.fork():
+        return pid
+    code = 70
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not pytest's
+        code = action()
+    except BaseException:  # noqa: BLE001, a child must never return into its parent's work
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pid: int, seconds: float) -> int | None:
+    """The exit status, negative where a signal ended it; None where the time was up."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def start_ranks(world: int, action: Callable[[], int], log: Path, per_node: int = 0) -> list[int]:
+    """Fork `world` ranks with the variables that torchrun sets; each logs to LOG.RANK."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def as_rank(rank: int) -> int:
+        local = per_node or world
+        values = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local,
+                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        os.environ |= {name: str(value) for name, value in values.items()}
+        return action()
+
+    return [start(functools.partial(as_rank, r), log.with_suffix(f".{r}")) for r in range(world)]
+
+
+def on_ranks(world: int, action: Callable[[], object], per_node: int = 0) -> list:
+    """What `action` returns on each of `world` ranks, by way of JSON. Longer than LIMIT is a hang."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+
+        def note() -> int:
+            found = json.dumps(action())
+            log.with_suffix(f".found{os.environ['RANK']}").write_text(found)
+            return 0
+
+        codes = [wait(pid, LIMIT) for pid in start_ranks(world, note, log, per_node)]
+        said = [log.with_suffix(f".{rank}").read_text()[-3000:] for rank in range(world)]
+        assert codes == [0] * world, (codes, *said)
+        return [json.loads(log.with_suffix(f".found{rank}").read_text()) for rank in range(world)]
 
 
 # ------------------------------------------------------------------ rewards that tests can rely on
