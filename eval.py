@@ -302,10 +302,10 @@ def write_comparison(config: Config, told: str) -> Path:
 
     sections = [
         report.section("summary", "Comparison", f"<pre>{escape(told)}</pre>"),
-        report.section("answers", "Answers", heldout(questions, columns, finish), "filtered"),
+        report.section("answers", "Answers", heldout(questions, columns, finish)),
     ]
     path = folder / f"{name}-compared.html"
-    return report.write_page(path, report.shell(name, " → ".join(config.compare), sections))
+    return report.write_page(path, name, " → ".join(config.compare), sections)
 
 
 def results_file(place: str) -> str:

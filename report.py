@@ -19,6 +19,7 @@ import base64
 import hashlib
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from html import escape
@@ -27,74 +28,35 @@ from string import Template
 
 from benchmarks.scores import paired
 from data import NUMBER, UserError, check_shape, printable, read_json, read_jsonl, write_atomically
-from pages.curves import Chart, draw, ends, looks, series, show_number, swatch
+from pages.curves import Chart, draw, look_of, series, show_number, swatch
 from pages.transcripts import OUTCOMES, heldout, rollouts
 
 PAGE = Path(__file__).parent / "pages/report.html"
 HELDOUT = {"heldout_accuracy": "greedy", "heldout_sampled": "sampled"}
 WAYS = {"heldout_fast": "guesses", "heldout_slow": "reads", "heldout_twice": "guesses, then reads"}
-
-
-LINES = (  # of metrics.jsonl: key, title, note, unit
-    (
-        "effective_queries",
-        "Effective questions",
-        ("share with responses that differ in reward: only these have a gradient"),
-        "%",
-    ),
-    ("replayed", "Replayed", "share of a batch drawn from the replay buffer", "%"),
-    ("rethought", "Forced second looks kept", "share of responses", "%"),
-    ("rethinks", "Unforced rethinking", "share of responses with a trigger phrase of their own", "%"),
-    ("response_length", "Response length", "mean, in tokens", "tokens"),
-    ("truncated", "Cut off", "share of responses that reached the length limit", "%"),
-    ("entropy", "Entropy", "of the next token; near 0 nothing is explored any more", "nats"),
-    ("clip_fraction", "Clipped", "share of tokens outside the clip range", "%"),
-    ("sft_loss", "SFT loss", "on the second looks that were kept", "nats"),
-    ("grad_norm", "Gradient norm", "before clipping", ""),
-    ("lr", "Learning rate", "with warm-up and decay", ""),
-    (
-        "logp_mismatch",
-        "Mismatch",
-        ("mean difference of a token's log-probability, sampling against training"),
-        "nats",
-    ),
-    ("speed", "Speed", "response tokens per second, sampling and update together", "tokens/s"),
-)
-
-
-def charts(first: "Record") -> list[Chart]:
-    """All charts, most important first. Those without numbers are not drawn."""
-    categories = dict.fromkeys(key for row in first.metrics for key in row if key[:3] == "in ")
-    outcomes = {f"look_{name}": label for name, label in OUTCOMES.items()}
-    by_category = {key: key[3:] for key in categories if len(categories) > 1}
-    return [
-        Chart(
-            "Held-out accuracy",
-            "greedy answers, and one sampled answer per question",
-            "%",
-            HELDOUT,
-            wide=True,
-        ),
-        Chart(
-            "What forced second looks did",
-            "share of an episode's forced looks",
-            "%",
-            outcomes,
-            "stack",
-            True,
-            (2, 4, 1, 5, 3),
-        ),
-        Chart("Held-out by category", "greedy", "%", by_category, "first", wide=True),
-        Chart("Ways of answering", "share of sampled held-out answers", "%", WAYS, "stack", wide=True),
-        Chart("Reward", "mean over an episode's responses", first.reward_unit, {"reward": ""}),
-        *(Chart(title, note, unit, {key: ""}) for key, title, note, unit in LINES),
-    ]
-
+# In the order of their colours: wrong → right is green.
+LOOKS = ("right_right", "right_wrong", "wrong_right", "wrong_wrong", "no_answer")
+MISMATCH = "mean difference of a token's log-probability, sampling against training"
+LINES = {  # of metrics.jsonl: key -> (title, note, unit)
+    "effective_queries": ("Effective questions", "share whose rewards differ: others have no gradient", "%"),
+    "replayed": ("Replayed", "share of a batch drawn from the replay buffer", "%"),
+    "rethought": ("Forced second looks kept", "share of responses", "%"),
+    "rethinks": ("Unforced rethinking", "share of responses with a trigger phrase of their own", "%"),
+    "response_length": ("Response length", "mean, in tokens", "tokens"),
+    "truncated": ("Cut off", "share of responses that reached the length limit", "%"),
+    "entropy": ("Entropy", "of the next token; near 0 nothing is explored any more", "nats"),
+    "clip_fraction": ("Clipped", "share of tokens outside the clip range", "%"),
+    "sft_loss": ("SFT loss", "on the second looks that were kept", "nats"),
+    "grad_norm": ("Gradient norm", "before clipping", ""),
+    "lr": ("Learning rate", "with warm-up and decay", ""),
+    "logp_mismatch": ("Mismatch", MISMATCH, "nats"),
+    "speed": ("Speed", "response tokens per second, sampling and update together", "tokens/s"),
+}
 
 # What the page counts on in a line of samples.jsonl, heldout.jsonl and metrics.jsonl.
 RESPONSE = {
     "text": str, "pieces": [[str, bool]], "right": bool, "reward": NUMBER, "advantage": NUMBER, "tokens": int,
-    "finish": str, "not_kept?": dict,
+    "finish": str,
 }  # fmt: skip
 RESPONSE["not_kept?"] = RESPONSE
 QUESTION = {"id": str, "text": str, "answer": str, "images": [str], "category?": str}
@@ -102,11 +64,10 @@ GROUP = {"step": int, "question": QUESTION, "responses": [RESPONSE]}
 ANSWER = {
     "step": int, "id": str, "text": str, "found": (str, type(None)), "right": bool, "tokens": int,
 }  # fmt: skip
-COUNTS = ("attempted", *OUTCOMES)
-MEASURED = (*NUMBER, type(None))  # null where it was not finite
+COUNTS = [f"rethink_{name}" for name in ("attempted", *OUTCOMES)]
 METRICS = {"step": int, "episode?": int, "heldout_categories?": dict} | {
-    f"{key}?": MEASURED
-    for key in ("response_tokens", "step_seconds", *(f"rethink_{name}" for name in COUNTS))
+    f"{key}?": (*NUMBER, type(None))  # null where it was not finite
+    for key in ("response_tokens", "step_seconds", *COUNTS)
 }
 
 
@@ -122,11 +83,6 @@ class Record:
     questions: list[dict]  # held out
     answers: dict[int, dict[str, dict]]  # step -> question's id -> its greedy answer
 
-    @property
-    def reward_unit(self) -> str:
-        """A share where the reward is right or wrong; a plain number where it is the user's own."""
-        return "" if self.config.get("reward") else "%"
-
 
 # ---------------------------------------------------------------------------- read
 
@@ -140,8 +96,7 @@ def read_run(folder: Path, name: str) -> Record:
 
     def rows(file: str, shape: dict) -> list[dict]:
         path = folder / file
-        found = read_jsonl(path, shape, growing=True) if path.exists() else []
-        return [row for _, row in found]
+        return [row for _, row in read_jsonl(path, shape, growing=True)] if path.exists() else []
 
     questions, answers = [], {}
     for number, row in enumerate(rows("heldout.jsonl", {"step": int, "question?": QUESTION}), 1):
@@ -160,8 +115,6 @@ def read_run(folder: Path, name: str) -> Record:
 def derive(row: dict) -> dict:
     """A row of metrics.jsonl with what is drawn of it.
 
-    >>> derive({"step": 1, "response_tokens": 300, "step_seconds": 1.5})["speed"]
-    200.0
     >>> derive({"step": 1, "rethink_attempted": 4, "rethink_wrong_right": 3})["look_wrong_right"]
     0.75
     """
@@ -173,32 +126,33 @@ def derive(row: dict) -> dict:
     return row | more
 
 
-def run_names(folders: list[Path]) -> list[str]:
-    """What runs are called: their folder, or the whole path where two folders are called alike.
-
-    >>> run_names([Path("runs/a"), Path("runs/b")])
-    ['a', 'b']
-    >>> run_names([Path("x/toy"), Path("y/toy")])
-    ['x/toy', 'y/toy']
-    """
-    short = [folder.resolve().name for folder in folders]
-    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+def charts(first: Record) -> list[Chart]:
+    """All charts, most important first. Those without numbers are not drawn."""
+    found = dict.fromkeys(key for row in first.metrics for key in row if key[:3] == "in ")
+    categories = {key: key[3:] for key in found} if len(found) > 1 else {}
+    looks = {f"look_{name}": OUTCOMES[name] for name in LOOKS}
+    unit = "" if first.config.get("reward") else "%"  # a share, unless the reward is the user's own
+    return [
+        Chart("Held-out accuracy", "greedy answers, and one sampled answer per question", "%", HELDOUT),
+        Chart("What forced second looks did", "share of an episode's forced looks", "%", looks, True),
+        Chart("Held-out by category", "greedy", "%", categories),
+        Chart("Ways of answering", "share of sampled held-out answers", "%", WAYS, True),
+        Chart("Reward", "mean over an episode's responses", unit, {"reward": ""}),
+        *(Chart(*about, {key: ""}) for key, about in LINES.items()),
+    ]
 
 
 # ---------------------------------------------------------------------------- tables
 
 
-def table(runs: list[Record], caption: str, rows: list[tuple[str, list[str]]]) -> str:
+def table(runs: list[Record], caption: str, rows: dict[str, list[str]]) -> str:
     """Facts down, runs across. Cells are escaped here."""
     heads = "".join(
-        f'<th scope="col" class="run{i}">{swatch(looks(i, i, i))}{escape(run.name)}</th>'
-        for i, run in enumerate(runs)
+        f'<th scope="col">{swatch(look_of(i, i))}{escape(run.name)}</th>' for i, run in enumerate(runs)
     )
     body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(f'<td class="run{i}">{escape(cell)}</td>' for i, cell in enumerate(cells))
-        + "</tr>"
-        for name, cells in rows
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for name, cells in rows.items()
     )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
@@ -207,71 +161,56 @@ def table(runs: list[Record], caption: str, rows: list[tuple[str, list[str]]]) -
 
 
 def second_looks(metrics: list[dict]) -> str:
-    r"""What became of forced second looks over the whole run.
+    """What became of forced second looks over the whole run.
 
     The counts are an episode's and stand in each of its steps; only one of those is added.
 
     >>> row = {"episode": 1, "rethink_attempted": 3, "rethink_wrong_right": 3}
-    >>> second_looks([row, row]).replace("\xa0", " ")
+    >>> second_looks([row, row])
     '3 forced: wrong → right 3, right → right 0, right → wrong 0, wrong → wrong 0, no answer 0'
     """
-    episodes = {row["episode"]: row for row in metrics if "episode" in row}
-    total = {name: sum(row.get(f"rethink_{name}") or 0 for row in episodes.values()) for name in COUNTS}
-    if not total["attempted"]:
-        return "none forced"
-    told = (f"{label} {total[name]:,}" for name, label in OUTCOMES.items())
-    # Non-breaking spaces: an outcome torn at its arrow would be read with its neighbour.
-    outcomes = [outcome.replace(" ", "\xa0") for outcome in told]
-    return f"{total['attempted']:,} forced: {', '.join(outcomes)}"
+    episodes = {row["episode"]: row for row in metrics if "episode" in row}.values()
+    attempted, *counts = (sum(row.get(name) or 0 for row in episodes) for name in COUNTS)
+    told = ", ".join(f"{label} {count:,}" for label, count in zip(OUTCOMES.values(), counts))
+    return f"{attempted:,} forced: {told}" if attempted else "none forced"
 
 
-def learnt(run: Record) -> list[str]:
+def learnt(run: Record) -> dict[str, str]:
     """Held out: the base, the end, and their difference, paired by question where answers are kept."""
     points = series(run.metrics, "heldout_accuracy")
     values = [show_number(value, "%") for _, value in points]
     if len(values) < 2:
-        return [*values, *["–"] * 3][:3]
+        return dict(zip(("Held out, base", "Held out, final", "Difference"), [*values, "–", "–", "–"]))
     first, final = (run.answers.get(step, {}) for step, _ in (points[0], points[-1]))
     differences = [final[id_]["right"] - first[id_]["right"] for id_ in first if id_ in final]
     difference = f"{100 * (points[-1][1] - points[0][1]):+.1f} points"
     if differences:
         mean, half = paired(differences)
-        fixed, broken = differences.count(1), differences.count(-1)
+        counts = Counter(differences)
         difference = (
             f"{100 * mean:+.1f} ± {100 * half:.1f} points (95 %, paired over {len(differences)} "
-            f"questions: {fixed} fixed, {broken} broken)"
+            f"questions: {counts[1]} fixed, {counts[-1]} broken)"
         )
-    return [values[0], f"{values[-1]} (step {points[-1][0]:,})", difference]
+    final = f"{values[-1]} (step {points[-1][0]:,})"
+    return {"Held out, base": values[0], "Held out, final": final, "Difference": difference}
 
 
-def summary_rows(runs: list[Record]) -> list[tuple[str, list[str]]]:
-    """What became of each run, and what it was."""
-
-    def total(run: Record, key: str) -> float:
-        return sum(value for _, value in series(run.metrics, key))
-
-    def column(run: Record) -> dict[str, str]:
-        base, final, difference = learnt(run)
-        dates, commands = ([start[key] for start in run.starts] for key in ("date", "command"))
-        lines = {title: (key, unit) for key, title, _, unit in LINES[:1] + LINES[3:5]}
-        lines = {"Reward": ("reward", run.reward_unit)} | lines
-        return {
-            "Held out, base": base,
-            "Held out, final": final,
-            "Difference": difference,
-            **{title: ends(series(run.metrics, key), unit) for title, (key, unit) in lines.items()},
-            "Forced second looks": second_looks(run.metrics),
-            "Steps": steps_of(run),
-            "Response tokens": f"{total(run, 'response_tokens'):,.0f}",
-            "Time": str(timedelta(seconds=round(total(run, "step_seconds")))),
-            "Model": str(run.config.get("model", "–")),
-            "Data": str(run.config.get("data", "–")),
-            "Started": "; resumed: ".join(dates) or "–",
-            "Command": "; then: ".join(commands) or "–",
-        }
-
-    columns = [column(run) for run in runs]
-    return [(name, [cells[name] for cells in columns]) for name in columns[0]]
+def facts(run: Record) -> dict[str, str]:
+    """What became of a run, and what it was."""
+    tokens, seconds = (
+        sum(value for _, value in series(run.metrics, key)) for key in ("response_tokens", "step_seconds")
+    )
+    dates, commands = ([start[key] for start in run.starts] for key in ("date", "command"))
+    return learnt(run) | {
+        "Forced second looks": second_looks(run.metrics),
+        "Steps": steps_of(run),
+        "Response tokens": f"{tokens:,.0f}",
+        "Time": str(timedelta(seconds=round(seconds))),
+        "Model": str(run.config.get("model", "–")),
+        "Data": str(run.config.get("data", "–")),
+        "Started": "; resumed: ".join(dates) or "–",
+        "Command": "; then: ".join(commands) or "–",
+    }
 
 
 def steps_of(run: Record) -> str:
@@ -284,86 +223,30 @@ def last_step(runs: list[Record]) -> int:
     return max((row["step"] for run in runs for row in run.metrics), default=0)
 
 
-def differing(runs: list[Record]) -> list[tuple[str, list[str]]]:
+def differing(runs: list[Record]) -> dict[str, list[str]]:
     """The settings that are not the same in all runs. Every run has an `out` of its own."""
     names = dict.fromkeys(name for run in runs for name in run.config if name not in ("out", "resume"))
     cells = {name: [str(run.config.get(name, "–")) for run in runs] for name in names}
-    return [(name, values) for name, values in cells.items() if len(set(values)) > 1]
+    return {name: values for name, values in cells.items() if len(set(values)) > 1}
 
 
 # ---------------------------------------------------------------------------- page
 
 
-def legend(runs: list[Record]) -> str:
-    """Which line is whose; each can be switched off. A single run needs none."""
-    if len(runs) < 2:
-        return ""
-    labels = (
-        f'<label><input type="checkbox" id="show{i}" checked>'
-        f"{swatch(looks(i, i, i))}{escape(run.name)}</label>"
-        for i, run in enumerate(runs)
-    )
-    return f'<nav class="legend" aria-label="Runs shown">{"".join(labels)}</nav>'
+def section(name: str, title: str, body: str) -> str:
+    return f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(title)}</h2>{body}</section>'
 
 
-def section(name: str, title: str, body: str, extra: str = "") -> str:
-    return (
-        f'<section class="{extra}" aria-labelledby="{name}"><h2 id="{name}">{escape(title)}</h2>'
-        f"{body}</section>"
-    )
-
-
-def shell(title: str, subtitle: str, sections: list[str], runs: list[Record] = ()) -> str:
-    """A whole page. The same arguments give the same page."""
+def write_page(path: Path, title: str, subtitle: str, sections: list[str]) -> Path:
+    """Write a whole page; returns where. The same arguments give the same page."""
     template = PAGE.read_text(encoding="utf-8")
     script = re.search("<script>(.*)</script>", template, re.DOTALL)[1]
-    return Template(template).substitute(
+    html = Template(template).substitute(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         title=escape(title),
         subtitle=escape(subtitle),
-        hide_runs="".join(
-            f"body:has(#show{i}:not(:checked)) .run{i} {{ display: none; }}\n" for i in range(len(runs))
-        ),
-        legend=legend(runs),
         sections="\n".join(sections),
     )
-
-
-def page(runs: list[Record]) -> str:
-    """The page about the first run."""
-    first, names, end = runs[0], [run.name for run in runs], last_step(runs)
-    summary = table(runs, "Summary", summary_rows(runs))
-    if rows := differing(runs):
-        summary += "<h3>Where the settings differ</h3>" + table(runs, "Settings", rows)
-    metrics = [run.metrics for run in runs]
-    drawn = {True: "", False: ""}
-    for chart in charts(first):
-        drawn[chart.wide] += draw(chart, names, metrics, end)
-    curves = (
-        '<p class="note">Point, touch or use the arrow keys to read a value. Below a title: the first '
-        "value and the last. Where a run has more than 200 points, each drawn is a mean of neighbours."
-        f'</p><div class="charts wide">{drawn[True]}</div><div class="charts">{drawn[False]}</div>'
-    )
-    settings = "".join(
-        f"<li>{escape(name)} <strong>{escape(str(value))}</strong></li>"
-        for name, value in first.config.items()
-    )
-    answers = '<p class="soft">None were written.</p>'
-    if first.questions and first.answers:
-        columns = [(f"step {step:,}", first.answers[step]) for step in sorted(first.answers)]
-        answers = heldout(first.questions, columns)
-    beside = f", beside {' and '.join(names[1:])}" if len(runs) > 1 else ""
-    sections = [
-        section("summary", "Summary", summary),
-        section("curves", "Curves", curves),
-        section("heldout", f"Held-out answers of {first.name}", answers, "filtered"),
-        section("rollouts", f"Rollouts of {first.name}", rollouts(first.samples), "filtered"),
-        section("settings", f"Settings of {first.name}", f'<ul class="settings">{settings}</ul>'),
-    ]
-    return shell(first.name, f"{steps_of(first)} steps{beside}", sections, runs)
-
-
-def write_page(path: Path, html: str) -> Path:
     try:
         write_atomically(path, html)
     except OSError as error:
@@ -372,9 +255,39 @@ def write_page(path: Path, html: str) -> Path:
 
 
 def write_report(folders: list[Path]) -> Path:
-    """Write the page into the first folder; returns where."""
-    runs = [read_run(folder, name) for folder, name in zip(folders, run_names(folders))]
-    return write_page(folders[0] / "report.html", page(runs))
+    """Write the page about the first run into its folder; returns where."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    runs = list(map(read_run, folders, names))
+    first, columns = runs[0], [facts(run) for run in runs]
+    summary = table(runs, "Summary", {name: [cells[name] for cells in columns] for name in columns[0]})
+    if rows := differing(runs):
+        summary += "<h3>Where the settings differ</h3>" + table(runs, "Settings", rows)
+    metrics, drawn = [run.metrics for run in runs], {True: "", False: ""}
+    for chart in charts(first):
+        drawn[len(chart.keys) > 1] += draw(chart, names, metrics, last_step(runs))
+    curves = (
+        '<p class="note">Point at a chart or touch it to read its values. Below a title: the first value and '
+        "the last. Where a run has more than 200 points, each drawn is a mean of neighbours."
+        f'</p><div class="charts wide">{drawn[True]}</div><div class="charts">{drawn[False]}</div>'
+    )
+    settings = "".join(
+        f"<li>{escape(name)} <strong>{escape(str(value))}</strong></li>"
+        for name, value in first.config.items()
+    )
+    answers = '<p class="soft">None were written.</p>'
+    if first.questions and first.answers:
+        answers = heldout(first.questions, [(f"step {x:,}", first.answers[x]) for x in sorted(first.answers)])
+    beside = f", beside {' and '.join(names[1:])}" if len(runs) > 1 else ""
+    sections = [
+        section("summary", "Summary", summary),
+        section("curves", "Curves", curves),
+        section("heldout", f"Held-out answers of {first.name}", answers),
+        section("rollouts", f"Rollouts of {first.name}", rollouts(first.samples)),
+        section("settings", f"Settings of {first.name}", f'<ul class="settings">{settings}</ul>'),
+    ]
+    return write_page(folders[0] / "report.html", first.name, f"{steps_of(first)} steps{beside}", sections)
 
 
 def main(argv: list[str]) -> int:

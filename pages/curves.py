@@ -5,7 +5,7 @@ carries its values, so that the page's script can read them out (report.html).
 """
 
 import math
-from collections.abc import Callable
+from collections import Counter
 from html import escape
 from typing import NamedTuple
 
@@ -18,23 +18,17 @@ class Chart(NamedTuple):
     note: str
     unit: str
     keys: dict[str, str]  # of a row of metrics.jsonl -> what its line is called
-    kind: str = "lines"  # "first": of the first run alone; "stack": so too, shares on each other
-    wide: bool = False
-    colours: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # of the keys, where there is one run
+    stacked: bool = False  # shares on each other
 
 
 class Line(NamedTuple):
     name: str
-    look: str  # CSS classes: the run it belongs to, colour, dashes
+    look: str  # CSS classes: colour, dashes
     points: list[tuple[int, float]]
 
 
 def series(metrics: list[dict], key: str) -> list[tuple[int, float]]:
-    """[(step, value)] of the rows that have a finite number there.
-
-    >>> series([{"step": 1, "reward": 0.5}, {"step": 2, "reward": None}, {"step": 2}], "reward")
-    [(1, 0.5)]
-    """
+    """[(step, value)] of the rows that have a finite number there."""
     found = [(row["step"], row.get(key)) for row in metrics]
     return [(s, v) for s, v in found if isinstance(v, (int, float)) and math.isfinite(v)]
 
@@ -82,15 +76,13 @@ def show_number(value: float, unit: str = "") -> str:
 
 
 def ends(points: list[tuple[int, float]], unit: str) -> str:
-    """The first value and the last: "12 → 93 %"; a dash where nothing was measured."""
+    """The first value and the last: "12 → 93 %"."""
     values = [show_number(value, unit) for _, value in points]
-    if len(values) < 2:
-        return "".join(values) or "–"
-    return f"{values[0].removesuffix(' ' + unit)} → {values[-1]}"
+    return f"{values[0].removesuffix(' ' + unit)} → {values[-1]}" if len(values) > 1 else values[0]
 
 
-def looks(run: int, colour: int, dash: int) -> str:
-    return f"run{run} c{colour % 6} d{dash % 4}"
+def look_of(colour: int, dash: int) -> str:
+    return f"c{colour % 6} d{dash % 4}"
 
 
 def swatch(look: str) -> str:
@@ -99,77 +91,30 @@ def swatch(look: str) -> str:
     return f'<svg class="swatch {look}" aria-hidden="true">{line}</svg>'
 
 
-def placing(width: int, height: int, end: int, ticks: list[float]) -> Callable:
-    """(step, value) -> where it is drawn. SVG counts y downwards.
-
-    >>> place = placing(320, 150, 30, [0.0, 1.0])
-    >>> place(0, 0), place(30, 1)
-    ((46.0, 130.0), (312.0, 8.0))
-    """
-    low, high = ticks[0], ticks[-1]
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = LEFT + (width - LEFT - RIGHT) * step / max(1, end)
-        y = height - BOTTOM - (height - TOP - BOTTOM) * (value - low) / (high - low)
-        return round(x, 1), round(y, 1)
-
-    return place
-
-
-def grid(width: int, height: int, end: int, ticks: list[float], unit: str, place) -> str:
-    """A line and its value per tick, and the steps below."""
-    parts = []
-    for value in ticks:
-        _, y = place(0, value)
-        label = show_number(value, "%" if unit == "%" else "")
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{label}</text>')
-    for step, anchor in ((0, "start"), (end, "end")):
-        label = f"step {step:,}" if step else "0"
-        x = place(step, ticks[0])[0]
-        parts.append(f'<text x="{x}" y="{height - 5}" text-anchor="{anchor}">{label}</text>')
-    return "".join(parts)
-
-
 def lines_of(chart: Chart, names: list[str], metrics: list[list[dict]]) -> list[Line]:
-    """One line per run and key. Colours tell runs apart, or keys where there is one run."""
-    alone = len(metrics) == 1 or chart.kind != "lines"
+    """One line per run and key; of a chart of many keys those of the first run alone."""
+    alone = len(metrics) == 1 or len(chart.keys) > 2
     lines = []
     for i, rows in enumerate(metrics[:1] if alone else metrics):
         for j, (key, label) in enumerate(chart.keys.items()):
-            colour, dash = (i, j if len(chart.keys) > 1 else i)
-            if alone:
-                colour, dash = (chart.colours[j % len(chart.colours)], 0 if chart.kind == "stack" else j)
+            # Colours tell keys apart, or else runs; dashes do so for who sees no colours.
+            dash = 0 if chart.stacked else j if len(chart.keys) > 1 else i
             name = ", ".join(part for part in ("" if alone else names[i], label) if part)
             if points := thin(series(rows, key)):
-                lines.append(Line(name, looks(i, colour, dash), points))
+                lines.append(Line(name, look_of(j if alone else i, dash), points))
     return lines
 
 
-def stack(lines: list[Line], place) -> str:
-    """The lines' values on top of each other, as areas."""
-    steps = [step for step, _ in lines[0].points]
-    below, parts = [0.0] * len(steps), []
-    for line in lines:
-        values = dict(line.points)
-        above = [base + values.get(step, 0.0) for step, base in zip(steps, below)]
-        outline = [place(*point) for point in zip(steps, above)]
-        outline += [place(*point) for point in reversed(list(zip(steps, below)))]
-        path = " ".join(f"{x},{y}" for x, y in outline)
-        parts.append(f'<polygon class="{line.look}" points="{path}"/>')
-        below = above
-    return "".join(parts)
-
-
-def curve(line: Line, unit: str, place, heights: dict[int, float]) -> str:
-    """A line with its values; dots as well where points are few enough to be told apart."""
-    where = [place(step, heights.get(step, value)) for step, value in line.points]
+def curve(line: Line, chart: Chart, where: list[tuple[float, float]], bottom: float) -> str:
+    """A line with its values; dots where points are few; the area under it where it is stacked."""
     steps = "|".join(f"{step:,}" for step, _ in line.points)
-    values = "|".join(show_number(value, unit) for _, value in line.points)
+    values = "|".join(show_number(value, chart.unit) for _, value in line.points)
     path = " ".join(f"{x},{y}" for x, y in where)
     dots = [f'<circle class="{line.look}" cx="{x}" cy="{y}" r="3"/>' for x, y in where]
+    below = f"{path} {where[-1][0]},{bottom} {where[0][0]},{bottom}"
+    area = f'<polygon class="{line.look}" points="{below}"/>' if chart.stacked else ""
     return (
-        f'<polyline class="{line.look}" points="{path}" data-name="{escape(line.name)}" '
+        f'{area}<polyline class="{line.look}" points="{path}" data-name="{escape(line.name)}" '
         f'data-steps="{steps}" data-values="{values}"/>' + "".join(dots if len(dots) <= 16 else [])
     )
 
@@ -179,28 +124,35 @@ def draw(chart: Chart, names: list[str], metrics: list[list[dict]], end: int) ->
     lines = lines_of(chart, names, metrics)
     if not lines:
         return ""
-    width, height = (460, 190) if chart.wide else (320, 150)
-    stacked = chart.kind == "stack"
+    width, height = (460, 190) if len(chart.keys) > 1 else (320, 150)
     values = [value for line in lines for _, value in line.points]
-    ticks = [0.0, 0.5, 1.0] if stacked else axis(min(values), max(values))
-    place = placing(width, height, end, ticks)
-    drawn, heights = stack(lines, place) if stacked else "", {}
+    ticks = [0.0, 0.5, 1.0] if chart.stacked else axis(min(values), max(values))
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = LEFT + (width - LEFT - RIGHT) * step / max(1, end)
+        y = height - BOTTOM - (height - TOP - BOTTOM) * (value - ticks[0]) / (ticks[-1] - ticks[0])
+        return round(x, 1), round(y, 1)  # SVG counts y downwards
+
+    grid = f'<text x="{LEFT}" y="{height - 5}">0</text>'
+    grid += f'<text x="{width - RIGHT}" y="{height - 5}" text-anchor="end">step {end:,}</text>'
+    for value in ticks:
+        y, label = place(0, value)[1], show_number(value, chart.unit if chart.unit == "%" else "")
+        grid += f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>'
+        grid += f'<text x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{label}</text>'
+    drawn, heights = "", Counter()
     for line in lines:
-        if stacked:
-            heights = {step: heights.get(step, 0.0) + value for step, value in line.points}
-        drawn += curve(line, chart.unit, place, heights)
+        heights = heights + Counter(dict(line.points)) if chart.stacked else dict(line.points)
+        part = curve(line, chart, [place(step, heights[step]) for step, _ in line.points], height - BOTTOM)
+        drawn = part + drawn if chart.stacked else drawn + part  # the areas below cover those above
+    told = [(line, f"{line.name} {ends(line.points, chart.unit)}".strip()) for line in lines]
     spans = "".join(
-        f'<span class="{line.look}">{swatch(line.look) if len(lines) > 1 else ""}'
-        f"{escape(line.name)} <b>{ends(line.points, chart.unit)}</b></span>"
-        for line in lines
+        f'<span class="{line.look}">{swatch(line.look) if len(lines) > 1 else ""}{escape(text)}</span>'
+        for line, text in told
     )
-    told = "; ".join(f"{line.name} {ends(line.points, chart.unit)}" for line in lines)
-    label = escape(f"{chart.title}: {told}")
+    label = escape(f"{chart.title}: {'; '.join(text for _, text in told)}")
     return (
         f'<article class="card chart"><h3>{escape(chart.title)}</h3>'
         f'<div class="note">{escape(chart.note)}</div><div class="ends">{spans}</div>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" tabindex="0" '
-        f'aria-label="{label}. Arrow keys read the values.">'
-        f"{grid(width, height, end, ticks, chart.unit, place)}"
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{grid}'
         f'<line class="cursor" y1="{TOP}" y2="{height - BOTTOM}"/>{drawn}</svg></article>'
     )
