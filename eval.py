@@ -63,9 +63,7 @@ NAMES = ("toy", "own", *BENCHMARKS)
 @dataclass
 class Config:
     model: str = flag("", "directory or hub id of a Qwen-VL, or toy; default: newest toy checkpoint")
-    benchmark: str = flag(
-        "", f"one or more of {' '.join(NAMES)}, with commas; default: own with --data, else toy"
-    )
+    benchmark: str = flag("", f"of {' '.join(NAMES)}, with commas; default: own with --data, else toy")
     data: str = flag("", "file, directory or hub id; default: the benchmark's own hub id")
     out: str = flag("", "directory of the results; default: runs/eval, numbered if taken")
     responses: str = flag("", 'mark this .jsonl of {"id", "response"} instead of running a model')
@@ -74,15 +72,9 @@ class Config:
     page: bool = flag(False, "with --compare: write the answers side by side, as a page beside B")
     limit: int = flag(0, "only the first so many questions; 0: all", low=0)
     samples: int = flag(1, "responses per question: adds pass@k and maj@k [P: 1]", low=1)
-    template: str = flag(
-        "",
-        "prompt; default: plain [P; the 72B card: rethink], for own the one it was trained with",
-        tuple(TEMPLATES),
-    )
+    template: str = flag("", "default: plain [P; 72B card: rethink], own: as in training", tuple(TEMPLATES))
     temperature: float = flag(None, "default: 0, greedy; 0.6 with several samples [C: the same]", low=0)
-    max_new_tokens: int = flag(
-        0, "longest response; 0: 8192 [P], 64 for the toy world, for own as in training", low=0
-    )
+    max_new_tokens: int = flag(0, "longest response; 0: 8192 [P], for own as in training, toy 64", low=0)
     min_image_tokens: int = flag(0, "fewest visual tokens per picture; 0: 256 [P], the toy's own", low=0)
     max_image_tokens: int = flag(0, "most visual tokens per picture; 0: 1280 [P], the toy's own", low=0)
     min_pixels: int = flag(0, "smallest area of a picture instead; 0: by its tokens", low=0)
@@ -90,9 +82,7 @@ class Config:
     max_prompt_tokens: int = flag(32768, "questions with a longer prompt get no answer, counted", low=1)
     force_rethink: bool = flag(False, "force every response to look again, too (paper, Fig. 7)")
     rows: int = flag(64, "responses decoded at once: their KV cache must fit", low=1)
-    tensor: int = flag(
-        1, "ranks of a node that answer together, each with 1/N of every layer; 1: whole", low=1
-    )
+    tensor: int = flag(1, "ranks of a node that share every layer and answer together; 1: none", low=1)
     cuda_graphs: bool = flag(True, "on a GPU, launch a decoding step as a whole")
     seed: int = flag(0, "of sampling; what is drawn does not depend on --rows or ranks")
 
@@ -107,8 +97,7 @@ def parse(argv: list[str]) -> Config:
     config.benchmark = config.benchmark or ("own" if config.data else "toy")
     for name in names(config):
         if name not in NAMES:
-            known = ", ".join(NAMES)
-            raise UserError(f"--benchmark {name!r}: no such benchmark; there are {known}")
+            raise UserError(f"--benchmark {name!r}: no such benchmark; there are {', '.join(NAMES)}")
     if "own" in names(config) and (names(config) != ["own"] or not config.data):
         raise UserError("--benchmark own: give --data FILE with your questions, and no other benchmark")
     if names(config) == ["toy"] and config.data:
@@ -139,13 +128,10 @@ def read_items(name: str, config: Config) -> list[Item]:
         # The same questions as training measures on.
         questions = toy.toy_questions(toy.LEVELS[level], 128, 0, heldout=True)
 
-    def item(question):
-        def rule(text):
-            return is_correct(text, question.answer, question.choices)
+    def rule(question):
+        return lambda text: is_correct(text, question.answer, question.choices)
 
-        return Item(question, rule, [question.category], extract=extract_answer)
-
-    return [item(question) for question in questions]
+    return [Item(q, rule(q), [q.category], extract=extract_answer) for q in questions]
 
 
 def items_of(name: str, config: Config) -> tuple[list[Item], list[Item], set[str]]:
@@ -181,9 +167,9 @@ def result_folder(config: Config) -> Path:
     """--out; by default the first of runs/eval, runs/eval-2, ... that is free to use."""
 
     def is_free(out: Path) -> bool:
-        made = {name: out / f"{name}.run.json" for name in names(config)}
-        there = {name: path for name, path in made.items() if path.exists()}
-        return all(not config.responses and read_json(there[x]) == made_with(config, x) for x in there)
+        made = [(out / f"{name}.run.json", name) for name in names(config)]
+        made = [(read_json(path), name) for path, name in made if path.exists()]
+        return all(not config.responses and was == made_with(config, name) for was, name in made)
 
     numbered = (Path(f"runs/eval-{number}" if number > 1 else "runs/eval") for number in itertools.count(1))
     out = Path(config.out) if config.out else next(filter(is_free, numbered))
@@ -252,19 +238,15 @@ def evaluate(config: Config, out: Path) -> dict[str, dict]:
         summaries[name] = summary | {"settings": made | {"data": config.data, "limit": config.limit}}
         if not config.responses:  # a model's answers that a smaller --limit leaves out stay
             marked |= {id_: found for id_, found in answers.items() if id_ not in marked}
-        write_results(out, name, marked, summaries[name])
+        lines = [seal(line) for lines in marked.values() for line in lines]  # in the order of the data
+        write_atomically(out / f"{name}.jsonl", "".join(lines))
+        for part in out.glob(f"{name}.rank*.jsonl"):
+            part.unlink()
+        known = read_summary(out) | {name: summaries[name]}
+        write_atomically(out / "summary.json", json.dumps(known, indent=1))
         if config.show:
             print(scores.unanswered([line for item in items for line in marked[item.question.id]]))
     return summaries
-
-
-def write_results(out: Path, name: str, marked: dict[str, list[dict]], summary: dict) -> None:
-    """NAME.jsonl in the order of the data, and this benchmark's entry in summary.json."""
-    lines = [seal(line) for lines in marked.values() for line in lines]
-    write_atomically(out / f"{name}.jsonl", "".join(lines))
-    for part in out.glob(f"{name}.rank*.jsonl"):
-        part.unlink()
-    write_atomically(out / "summary.json", json.dumps(read_summary(out) | {name: summary}, indent=1))
 
 
 def read_summary(out: Path) -> dict:

@@ -140,7 +140,7 @@ def step_metrics(run, branches: list, numbers: Counter) -> dict:
         "response_tokens": counts["response_tokens"] * c.batch_size / responses,
         "truncated": counts["truncated"] / responses,
         "rethinks": counts["rethinks"] / responses, "rethinks_helped": counts["rethinks_helped"] / responses,
-        "rethought": counts["kept"] / responses,
+        "overthinking": counts["overthinking"] / responses, "rethought": counts["kept"] / responses,
         **{f"rethink_{name}": counts[name] for name in ("attempted", "kept", "tokens", *OUTCOMES)},
         "lr": numbers["lr"],
         "skipped": not numbers or not finite,
@@ -156,6 +156,7 @@ def heldout_metrics(run, counts: Counter) -> dict:
         "tokens": "tokens",
         "rethinks": "rethinks",
         "rethinks_helped": "rethinks_helped",
+        "overthinking": "overthinking",
     }
     if run.config.data == "toy":
         names |= {way: way for way in ("fast", "slow", "twice")}

@@ -32,11 +32,6 @@ from pages.curves import Chart, draw, look_of, series, show_number, swatch
 from pages.transcripts import OUTCOMES, heldout, rollouts
 
 PAGE = Path(__file__).parent / "pages/report.html"
-HELDOUT = {"heldout_accuracy": "greedy", "heldout_sampled": "sampled"}
-WAYS = {"heldout_fast": "guesses", "heldout_slow": "reads", "heldout_twice": "guesses, then reads"}
-# In the order of their colours: wrong → right is green.
-LOOKS = ("right_right", "right_wrong", "wrong_right", "wrong_wrong", "no_answer")
-MISMATCH = "mean difference of a token's log-probability, sampling against training"
 LINES = {  # of metrics.jsonl: key -> (title, note, unit)
     "effective_queries": ("Effective questions", "share whose rewards differ: others have no gradient", "%"),
     "replayed": ("Replayed", "share of a batch drawn from the replay buffer", "%"),
@@ -49,7 +44,7 @@ LINES = {  # of metrics.jsonl: key -> (title, note, unit)
     "sft_loss": ("SFT loss", "on the second looks that were kept", "nats"),
     "grad_norm": ("Gradient norm", "before clipping", ""),
     "lr": ("Learning rate", "with warm-up and decay", ""),
-    "logp_mismatch": ("Mismatch", MISMATCH, "nats"),
+    "logp_mismatch": ("Mismatch", "of log-probabilities of tokens, sampling against training, mean", "nats"),
     "speed": ("Speed", "response tokens per second, sampling and update together", "tokens/s"),
 }
 
@@ -113,11 +108,7 @@ def read_run(folder: Path, name: str) -> Record:
 
 
 def derive(row: dict) -> dict:
-    """A row of metrics.jsonl with what is drawn of it.
-
-    >>> derive({"step": 1, "rethink_attempted": 4, "rethink_wrong_right": 3})["look_wrong_right"]
-    0.75
-    """
+    """A row of metrics.jsonl with what is drawn of it."""
     more = {f"in {name}": value for name, value in row.get("heldout_categories", {}).items()}
     if row.get("step_seconds") and row.get("response_tokens"):
         more["speed"] = row["response_tokens"] / row["step_seconds"]
@@ -130,13 +121,17 @@ def charts(first: Record) -> list[Chart]:
     """All charts, most important first. Those without numbers are not drawn."""
     found = dict.fromkeys(key for row in first.metrics for key in row if key[:3] == "in ")
     categories = {key: key[3:] for key in found} if len(found) > 1 else {}
-    looks = {f"look_{name}": OUTCOMES[name] for name in LOOKS}
+    heldout = {"heldout_accuracy": "greedy", "heldout_sampled": "sampled"}
+    ways = {"heldout_fast": "guesses", "heldout_slow": "reads", "heldout_twice": "guesses, then reads"}
+    # In the order of their colours: wrong → right is green.
+    order = ("right_right", "right_wrong", "wrong_right", "wrong_wrong", "no_answer")
+    looks = {f"look_{name}": OUTCOMES[name] for name in order}
     unit = "" if first.config.get("reward") else "%"  # a share, unless the reward is the user's own
     return [
-        Chart("Held-out accuracy", "greedy answers, and one sampled answer per question", "%", HELDOUT),
+        Chart("Held-out accuracy", "greedy answers, and one sampled answer per question", "%", heldout),
         Chart("What forced second looks did", "share of an episode's forced looks", "%", looks, True),
         Chart("Held-out by category", "greedy", "%", categories),
-        Chart("Ways of answering", "share of sampled held-out answers", "%", WAYS, True),
+        Chart("Ways of answering", "share of sampled held-out answers", "%", ways, True),
         Chart("Reward", "mean over an episode's responses", unit, {"reward": ""}),
         *(Chart(*about, {key: ""}) for key, about in LINES.items()),
     ]
@@ -161,14 +156,8 @@ def table(runs: list[Record], caption: str, rows: dict[str, list[str]]) -> str:
 
 
 def second_looks(metrics: list[dict]) -> str:
-    """What became of forced second looks over the whole run.
-
-    The counts are an episode's and stand in each of its steps; only one of those is added.
-
-    >>> row = {"episode": 1, "rethink_attempted": 3, "rethink_wrong_right": 3}
-    >>> second_looks([row, row])
-    '3 forced: wrong → right 3, right → right 0, right → wrong 0, wrong → wrong 0, no answer 0'
-    """
+    """What became of forced second looks over the whole run."""
+    # The counts are an episode's and stand in each of its steps; only one of those is added.
     episodes = {row["episode"]: row for row in metrics if "episode" in row}.values()
     attempted, *counts = (sum(row.get(name) or 0 for row in episodes) for name in COUNTS)
     told = ", ".join(f"{label} {count:,}" for label, count in zip(OUTCOMES.values(), counts))
@@ -178,9 +167,9 @@ def second_looks(metrics: list[dict]) -> str:
 def learnt(run: Record) -> dict[str, str]:
     """Held out: the base, the end, and their difference, paired by question where answers are kept."""
     points = series(run.metrics, "heldout_accuracy")
-    values = [show_number(value, "%") for _, value in points]
-    if len(values) < 2:
-        return dict(zip(("Held out, base", "Held out, final", "Difference"), [*values, "–", "–", "–"]))
+    if not points:
+        return dict.fromkeys(("Held out, base", "Held out, final", "Difference"), "–")
+    base, last = (show_number(value, "%") for _, value in (points[0], points[-1]))
     first, final = (run.answers.get(step, {}) for step, _ in (points[0], points[-1]))
     differences = [final[id_]["right"] - first[id_]["right"] for id_ in first if id_ in final]
     difference = f"{100 * (points[-1][1] - points[0][1]):+.1f} points"
@@ -191,8 +180,7 @@ def learnt(run: Record) -> dict[str, str]:
             f"{100 * mean:+.1f} ± {100 * half:.1f} points (95 %, paired over {len(differences)} "
             f"questions: {counts[1]} fixed, {counts[-1]} broken)"
         )
-    final = f"{values[-1]} (step {points[-1][0]:,})"
-    return {"Held out, base": values[0], "Held out, final": final, "Difference": difference}
+    return {"Held out, base": base, "Held out, final": last, "Difference": difference}
 
 
 def facts(run: Record) -> dict[str, str]:
@@ -221,13 +209,6 @@ def steps_of(run: Record) -> str:
 
 def last_step(runs: list[Record]) -> int:
     return max((row["step"] for run in runs for row in run.metrics), default=0)
-
-
-def differing(runs: list[Record]) -> dict[str, list[str]]:
-    """The settings that are not the same in all runs. Every run has an `out` of its own."""
-    names = dict.fromkeys(name for run in runs for name in run.config if name not in ("out", "resume"))
-    cells = {name: [str(run.config.get(name, "–")) for run in runs] for name in names}
-    return {name: values for name, values in cells.items() if len(set(values)) > 1}
 
 
 # ---------------------------------------------------------------------------- page
@@ -262,8 +243,10 @@ def write_report(folders: list[Path]) -> Path:
     runs = list(map(read_run, folders, names))
     first, columns = runs[0], [facts(run) for run in runs]
     summary = table(runs, "Summary", {name: [cells[name] for cells in columns] for name in columns[0]})
-    if rows := differing(runs):
-        summary += "<h3>Where the settings differ</h3>" + table(runs, "Settings", rows)
+    settings = dict.fromkeys(name for run in runs for name in run.config if name not in ("out", "resume"))
+    settings = {name: [str(run.config.get(name, "–")) for run in runs] for name in settings}
+    if differing := {name: values for name, values in settings.items() if len(set(values)) > 1}:
+        summary += "<h3>Where the settings differ</h3>" + table(runs, "Settings", differing)
     metrics, drawn = [run.metrics for run in runs], {True: "", False: ""}
     for chart in charts(first):
         drawn[len(chart.keys) > 1] += draw(chart, names, metrics, last_step(runs))

@@ -170,10 +170,15 @@ def count_responses(groups: list[list[Sample]]) -> Counter:
 
 
 def unforced_look(sample: Sample, right: bool) -> dict:
-    """Counts of a response that looks again on its own: that it does, and what its answer gained by it."""
+    """Counts of a response that looks again on its own: that it does, what its answer gained by it, and
+    the tokens it took where the first answer was right already."""
     if not rethinks(sample.text):
         return {}
-    return {"rethinks": 1, "rethinks_helped": right - is_right(sample, before_rethinking(sample.text))}
+    before = before_rethinking(sample.text)
+    first = is_right(sample, before)
+    after = 1 - len(before) / len(sample.text)  # a share of its letters, so of its tokens
+    spent = first * after * len(sample.tokens)
+    return {"rethinks": 1, "rethinks_helped": right - first, "overthinking": spent}
 
 
 @torch.no_grad()

@@ -200,10 +200,7 @@ def summarise(
             "tasks_scored": len(tasks),
             "tasks_total": len(tasks | {item.stratum for item in left_out}),
             "samples_scored": len(items),
-            "samples_total": len(items) + len(left_out),
-            "unsupported": len(left_out),
             "unsupported_metrics": dict(Counter(why[x.stratum] for x in left_out)),
-            "micro": round(sum(values) / len(values), 6),
         }
     if name in BENCHMARKS:
         summary["rules_cover"] = BENCHMARKS[name].covers
@@ -213,13 +210,19 @@ def summarise(
 
 
 def rethinking(items: list[Item], by_item: list[list[dict]]) -> dict:
-    """How often responses rethink by themselves and what that changed; and, where it was forced,
-    accuracy before, after, and the bound when only wrong answers are looked at again (Fig. 7)."""
+    """How often responses rethink by themselves, what that changed, and the tokens per response that it
+    took where the first answer was right already; and, where it was forced, accuracy before, after,
+    and the bound when only wrong answers are looked at again (Fig. 7)."""
     pairs = [(x, line) for x, lines in zip(items, by_item, strict=True) for line in lines]
     own = [(x, line) for x, line in pairs if line["response"] and rethinks(line["response"])]
     before = [mark(x, line | {"response": before_rethinking(line["response"])}) for x, line in own]
-    helped = sum(credit(line) - credit(first) for (_, line), first in zip(own, before, strict=True))
-    summary = {"rethinks": round(len(own) / len(pairs), 6), "rethinks_helped": float(helped)}
+    helped, spent = 0.0, 0.0
+    for (_, line), first in zip(own, before, strict=True):
+        helped += credit(line) - credit(first)
+        after = 1 - len(first["response"]) / len(line["response"])  # a share of its letters, so of its tokens
+        spent += first["correct"] * after * (line["tokens"] or 0)
+    rates = {"rethinks": len(own) / len(pairs), "overthinking": spent / len(pairs)}
+    summary = {"rethinks_helped": helped} | {key: round(value, 6) for key, value in rates.items()}
     forced = [(line, line["again"]) for _, line in pairs if "again" in line]
     if forced:
 
@@ -244,20 +247,18 @@ def label(name: str, items: list[Item], left_out: list[Item]) -> str:
     if name not in BENCHMARKS:
         return "held-out toy questions" if name == "toy" else name
     n, size = len(items) + len(left_out), BENCHMARKS[name].size
-    words = []
+    words = [BENCHMARKS[name].split]
     if name == "megabench":
         tasks, out = ({item.stratum for item in part} for part in (items, left_out))
-        words += [f"core ({len(tasks)}/{len(tasks | out)} tasks, {len(items)}/{n} samples)"]
-        words += ["bold and fenced answers count (the official parser misses some)"]
+        words = [
+            f"core ({len(tasks)}/{len(tasks | out)} tasks, {len(items)}/{n} samples)",
+            "bold and fenced answers count (the official parser misses some)",
+        ] + words
     elif name == "mmmu_pro":
-        words += [" + ".join(sorted({item.stratum for item in items}))]
+        words = [" + ".join(sorted({item.stratum for item in items})), *words]
     elif name == "mathverse":
-        words += ["rule-based"]
-    words += [BENCHMARKS[name].split]
-    if n != size:
-        mini = " (the size of EMMA-mini)" if name == "emma" and n == 400 else ""
-        words += [f"partial: {n} of {size}{mini}"]
-    return ", ".join(words)
+        words = ["rule-based", *words]
+    return ", ".join([*words, *([f"partial: {n} of {size}"] if n != size else [])])
 
 
 # ---------------------------------------------------------------------------- tables

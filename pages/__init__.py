@@ -1,5 +1,1 @@
-"""Behind report.py and `train.py --explain`.
-
-curves.py, transcripts.py, report.html    the page of a run
-walk.py, lesson.py                        one question followed through the method, and its words
-"""
+"""Behind report.py, the page of a run, and `train.py --explain`, the walk and its words."""

@@ -61,11 +61,7 @@ def mark_up(text: str) -> str:
 
 
 def spoken(pieces: list) -> str:
-    """A response's pieces [text, forced?] as HTML.
-
-    >>> spoken([["It is 5.", False], ["\\n\\nWait, really?", True]])
-    'It is 5.\\n\\n<mark class="forced" title="forced">Wait, really?</mark>'
-    """
+    """A response's pieces [text, forced?] as HTML."""
     parts = []
     for text, forced in pieces:
         body = text.lstrip()  # a coloured line break would show as a sliver
@@ -128,11 +124,7 @@ def tools(name: str, kinds: dict[str, str], steps: list[int]) -> str:
 
 
 def kinds_of(answers: list[dict | None]) -> set[str]:
-    """What became of a held-out question from its first answer to its last.
-
-    >>> sorted(kinds_of([{"right": False, "text": ""}, {"right": True, "text": TRIGGERS["self_correction"]}]))
-    ['again', 'fixed']
-    """
+    """What became of a held-out question from its first answer to its last."""
     known = [answer for answer in answers if answer]
     if not known:
         return set()
@@ -231,7 +223,7 @@ def rollouts(samples: list[dict]) -> str:
     steps = spread(sorted({row["step"] for row in samples}), STEPS_SHOWN)
     if not steps:
         return '<p class="soft">None were written.</p>'
-    cards, is_forced_open = [], False
+    cards, opened = [], False
     for row in (row for row in samples if row["step"] in steps):
         question, responses = row["question"], row["responses"]
         looks = [response.get("not_kept") or response for response in responses]
@@ -249,8 +241,8 @@ def rollouts(samples: list[dict]) -> str:
         kinds |= {"cut" for response in responses if response["finish"] == "length"}
         kinds |= {f"step{row['step']}", *(["forced"] if forced else [])}
         shown = "".join(respond(response, question) for response in responses)
-        cards.append(card(question, facts, shown, kinds, bool(forced) and not is_forced_open))
-        is_forced_open = is_forced_open or bool(forced)
+        cards.append(card(question, facts, shown, kinds, bool(forced) and not opened))
+        opened = opened or bool(forced)
     labels = {"": "all", "right": "right", "wrong": "wrong", "forced": "forced", "cut": "cut off"}
     return (
         f'<p class="note">{len(cards)} of the {len(samples)} groups that were written. '

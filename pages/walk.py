@@ -6,13 +6,14 @@ r"""One toy question, followed through the whole method with its real numbers.
 Nothing of the method is computed here: the walk shows arguments and results of the functions that
 train (`steps` is the module train.py). It searches for a question with right and wrong responses
 where a forced second look turns a wrong one right, and for one whose responses all earn the same,
-to show what Selective Sample Replay does about it. lesson.py puts it in words.
+to show what Selective Sample Replay does about it. lesson.py puts it in words (lesson.md).
 """
 
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import toy
 from config import Config
@@ -34,9 +35,8 @@ def explain(c: Config, steps) -> None:
     group, idle = find_questions(run, steps)
     told, trees = follow(run, steps, group, idle)
     if c.out:
-        picture = group[0].prompt.question.images[0]
-        lesson.write_pictures(Path(c.out), picture, trees)
-    print(lesson.heading(c), told, lesson.exercises(), sep="\n\n")
+        lesson.write_pictures(Path(c.out), group[0].prompt.question.images[0], trees)
+    print(told)
 
 
 def new_run(c: Config, policy) -> Run:
@@ -50,7 +50,7 @@ def new_run(c: Config, policy) -> Run:
 def find_questions(run: Run, steps) -> tuple[list[Sample], list[Sample]]:
     """The groups of two questions: the one to follow, and one whose responses are all alike."""
     c, followed, idle = run.config, None, None
-    for run.episode in range(EPISODES):
+    for run.episode in tqdm(range(EPISODES), desc="searching for a question that shows it all", leave=False):
         questions = steps.episode_questions(run)
         prompts = [encode(run.policy, question, c.template) for question in questions]
         keys = steps.question_keys(questions, c.seed, run.step)
@@ -81,24 +81,18 @@ def helped(group: list[Sample], merged: list[Sample]) -> list[int]:
 
 def follow(run: Run, steps, group: list[Sample], idle: list[Sample]) -> tuple[str, Trees]:
     """The lesson about `group`, and the tree that training makes of it. The policy takes a step."""
-    policy, c = run.policy, run.config
-    parts = [lesson.tell_prompt(policy, group[0].prompt), lesson.tell_responses(c, group)]
-    [merged], outcomes = steps.keep_second_looks(c, [group])
-    i = helped(group, merged)[0]
-    parts.append(lesson.tell_rethinking(policy, c, group[i], merged[i], i, outcomes))
-
+    c = run.config
+    responses = lesson.response_rows(group)  # as sampled: what follows may change advantages
+    [merged], counts = steps.keep_second_looks(c, [group])
     run.fresh = merged + idle
     branches = steps.choose_batch(run)
-    parts.append(lesson.tell_replay(merged, idle, run.buffer, [b.draws for b in branches]))
-
     totals = steps.batch_totals(c, branches)
-    # In the order of the table above; micro-batches have one of their own.
+    # In the order of the members; micro-batches have one of their own.
     trees = build_trees([(merged[0].prompt, [b.sample.tokens for b in branches])])
-    parts.append(lesson.tell_tree(trees))
     before = steps.token_terms(run, branches, trees, totals)
     steps.update(run, branches)
     with torch.no_grad():
         after = steps.token_terms(run, branches, trees, totals)
-    parts.append(lesson.tell_loss(policy, c, merged[i], i, before, after))
-    parts.append(lesson.tell_step(c, merged, [b.draws for b in branches], before, after))
-    return "\n\n".join(parts), trees
+    i, draws = helped(group, merged)[0], [b.draws for b in branches]
+    told = lesson.tell(run, group, responses, merged, i, counts, idle, draws, trees, before, after)
+    return told, trees
