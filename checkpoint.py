@@ -9,8 +9,8 @@
         SHA256SUMS                                  of all these files, as sha256sum writes and checks it
 
 A checkpoint is written under another name and renamed when it is whole, so one that can be seen is
-complete. Nothing is pickled: a checkpoint from elsewhere can do no harm by being read. What the disk
-did to it meanwhile shows in the checksums: without them a flipped bit resumes, with other numbers.
+complete. Nothing is pickled: reading a checkpoint from elsewhere can do no harm. What happens to it on
+disk shows in the checksums: without them a flipped bit resumes, with other numbers.
 
 Parameters are split over ranks along their first dimension, in order. A run with another number of
 ranks therefore finds any row it needs by counting through the old files (`rows_from`).
@@ -25,6 +25,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -41,17 +42,14 @@ SUMS = "SHA256SUMS"
 # A file of the hub's copy: what a rank holds in the host's memory while it writes.
 FILE_BYTES = 5 * 10**9
 # What a Run counts, beside its settings, weights and samples.
-COUNTERS = ("step", "episode", "counts", "not_finite")
-TRAINER = {
-    "step": int,
-    "episode": int,
-    "counts": dict,
-    "not_finite": int,
-    "draws": int,
-    "config": dict,
-    "data_checksum": int,
-}
+COUNTERS = {"step": int, "episode": int, "counts": dict, "not_finite": int}
+TRAINER = COUNTERS | {"draws": int, "config": dict, "data_checksum": int}
 SAMPLES = {"fresh": [dict], "buffer": [dict]}
+# Flags that may change when a run is resumed without a note.
+HARMLESS = ("out", "resume", "steps", "save_every", "keep_last", "eval_every")
+
+
+# ---------------------------------------------------------------------------- samples
 
 
 def pack_sample(sample: Sample) -> dict:
@@ -71,10 +69,7 @@ def checksum(prompt: Prompt) -> int:
 
 
 def unpack_sample(row: dict, prompts: dict) -> Sample:
-    """The Sample that `pack_sample` wrote; `prompts` maps question ids to Prompts.
-
-    Raises UserError where the prompt is not the one that was sampled from.
-    """
+    """The Sample that `pack_sample` wrote; `prompts` maps question ids to Prompts."""
     row = dict(row)
     prompt = prompts[row.pop("qid")]
     if row.pop("prompt") != checksum(prompt):
@@ -82,32 +77,47 @@ def unpack_sample(row: dict, prompts: dict) -> Sample:
             f"qid {prompt.question.id}: its question, pictures or --template changed within an episode; "
             "resume with the data and the same flags as before"
         )
-    row["tokens"] = torch.tensor(row["tokens"], dtype=torch.long)
-    row["logprobs"] = torch.tensor(row["logprobs"], dtype=torch.float32)
-    row["mask"] = torch.tensor(row["mask"], dtype=torch.bool)
+    for name, dtype in (("tokens", torch.long), ("logprobs", torch.float32), ("mask", torch.bool)):
+        row[name] = torch.tensor(row[name], dtype=dtype)
     if not 0 < len(row["tokens"]) == len(row["logprobs"]) == len(row["mask"]):
         raise ValueError("a sample's tokens, logprobs and mask differ in length")
     return Sample(prompt=prompt, **row)
 
 
-def trained(policy: Policy):
-    return ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
+def load_samples(directory: Path, run) -> list[list[Sample]]:
+    """[what is left of the episode, the replay buffer], with their prompts encoded again."""
+    packed = read_json(directory / "samples.json", SAMPLES)
+    known = {q.id: q for q in run.questions or []}
+    prompts = {}
+    for qid in {row["qid"] for part in packed.values() for row in part}:
+        if run.questions is None:
+            known[qid] = toy.question_by_id(toy.LEVELS[run.config.toy_level], qid)
+        if qid not in known:
+            raise UserError(f"no question {qid} any more, on which the episode trains; give the flags as before")
+        prompt = encode(run.policy, known[qid], run.config.template)
+        # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.
+        prompts[qid] = replace(prompt, pixel_values=None) if parallel.world() > 1 else prompt
+    return [[unpack_sample(row, prompts) for row in packed[part]] for part in SAMPLES]
 
 
-def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """This rank's part of the weights that train and of the optimiser, by name.
+# ---------------------------------------------------------------------------- save
 
-    Frozen ones are those of --model, and resuming finds them there.
-    """
-    tensors = {}
-    for name, parameter in trained(policy):
-        tensors[f"param/{name}"] = parallel.local(parameter.detach()).contiguous()
-        state = optimizer.state.get(parameter)
-        if state:  # none where there was no gradient yet, as in the tower before the first picture
-            tensors[f"step/{name}"] = state["step"].reshape(1)
-            for moment in MOMENTS:
-                tensors[f"{moment}/{name}"] = parallel.local(state[moment]).contiguous()
-    return tensors
+
+def save_run(run) -> None:
+    """Write OUT/checkpoint-STEP, on all ranks together. Raises UserError where weights are not finite."""
+    names = [n for n, p in run.policy.named_parameters() if not is_finite(parallel.local(p))]
+    if ruined := parallel.gather(names):
+        raise UserError(
+            f"step {run.step}: {ruined[0]} is not finite, and not saved; lower --lr, and "
+            f"go on from an earlier checkpoint in {run.out}"
+        )
+    # While gradients are not finite, what may be ruined soon does not push out what was sound.
+    keep = run.config.keep_last + (run.not_finite > 0)
+    trainer = {name: getattr(run, name) for name in COUNTERS}
+    trainer |= {"draws": run.buffer.draws, "config": asdict(run.config), "data_checksum": run.data_checksum}
+    # At an episode's end nothing will be drawn from the buffer any more.
+    samples = {"fresh": run.fresh, "buffer": run.buffer.samples if run.fresh else []}
+    save(run.out, run.policy, run.optimizer, trainer, samples, keep)
 
 
 def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_last: int) -> None:
@@ -146,56 +156,24 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
     parallel.barrier()
 
 
-def digests(directory: Path, alone: bool = False) -> dict[str, str]:
-    """{file: SHA-256 of what it holds}; each rank reads a share of the files, or this one all of them."""
-    rank, world = (0, 1) if alone else (parallel.rank(), parallel.world())
-    files = (p for p in directory.rglob("*") if p.is_file() and p.name != SUMS)
-    names = sorted(p.relative_to(directory).as_posix() for p in files)
-    found = []
-    for name in names[rank::world]:
-        try:
-            with open(directory / name, "rb") as file:
-                found.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
-        except OSError as error:
-            found.append((name, error.strerror))
-    return dict(found if alone else parallel.gather(found))
+def trained(policy: Policy):
+    return ((name, p) for name, p in policy.named_parameters() if p.requires_grad)
 
 
-def find_damage(directory: Path, alone: bool = False) -> str | None:
-    """What is not as `save` wrote it, in words; unless `alone`, all ranks must ask."""
-    if not (directory / SUMS).is_file():
-        return f"{directory / SUMS} is missing"
-    lines = (directory / SUMS).read_text(errors="replace").splitlines()
-    found = digests(directory, alone)
-    for digest, _, name in (line.partition("  ") for line in lines):
-        if found.get(name) != digest:
-            return f"{directory / name} {'was changed' if name in found else 'is missing'}"
-    return None
+def state_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """This rank's part of the weights that train and of the optimiser, by name.
 
-
-def check_model(path: str, alone: bool = False) -> None:
-    """Raise UserError where --model is a checkpoint of ours and not as it was written."""
-    directory = find_checkpoint(path)
-    if (directory / SUMS).exists() and (damage := find_damage(directory, alone)):
-        raise UserError(f"--model: {damage}; if that was meant, delete {directory / SUMS}")
-
-
-def save_run(run) -> None:
-    """Write OUT/checkpoint-STEP, on all ranks together. Raises UserError where weights are not finite."""
-    names = [n for n, p in run.policy.named_parameters() if not is_finite(parallel.local(p))]
-    if ruined := parallel.gather(names):
-        raise UserError(
-            f"step {run.step}: {ruined[0]} is not finite, and not saved; lower --lr, and "
-            f"go on from an earlier checkpoint in {run.out}"
-        )
-    # While gradients are not finite, what may be ruined soon does not push out what was sound.
-    keep = run.config.keep_last + (run.not_finite > 0)
-    trainer = {name: getattr(run, name) for name in COUNTERS}
-    trainer |= {"draws": run.buffer.draws, "config": asdict(run.config)}
-    trainer["data_checksum"] = run.data_checksum
-    # At an episode's end nothing will be drawn from the buffer any more.
-    samples = {"fresh": run.fresh, "buffer": run.buffer.samples if run.fresh else []}
-    save(run.out, run.policy, run.optimizer, trainer, samples, keep)
+    Frozen ones are those of --model, and resuming finds them there.
+    """
+    tensors = {}
+    for name, parameter in trained(policy):
+        tensors[f"param/{name}"] = parallel.local(parameter.detach()).contiguous()
+        state = optimizer.state.get(parameter)
+        if state:  # none where there was no gradient yet, as in the tower before the first picture
+            tensors[f"step/{name}"] = state["step"].reshape(1)
+            for moment in MOMENTS:
+                tensors[f"{moment}/{name}"] = parallel.local(state[moment]).contiguous()
+    return tensors
 
 
 def save_weights(directory: Path, policy: Policy) -> None:
@@ -203,47 +181,30 @@ def save_weights(directory: Path, policy: Policy) -> None:
 
     For 72B these are 147 GB: one rank would write for minutes while the others wait.
     """
-    files = weight_files(policy)
-    projections = lora.adapted(policy)
-    rank, world = parallel.rank(), parallel.world()
+    dtype, projections = policy.compute_dtype, lora.adapted(policy)
+    parameters = {n: p for n, p in policy.model.named_parameters() if not n.endswith(lora.NAMES)}
+    sizes = {n: torch.empty(p.shape, dtype=dtype, device="meta") for n, p in parameters.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=FILE_BYTES).filename_to_tensors
+    files, rank, world = list(split.items()), parallel.rank(), parallel.world()
     where = {}  # the hub's name of a weight -> its file
     for start in range(0, len(files), world):
         mine = {}
-        for number, part in enumerate(files[start : start + world]):
-            for name, parameter in part.items():
+        for number, (_, names) in enumerate(files[start : start + world]):
+            for name in names:
                 projection = projections.get(name.removesuffix(".weight"))
-                tensor = parameter.detach().to(policy.compute_dtype)
+                tensor = parameters[name].detach().to(dtype)
                 tensor = lora.merged(projection) if projection else parallel.whole(tensor)
                 if number == rank:
-                    mine[name] = tensor.to("cpu", policy.compute_dtype)
+                    mine[name] = tensor.to("cpu", dtype)
         if mine:
-            path = directory / file_name(start + rank, len(files))
-            where |= dict.fromkeys(save_some_weights(policy, mine, path), path.name)
-    where = parallel.gather(list(where.items()))
+            file = files[start + rank][0]
+            where |= dict.fromkeys(save_some_weights(policy, mine, directory / file), file)
+    where = dict(parallel.gather(list(where.items())))
     if rank == 0:
-        save_settings(policy, directory, policy.compute_dtype)
+        save_settings(policy, directory, dtype)
         if len(files) > 1:
-            index = {"metadata": {}, "weight_map": dict(where)}
+            index = {"metadata": {}, "weight_map": where}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def file_name(number: int, count: int) -> str:
-    return f"model-{number + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
-
-
-def weight_files(policy: Policy) -> list[dict]:
-    """The model's parameters by name, cut into the files of the hub's copy."""
-    files, size = [{}], 0
-    for name, parameter in policy.model.named_parameters():  # a head that is tied comes once
-        if name.endswith(lora.NAMES):
-            continue
-        more = parameter.numel() * policy.compute_dtype.itemsize
-        if files[-1] and size + more > FILE_BYTES:
-            files.append({})
-            size = 0
-        files[-1][name] = parameter
-        size += more
-    return files
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -260,16 +221,55 @@ def number_of(path: Path) -> int:
     return int(path.name.split("-")[1])
 
 
+# ---------------------------------------------------------------------------- checksums
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """{file: SHA-256 of what it holds}; ranks that have met read a share of the files each."""
+    files = (p for p in directory.rglob("*") if p.is_file() and p.name != SUMS)
+    names = sorted(p.relative_to(directory).as_posix() for p in files)
+    found, world = [], parallel.world()
+    for name in names[parallel.rank() % world :: world]:
+        try:
+            with open(directory / name, "rb") as file:
+                found.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
+        except OSError as error:
+            found.append((name, error.strerror))
+    return dict(parallel.gather(found))
+
+
+def find_damage(directory: Path) -> str | None:
+    """What is not as `save` wrote it, in words. All ranks must ask."""
+    if not (directory / SUMS).is_file():
+        return f"{directory / SUMS} is missing"
+    lines = (directory / SUMS).read_text(errors="replace").splitlines()
+    found = digests(directory)
+    for digest, _, name in (line.partition("  ") for line in lines):
+        if found.get(name) != digest:
+            return f"{directory / name} {'was changed' if name in found else 'is missing'}"
+    return None
+
+
+def check_model(path: str) -> None:
+    """Raise UserError where --model is a checkpoint of ours and not as it was written."""
+    directory = find_checkpoint(path)
+    if (directory / SUMS).exists() and (damage := find_damage(directory)):
+        raise UserError(f"--model: {damage}; if that was meant, delete {directory / SUMS}")
+
+
+# ---------------------------------------------------------------------------- load
+
+
 def rows_from(files: list, name: str, start: int, stop: int) -> torch.Tensor:
     """Rows [start, stop) of a tensor whose first dimension is laid out over `files` in order."""
     parts, offset = [], 0
     for file in files:
         piece = file.get_slice(name)
-        shape = piece.get_shape()
-        low, high = max(start - offset, 0), min(stop - offset, shape[0])
+        rows = piece.get_shape()[0]
+        low, high = max(start - offset, 0), min(stop - offset, rows)
         if low < high:
             parts.append(piece[low:high])
-        offset += shape[0]
+        offset += rows
     return torch.cat(parts) if parts else piece[0:0]
 
 
@@ -279,15 +279,14 @@ def state_files(directory: Path) -> list:
     return [safe_open(path, framework="pt") for path in paths]
 
 
-def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore weights and optimiser, whatever the number of ranks was. Returns trainer.json.
+@torch.no_grad()
+def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Restore weights and optimiser, whatever the number of ranks was.
 
-    Raises UserError where the checkpoint is of another model, trained other weights, or lacks a file.
+    Raises UserError where the checkpoint is of another model, or trained other weights.
     """
-    trainer = read_json(directory / "trainer.json", TRAINER)
     files = state_files(directory)
-    names = set(files[0].keys())
-    parameters = dict(trained(policy))
+    names, parameters = set(files[0].keys()), dict(trained(policy))
     saved = {name.removeprefix("param/") for name in names if name.startswith("param/")}
     if different := sorted(saved ^ parameters.keys()):
         where = "only in the checkpoint" if different[0] in saved else "not in the checkpoint"
@@ -296,7 +295,7 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
             f"{where}); give --model, --lora_rank and --train_vision as before"
         )
     for name, parameter in parameters.items():
-        start, stop = parallel.rows_of(parameter)
+        rows = parallel.rows_of(parameter)
         shapes = [file.get_slice(f"param/{name}").get_shape() for file in files]
         found = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
         if found != list(parameter.shape):
@@ -304,20 +303,15 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
                 f"{directory}: {name} has shape {found}, not {list(parameter.shape)}; give --model and "
                 "--lora_rank as before"
             )
-        with torch.no_grad():
-            rows = rows_from(files, f"param/{name}", start, stop)
-            parallel.local(parameter).copy_(rows)
+        parallel.local(parameter).copy_(rows_from(files, f"param/{name}", *rows))
         if f"step/{name}" not in names:
             continue
         # On the parameter's device: a fused optimiser reads it there.
-        step = files[0].get_tensor(f"step/{name}")[0].to(parameter.device)
-        state = {"step": step}
+        state = {"step": files[0].get_tensor(f"step/{name}")[0].to(parameter.device)}
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(parameter)
-            values = rows_from(files, f"{moment}/{name}", start, stop)
-            parallel.local(state[moment]).copy_(values)
+            parallel.local(state[moment]).copy_(rows_from(files, f"{moment}/{name}", *rows))
         optimizer.state[parameter] = state
-    return trainer
 
 
 def module_name(key: str) -> str:
@@ -331,13 +325,12 @@ def module_name(key: str) -> str:
     return f"model.{key}" if key.startswith("visual.") else key.replace("model.", "model.language_model.", 1)
 
 
+@torch.no_grad()
 def load_weights(directory: Path, policy: Policy) -> None:
     """Fill a sharded policy from published safetensors: each rank reads its own rows and no more.
 
     A checkpoint of our own holds the weights that were trained in fp32 too, beside the hub's copy in bf16:
     those are taken, or a second stage would begin by forgetting the smallest updates of the first.
-
-    Raises UserError naming a weight that the checkpoint lacks, or that has another shape.
     """
     where = {}
     for path in sorted(directory.glob("*.safetensors")):
@@ -353,37 +346,28 @@ def load_weights(directory: Path, policy: Policy) -> None:
         if name not in where:
             raise UserError(f"--model {directory}: no weights for {name} in its safetensors")
         path, key = where[name]
+        start, stop = parallel.rows_of(parameter)
         with safe_open(path, framework="pt") as file:
             piece = file.get_slice(key)
             shape, wanted = piece.get_shape(), list(parameter.shape)
-            # The hub's experts are [E, in, out], transformers' [E, out, in].
-            turned = shape != wanted and [*shape[:-2], *shape[:-3:-1]] == wanted and len(shape) == 3
+            # Experts on the hub are [E, in, out], in transformers [E, out, in]. Its loader too turns them
+            # by their shape, since there are checkpoints of both kinds.
+            turned = ".experts." in name and shape != wanted and [shape[0], *shape[:0:-1]] == wanted
             if shape != wanted and not turned:
                 raise UserError(f"{path}: {key} has shape {shape}, not {wanted}")
-            start, stop = parallel.rows_of(parameter)
             rows = piece[start:stop].mT if turned else piece[start:stop]
         # Not for eval.py --tensor, whose parameters are meta: it samples from the hub's copy.
         if f"param/model.{name}" in exact and not parameter.is_meta:
             rows = rows_from(own, f"param/model.{name}", start, stop)
         if not is_finite(rows):
             raise UserError(f"{path}: {key} holds values that are not finite")
-        with torch.no_grad():
-            if parameter.is_meta:
-                parallel.keep_slice(policy, name, rows)
-            else:
-                parallel.local(parameter).copy_(rows)
+        if parameter.is_meta:
+            parallel.keep_slice(policy, name, rows)
+        else:
+            parallel.local(parameter).copy_(rows)
 
 
-SURPRISES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
-
-
-def readable(directory: Path, action):
-    """Do what reads a checkpoint; one of another version is refused in one line."""
-    try:
-        return action()
-    except (*SURPRISES, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{directory}: of another version ({reason}); delete it") from None
+# ---------------------------------------------------------------------------- resume
 
 
 def resume_run(run) -> bool:
@@ -395,69 +379,58 @@ def resume_run(run) -> bool:
     if damage := find_damage(directory):
         older = f"to go on from {Path(found[-2]).name}" if found[1:] else "to begin again"
         raise UserError(f"{damage} since it was written; delete {directory} {older}")
-    trainer = parallel.agree(
-        lambda: readable(directory, lambda: load_state(directory, run.policy, run.optimizer))
-    )
-    before = trainer["config"]
-    # With frozen weights, --model is half of the policy.
-    frozen = any(not p.requires_grad for p in run.policy.parameters())
-    for name in ("data", "toy_level", *(["model"] if frozen else [])):
-        now, then = getattr(run.config, name), before.get(name)
-        # A file may have moved; what its questions are is checked where they are needed.
-        if then != now and (name != "data" or "toy" in (then, now)):
-            raise UserError(
-                f"{directory}: was made with --{name} {then}; resume with that, or start "
-                f"a new run from it: --model {directory}"
-            )
+    trainer = parallel.agree(lambda: read_json(directory / "trainer.json", TRAINER))
+    check_same_run(run, directory, trainer)
+
+    def load() -> list[list[Sample]]:
+        try:
+            load_state(directory, run.policy, run.optimizer)
+            return load_samples(directory, run)
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+            SafetensorError,
+        ) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{directory}: of another version ({reason}); delete it") from None
+
+    run.fresh, run.buffer.samples = parallel.agree(load)
+    for name in COUNTERS:
+        setattr(run, name, trainer[name])
+    run.buffer.draws = trainer["draws"]
+    if parallel.rank() == 0:
+        record.write_config(run.out, run.config)
+    return True
+
+
+def check_same_run(run, directory: Path, trainer: dict) -> None:
+    """Raise UserError where going on with these flags would make another run of it; note other changes."""
+    before, now = trainer["config"], asdict(run.config)
+    same = ["toy_level"]
+    if "toy" in (before.get("data"), now["data"]):  # a file may have moved: its questions are compared
+        same.append("data")
+    if any(not p.requires_grad for p in run.policy.parameters()):  # then --model is half of the policy
+        same.append("model")
+    reasons = [f"was made with --{k} {before.get(k)}" for k in same if before.get(k) != now[k]]
     if trainer["data_checksum"] != run.data_checksum:
+        reasons.append(f"the questions of {now['data']}, or the flags that choose among them, changed since")
+    if bool(reward := before.get("reward")) != bool(now["reward"]):  # its file may have moved
+        reasons.append(f"was made with --reward {reward}" if reward else "was made without --reward")
+    if reasons:
         raise UserError(
-            f"{directory}: the questions of {run.config.data}, or the flags that choose among them, "
-            "changed since; resume with the same ones, or start a new run from it: "
+            f"{directory}: {reasons[0]}; resume with the same ones, or start a new run from it: "
             f"--model {directory}"
         )
-    now, then = run.config.reward, before.get("reward", "")
-    if bool(now) != bool(then):  # its file may have moved
-        raise UserError(
-            f"{directory}: was made {f'with --reward {then}' if then else 'without --reward'}; resume "
-            f"so, or start a new run from it: --model {directory}"
-        )
-    changed = [
-        name
-        for name, value in before.items()
-        if name not in ("out", "resume", "steps", "save_every", "keep_last", "eval_every")
-        and value != getattr(run.config, name, value)
-    ]
+    if trainer["step"] > run.total_steps:
+        raise UserError(f"--steps {run.total_steps}: {directory} is further already; raise it")
+    changed = [k for k, v in before.items() if k not in HARMLESS and v != now.get(k, v)]
     if parallel.rank() == 0:
         tqdm.write(f"resuming {directory}")
         if changed:
             tqdm.write(f"note: flags changed since: {', '.join(changed)}")
-    for name in COUNTERS:
-        setattr(run, name, trainer[name])
-    run.buffer.draws = trainer["draws"]
-    packed = parallel.agree(lambda: read_json(directory / "samples.json", SAMPLES))
-    known = {q.id: q for q in run.questions or []}
-
-    def unpack() -> tuple[list[Sample], list[Sample]]:
-        prompts = {}
-        for qid in {row["qid"] for rows in packed.values() for row in rows}:
-            if run.questions is None:
-                known[qid] = toy.question_by_id(toy.LEVELS[run.config.toy_level], qid)
-            elif qid not in known:
-                raise UserError(
-                    f"{run.config.data}: no question {qid}, which the episode under way needs; "
-                    "resume with the file and the same flags as before"
-                )
-            prompt = encode(run.policy, known[qid], run.config.template)
-            # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.
-            prompts[qid] = replace(prompt, pixel_values=None) if parallel.world() > 1 else prompt
-        return tuple([unpack_sample(row, prompts) for row in packed[part]] for part in ("fresh", "buffer"))
-
-    run.fresh, run.buffer.samples = parallel.agree(lambda: readable(directory, unpack))
-    if run.step > run.total_steps:
-        raise UserError(f"--steps {run.total_steps}: {directory} is further already; raise it")
-    if parallel.rank() == 0:
-        record.write_config(run.out, run.config)
-    return True
 
 
 def explain_os_error(error: OSError | SafetensorError, directory: Path) -> UserError:

@@ -130,7 +130,7 @@ def bring_policy(settings: dict, tensor: int):
 
     if WORLD > 1:
         parallel.end_with_parent()
-    checkpoint.check_model(settings["model"], alone=True)
+    checkpoint.check_model(settings["model"])
     device, dtype = torch.device("cpu"), torch.float32
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
