@@ -93,7 +93,9 @@ def load_samples(directory: Path, run) -> list[list[Sample]]:
         if run.questions is None:
             known[qid] = toy.question_by_id(toy.LEVELS[run.config.toy_level], qid)
         if qid not in known:
-            raise UserError(f"no question {qid} any more, on which the episode trains; give the flags as before")
+            raise UserError(
+                f"no question {qid} any more, on which the episode trains; give the flags as before"
+            )
         prompt = encode(run.policy, known[qid], run.config.template)
         # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.
         prompts[qid] = replace(prompt, pixel_values=None) if parallel.world() > 1 else prompt

@@ -1,17 +1,12 @@
 """The policy: a Qwen vision-language model, and the log-probability of what it said.
 
-GRPO samples G responses y_1..y_G to one question. They share a prompt that is mostly image tokens,
-so the group is a *tree*, and one row holds it whole:
-
-    [ prompt | y_1 | y_2 | ... | y_G ]        T = P + R_1 + ... + R_G tokens instead of G (P + R)
-
-Each response attends to the prompt and to itself; its positions start right after the prompt's.
-The vision tower and the prompt run once per group, forward and backward, and the log-probabilities
-are those of G separate rows (tests/test_model.py holds them to 1e-5).
+G responses to one question share a prompt that is mostly image tokens, so one row holds the group as a
+tree (tree.py): the vision tower and the prompt run once per group, forward and backward, and the
+log-probabilities are those of G separate rows (tests/test_model.py holds them to 1e-5).
 
 The vocabulary projection is the largest tensor of such training: [T, 151936] floats. Here it is
-taken only where a response token is predicted, a chunk at a time, and computed again in the
-backward pass, so that full logits never exist.
+computed only where a response token is predicted, a chunk at a time, and again in the backward pass,
+so that full logits never exist.
 
 What we do differently from the released code: image, video and vision ids are banned, in sampling
 and in the log-probabilities, since a response that holds `<|image_pad|>` breaks the next forward
@@ -37,20 +32,21 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from config import FAMILIES
 from data import BROKEN_IMAGE, MARKER, MIN_SIDE, Question, UserError, open_image, prompt_text, read_json
 from rethink import second_start
 from tree import Trees, build_trees, pack_pictures, pad_rows, tree_attention, vision_layout
 
-# Its bars for reading and writing files would break ours in two.
+# Its progress bars for reading and writing files would break ours in two.
 transformers.utils.logging.disable_progress_bar()
 
 IMAGE_PAD = "<|image_pad|>"
-# The architectures that tests hold against transformers; the code itself asks the model what it is.
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 # Finite, so that 0 * NEVER is 0 and not nan in the entropy.
 NEVER = -1e30
 # Rows of the vocabulary projection computed at once: 512 x 151,936 floats are 311 MB.
 CHUNK = 512
+# Flags that bound a picture's size after resizing, by its area or by its visual tokens.
+BOUNDS = ("min_pixels", "max_pixels", "min_image_tokens", "max_image_tokens")
 
 
 @dataclass
@@ -75,11 +71,11 @@ class Sample:
     """The unit of RL: one response, as it was sampled, and what it earned."""
 
     prompt: Prompt
-    tokens: torch.Tensor  # [R], EOS included where the policy said it
+    tokens: torch.Tensor  # [R], EOS included where the policy sampled it
     logprobs: torch.Tensor  # [R], under the policy that sampled them; where forced, of what it replaced
     mask: torch.Tensor  # [R], True = sampled by the policy, False = forced
     text: str
-    finish: str  # "stop" (said EOS) or "length" (ran into the limit)
+    finish: str  # "stop" (EOS) or "length" (reached the limit)
     answered: bool = False  # does it hold a box of its own? A second look must: y1's does not count
     right: bool = False  # by the rule: the last box holds the answer
     reward: float = 0.0  # 1 where it is right, else 0; or what the run's own reward says
@@ -107,21 +103,13 @@ class Policy(nn.Module):
         for module in model.modules():  # one kernel instead of the eight that transformers launches
             if hasattr(module, "variance_epsilon"):
                 module.forward = partial(rms_norm, module)
-        config = model.config
-        text_config = config.get_text_config()
-        names = (
-            "image_token_id",
-            "video_token_id",
-            "vision_start_token_id",
-            "vision_end_token_id",
-            "vision_token_id",
-        )
-        banned = {getattr(config, name, None) for name in names}
+        kinds = ("image", "video", "vision_start", "vision_end", "vision")
+        banned = {getattr(model.config, f"{kind}_token_id", None) for kind in kinds}
         banned |= {tokenizer.convert_tokens_to_ids("<|vision_pad|>")}
-        banned = [i for i in banned if isinstance(i, int) and 0 <= i < text_config.vocab_size]
-        self.banned_ids = sorted(banned)
-        # Not the generation_config's sampling settings: the published ones carry a repetition
-        # penalty and a temperature of 1e-6. Only the ids that end a turn are taken from it.
+        size = model.config.get_text_config().vocab_size
+        self.banned_ids = sorted(i for i in banned if isinstance(i, int) and 0 <= i < size)
+        # Only the ids that end a turn are taken from the generation_config, and none of its sampling
+        # settings: the published ones carry a repetition penalty and a temperature of 1e-6.
         eos = model.generation_config.eos_token_id if model.generation_config else None
         eos = eos if isinstance(eos, list) else [eos]
         self.eos_ids = sorted({i for i in [*eos, tokenizer.eos_token_id] if i is not None})
@@ -153,7 +141,10 @@ class Policy(nn.Module):
                 return embeds, []
             # Another rank may hold pictures, and the tower's parameters are gathered and reduced
             # by all ranks or by none: look at one blank picture and use nothing of it.
-            pixel_values, image_grid_thw = self.blank_picture(embeds)
+            merge, of = self.image_processor.merge_size, self.image_processor
+            width = 3 * of.temporal_patch_size * of.patch_size**2
+            pixel_values = torch.zeros(merge * merge, width, device=embeds.device)
+            image_grid_thw = torch.tensor([[1, merge, merge]])
         visual = self.model.model.visual
         layout = vision_layout(visual, image_grid_thw, embeds.device)
         seen = visual(pixel_values, grid_thw=image_grid_thw, return_dict=True, **layout)
@@ -161,17 +152,9 @@ class Policy(nn.Module):
         if blank:
             return embeds + 0.0 * sum(level.sum() for level in levels), []
         at_image = (input_ids == self.model.config.image_token_id)[..., None]
-        first, *deeper = (level.to(embeds.dtype) for level in levels)
-        zeros = torch.zeros_like(embeds)
-        return embeds.masked_scatter(at_image, first), [
-            zeros.masked_scatter(at_image, level) for level in deeper
-        ]
-
-    def blank_picture(self, like: torch.Tensor):
-        merge = self.image_processor.merge_size
-        width = 3 * self.image_processor.temporal_patch_size * self.image_processor.patch_size**2
-        grid = torch.tensor([[1, merge, merge]])
-        return torch.zeros(merge * merge, width, device=like.device), grid
+        into = [embeds] + [torch.zeros_like(embeds)] * (len(levels) - 1)
+        embeds, *deeper = (x.masked_scatter(at_image, y.to(x.dtype)) for x, y in zip(into, levels))
+        return embeds, deeper
 
     def decoder(self, x, position_ids, attend, deeper=()) -> torch.Tensor:
         """The checkpoint's own decoder layers, attending as `attend` does: [N, T, D] -> [N, T, D].
@@ -310,31 +293,16 @@ def response_logprobs(policy: Policy, groups, temperature: float = 1.0):
 # ---------------------------------------------------------------------------- encoding
 
 
-def mrope_positions(input_ids, grid_thw, image_token_id: int, merge: int) -> torch.Tensor:
-    """M-RoPE positions [3, P] of a prompt (Qwen2-VL, Section 2.1).
+def mrope_positions(policy: Policy, input_ids: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+    """M-RoPE positions [3, P] of a prompt (Qwen2-VL, Section 2.1), as transformers computes them.
 
-    Text counts on in all three rows alike. A picture of h x w merged patches starts where the text
-    stopped; its tokens share the temporal position and count rows and columns in the other two; the
-    text after it starts one past the largest.
-
-    >>> mrope_positions(torch.tensor([1, 9, 9, 9, 9, 2]), torch.tensor([[1, 4, 4]]), 9, 2)
-    tensor([[0, 1, 1, 1, 1, 3],
-            [0, 1, 1, 2, 2, 3],
-            [0, 1, 2, 1, 2, 3]])
+    Text counts on in all three rows alike. A picture of h x w visual tokens starts where the text stopped;
+    its tokens share the temporal position and count rows and columns in the other two; the text after it
+    starts one past the largest.
     """
-    spans, start, column = [], 0, 0
-    is_image = (input_ids == image_token_id).tolist()
-    grids = iter(grid_thw.tolist())
-    while column < len(is_image):
-        if is_image[column]:
-            t, h, w = next(grids)
-            h, w = h // merge, w // merge
-            spans.append(torch.cartesian_prod(*map(torch.arange, (t, h, w))).view(-1, 3).T + start)
-            start, column = start + max(t, h, w), column + t * h * w
-        else:
-            spans.append(torch.full((3, 1), start))
-            start, column = start + 1, column + 1
-    return torch.cat(spans, dim=1)
+    is_image = (input_ids == policy.model.config.image_token_id).int()
+    positions, _ = policy.model.model.get_rope_index(input_ids[None], is_image[None], image_grid_thw=grid_thw)
+    return positions[:, 0]
 
 
 def chat_text(policy: Policy, question: Question, template: str) -> str:
@@ -353,11 +321,7 @@ def chat_text(policy: Policy, question: Question, template: str) -> str:
 
 
 def encode(policy: Policy, question: Question, template: str = "plain") -> Prompt:
-    """Encode a question: chat template, pictures resized and patched, one IMAGE_PAD per visual token.
-
-    Raises UserError naming the question where a picture cannot be read.
-    """
-    merge = policy.image_processor.merge_size
+    """Encode a question: chat template, pictures resized and patched, one IMAGE_PAD per visual token."""
     pixels, grid = None, torch.zeros(0, 3, dtype=torch.long)
     if question.images:
         try:
@@ -367,7 +331,7 @@ def encode(policy: Policy, question: Question, template: str = "plain") -> Promp
         features = policy.image_processor(images=images, return_tensors="pt")
         pixels, grid = features["pixel_values"], features["image_grid_thw"]
     pieces = chat_text(policy, question, template).split(IMAGE_PAD)
-    counts = (grid.prod(-1) // merge**2).tolist()
+    counts = (grid.prod(-1) // policy.image_processor.merge_size**2).tolist()
     if len(pieces) != len(counts) + 1:
         raise UserError(
             f"qid {question.id}: the chat template wrote {len(pieces) - 1} pictures, not "
@@ -375,8 +339,7 @@ def encode(policy: Policy, question: Question, template: str = "plain") -> Promp
         )
     text = pieces[0] + "".join(IMAGE_PAD * n + piece for n, piece in zip(counts, pieces[1:]))
     input_ids = policy.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-    image_id = policy.model.config.image_token_id
-    positions = mrope_positions(input_ids, grid, image_id, merge)
+    positions = mrope_positions(policy, input_ids, grid)
     return Prompt(question, template, input_ids, positions, grid, pixels)
 
 
@@ -423,33 +386,16 @@ def find_checkpoint(path: str) -> Path:
         raise UserError(f"--model {path}: no such directory, and the hub gives no model ({reason})") from None
 
 
-def load_policy(
-    path: str,
-    dtype: torch.dtype = torch.float32,
-    min_pixels: int = 0,
-    max_pixels: int = 0,
-    empty: bool = False,
-    min_image_tokens: int = 0,
-    max_image_tokens: int = 0,
-) -> Policy:
+def load_policy(path: str, dtype: torch.dtype = torch.float32, empty=False, **bounds: int) -> Policy:
     """Load a Qwen-VL (one of FAMILIES) from a directory or a hub id, in the published layout.
 
-    min_pixels, max_pixels  bounds on a picture's area after resizing; 0: by visual tokens
-    min_image_tokens, max_image_tokens  the same in visual tokens of this model; 0: the checkpoint's own
-    empty                   build it without weights, on the meta device, for `parallel.shard`
-
-    Raises UserError where there is no such model, where it is not a Qwen-VL, or not whole.
+    empty   build it without weights, on the meta device, for `parallel.shard`
+    bounds  any of BOUNDS; 0: the checkpoint's own. Areas come before visual tokens
     """
     directory = find_checkpoint(path)
     try:
         policy = read_policy(directory, dtype, empty)
-        processor = policy.image_processor
-        side = processor.patch_size * processor.merge_size  # of a visual token: 28 pixels, or 32
-        size = processor.size
-        size["shortest_edge"] = min_pixels or min_image_tokens * side**2 or size["shortest_edge"]
-        size["longest_edge"] = max_pixels or max_image_tokens * side**2 or size["longest_edge"]
-        if size["shortest_edge"] > size["longest_edge"]:
-            raise UserError(f"min_pixels {size['shortest_edge']} > max_pixels {size['longest_edge']}")
+        bound_pictures(policy.image_processor, bounds)
         check_encoding(policy)
         return policy
     except Exception as error:  # noqa: BLE001, damaged files make transformers raise whatever comes
@@ -461,18 +407,31 @@ def load_policy(
         raise UserError(f"--model {path}: {reason}") from None
 
 
+def bound_pictures(processor, bounds: dict[str, int]) -> None:
+    """Set the least and the largest area of a picture after resizing."""
+    size, side = processor.size, processor.patch_size * processor.merge_size  # of a visual token, in pixels
+    for end, edge in (("min", "shortest_edge"), ("max", "longest_edge")):
+        area = bounds.get(f"{end}_pixels") or bounds.get(f"{end}_image_tokens", 0) * side**2
+        size[edge] = area or size[edge]
+    if size["shortest_edge"] > size["longest_edge"]:
+        given = ", ".join(f"--{name} {value}" for name, value in bounds.items() if value)
+        raise UserError(
+            f"{given}: a picture would have at least {size['shortest_edge'] // side**2} visual tokens and at "
+            f"most {size['longest_edge'] // side**2}; change one"
+        )
+
+
 def read_policy(directory: Path, dtype: torch.dtype, empty: bool) -> Policy:
     """As `load_policy`; raises UserError, or whatever the files make others' code raise."""
     if odd := [x.name for x in directory.iterdir() if not (x.is_file() or x.is_dir())]:
         raise UserError(f"{odd[0]} is not a file")  # a pipe would be waited for
-    # Without this, a config.json can have code run that lies beside it.
-    code = {"trust_remote_code": False}
+    code = {"trust_remote_code": False}  # else a config.json could have code run that lies beside it
     config = AutoConfig.from_pretrained(directory, **code)
     known = f"this code trains {', '.join(FAMILIES)}"
     if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
         raise UserError(
-            f"a {config.model_type!r} model; its linear attention carries one state along a row, which "
-            f"the responses of a tree cannot share; {known}"
+            f"a {config.model_type!r} model; its linear attention carries one state along a row, which the "
+            f"responses of a tree cannot share; {known}"
         )
     if config.model_type not in FAMILIES:
         raise UserError(f"a {config.model_type!r} model; {known}")

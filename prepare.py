@@ -1,10 +1,11 @@
 """What a training run is made of, and how it is put together before the first step.
 
-Everything the user can get wrong is found here, and said in one line, before any training.
+Everything the user can get wrong is found here and reported in one line, before any training.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import runpy
@@ -14,7 +15,7 @@ import sys
 import traceback
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -27,8 +28,8 @@ import parallel
 import record
 import toy
 from config import SIZE, Config, sources
-from data import Question, UserError, check_images, load_questions, lock_folder
-from model import Policy, Sample, find_checkpoint, load_policy, prompt_length
+from data import Question, UserError, check_images, load_questions, lock_folder, read_json
+from model import BOUNDS, Policy, Sample, find_checkpoint, load_policy, prompt_length
 from rethink import Rethinking
 from ssr import ReplayBuffer
 
@@ -61,14 +62,7 @@ class Run:
 
 
 def rethink_settings(c: Config) -> Rethinking:
-    return Rethinking(
-        c.rethink_fraction,
-        c.rethink_quota,
-        c.rethink_trigger,
-        c.rethink_cutback,
-        c.rethink_min_tokens,
-        c.rethink_max_tokens,
-    )
+    return Rethinking(*(getattr(c, f"rethink_{f.name}") for f in fields(Rethinking)))
 
 
 # ---------------------------------------------------------------------------- set up
@@ -89,16 +83,8 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     parallel.agree(lambda: find_checkpoint(model))
     checkpoint.check_model(model)
     empty = torch.distributed.is_initialized()  # then each rank reads its own part of the weights
-    policy = parallel.agree(
-        lambda: load_policy(
-            model,
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
-            empty=empty,
-            min_image_tokens=config.min_image_tokens,
-            max_image_tokens=config.max_image_tokens,
-        )
-    )
+    bounds = {name: getattr(config, name) for name in BOUNDS}
+    policy = parallel.agree(lambda: load_policy(model, empty=empty, **bounds))
     if questions is not None:
         questions = drop_long_prompts(config, policy, questions, pictures)
         heldout = drop_long_prompts(config, policy, heldout, pictures)
@@ -117,9 +103,7 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
         parallel.agree(lambda: checkpoint.load_weights(find_checkpoint(model), policy))
     lora.initialise(policy, config.seed)
     optimizer = parallel.optimizer(policy, config.lr, config.weight_decay)
-    total = config.steps
-    if total == 0:
-        total = config.passes * len(questions) * config.group_size // config.batch_size
+    total = config.steps or config.passes * len(questions) * config.group_size // config.batch_size
     if parallel.rank() == 0 and not checkpoint.list_checkpoints(out):
         record.write_config(out, config)  # with the sizes that fit
     buffer = ReplayBuffer(config.ssr_alpha, config.seed, config.ssr_replacement)
@@ -187,29 +171,31 @@ def check_room(out: Path, policy: Policy, checkpoints: int) -> None:
         )
 
 
-def run_folder(config: Config):
-    """The run's directory, writable and not another run's, and the lock on it. Rank 0 chooses."""
+def is_taken(out: Path) -> bool:
+    return (out / "metrics.jsonl").exists() or bool(checkpoint.list_checkpoints(out))
 
-    def is_taken(out: Path) -> bool:
-        return (out / "metrics.jsonl").exists() or bool(checkpoint.list_checkpoints(out))
+
+def default_folder(config: Config) -> Path:
+    """runs/PRESET, numbered if taken; to resume, the newest of these with the same --data."""
+    out = Path("runs", config.preset)
+    if not config.resume:
+        numbered = itertools.chain([out], (Path(f"{out}-{number}") for number in itertools.count(2)))
+        return next(folder for folder in numbered if not is_taken(folder))
+    runs = [path.parent for path in out.parent.glob("*/config.json") if is_taken(path.parent)]
+    runs = [run for run in runs if re.fullmatch(rf"{config.preset}(-[0-9]+)?", run.name)]
+    same = [run for run in runs if read_json(run / "config.json").get("data") == config.data]
+    return max(same, key=lambda run: run.stat().st_mtime, default=out)
+
+
+def run_folder(config: Config) -> tuple[Path, TextIO | None]:
+    """The run's directory, writable and not another run's, and the lock on it. Rank 0 chooses."""
 
     def choose():
         if parallel.rank() > 0:
             return None, None
-        out = Path(config.out or f"runs/{config.preset}")
-        if config.resume:
-            if not config.out:
-                own = re.compile(re.escape(out.name) + r"(-[0-9]+)?")
-                numbered = [p for p in out.parent.glob("*/metrics.jsonl")]
-                numbered = [p.parent for p in numbered if own.fullmatch(p.parent.name)]
-                out = max(numbered, key=lambda p: p.stat().st_mtime, default=out)
-        elif is_taken(out):
-            if config.out:
-                raise UserError(f"--out {out}: holds a run already; add --resume or choose another")
-            number = 2
-            while is_taken(Path(f"{out}-{number}")):
-                number += 1
-            out = Path(f"{out}-{number}")
+        out = Path(config.out) if config.out else default_folder(config)
+        if is_taken(out) and not config.resume:
+            raise UserError(f"--out {out}: holds a run already; add --resume or choose another")
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(out)
@@ -264,23 +250,19 @@ def check_share(config: Config) -> None:
 
 def fit_sizes(config: Config, n: int) -> None:
     """Lower what does not fit a file of n training questions, and say so in one line."""
-    before = {name: getattr(config, name) for name in ("episode_queries", "batch_size")}
-    config.episode_queries = min(config.episode_queries, n)
+    queries, batch = config.episode_queries, config.batch_size
+    config.episode_queries = min(queries, n)
     responses = config.episode_queries * config.group_size
-    divisors = (b for b in range(1, config.batch_size + 1) if responses % b == 0)
-    config.batch_size = max(divisors)
-    lowered = [
-        f"--{name} {value} -> {getattr(config, name)}"
-        for name, value in before.items()
-        if value != getattr(config, name)
-    ]
+    config.batch_size = max(b for b in range(1, batch + 1) if responses % b == 0)
     check_share(config)
+    pairs = {"episode_queries": (queries, config.episode_queries), "batch_size": (batch, config.batch_size)}
+    lowered = ", ".join(f"--{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new)
     counts = f"{config.data}: {n} questions to train on, {config.heldout} held out"
-    say(f"{counts}; lowered to fit: {', '.join(lowered)}" if lowered else counts)
+    say(f"{counts}; lowered to fit: {lowered}" if lowered else counts)
 
 
 def model_path(config: Config) -> str:
-    """The directory or hub id to load. Rank 0 brings up the toy's base while the others wait."""
+    """The directory or hub id to load. Rank 0 makes the toy's base while the others wait."""
     if config.model != "toy":
         return config.model
     recipe = replace(toy.LEVELS[config.toy_level], family=config.toy_family)
@@ -291,7 +273,7 @@ def model_path(config: Config) -> str:
 
 
 def check_pictures(questions: list[Question]) -> dict[str, list[tuple]]:
-    """Decode every picture once, each rank a share: {question id: picture sizes} of this one's."""
+    """Decode every picture once, each rank a share: {question id: picture sizes} of this rank's."""
     share = questions[parallel.rank() :: parallel.world()]
 
     def bar_over(sizes):
@@ -302,22 +284,15 @@ def check_pictures(questions: list[Question]) -> dict[str, list[tuple]]:
 
 def drop_long_prompts(config: Config, policy: Policy, questions: list[Question], pictures: dict):
     """The questions whose prompts fit; others are counted. `pictures` are this rank's share."""
-    too_long = {
-        q.id
-        for q in questions
-        if q.id in pictures
-        and prompt_length(policy, q, config.template, pictures[q.id]) > config.max_prompt_tokens
-    }
-    too_long = set(parallel.gather(sorted(too_long)))
+    limit, mine = config.max_prompt_tokens, [q for q in questions if q.id in pictures]
+    too_long = [q.id for q in mine if prompt_length(policy, q, config.template, pictures[q.id]) > limit]
+    too_long = set(parallel.gather(too_long))
     if too_long:
-        say(
-            f"dropped {len(too_long)} of {len(questions)} questions: prompts over --max_prompt_tokens "
-            f"{config.max_prompt_tokens}"
-        )
+        counts = f"{len(too_long)} of {len(questions)}"
+        say(f"dropped {counts} questions: prompts over --max_prompt_tokens {limit}")
     if questions and len(too_long) == len(questions):
         raise UserError(
-            f"--max_prompt_tokens {config.max_prompt_tokens}: every prompt is longer; "
-            "raise it or lower --max_image_tokens"
+            f"--max_prompt_tokens {limit}: every prompt is longer; raise it or lower --max_image_tokens"
         )
     return [q for q in questions if q.id not in too_long]
 

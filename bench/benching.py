@@ -133,7 +133,7 @@ def random_prompt(policy: Policy, length: int, seed: int) -> Prompt:
     grid = torch.tensor([[1, 2 * side, 2 * side]])
     width = 3 * policy.image_processor.temporal_patch_size * policy.image_processor.patch_size**2
     pixels = torch.randn(4 * side * side, width, generator=generator)
-    positions = mrope_positions(input_ids, grid, config.image_token_id, 2)
+    positions = mrope_positions(policy, input_ids, grid)
     return Prompt(Question(str(seed), "", [], ""), "bare", input_ids, positions, grid, pixels)
 
 

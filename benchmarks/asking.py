@@ -126,7 +126,7 @@ def bring_policy(settings: dict, tensor: int):
 
     import checkpoint
     import parallel
-    from model import find_checkpoint, load_policy
+    from model import BOUNDS, find_checkpoint, load_policy
 
     if WORLD > 1:
         parallel.end_with_parent()
@@ -136,8 +136,7 @@ def bring_policy(settings: dict, tensor: int):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         dtype = torch.bfloat16
-    names = ("min_pixels", "max_pixels", "min_image_tokens", "max_image_tokens")
-    bounds = {name: settings[name] for name in names}
+    bounds = {name: settings[name] for name in BOUNDS}
     if tensor == 1:
         return load_policy(settings["model"], dtype, **bounds).to(device)
     policy = load_policy(settings["model"], dtype, empty=True, **bounds)

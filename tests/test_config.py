@@ -99,11 +99,11 @@ MISTAKES = {
     "no switch": (["--resume", "maybe"], ["--resume", "'maybe'", "true or false"]),
     "no value": (["--lr"], ["--lr"]),
     "a stray word": (["toy"], ["toy"]),
-    "not finite": (["--lr", "inf"], ["--lr inf", "finite"]),
+    "not finite": (["--lr", "inf"], ["--lr inf", "at most"]),
     "negative": (["--steps", "-1"], ["--steps -1", "at least 0"]),
     "group of one": (["--group_size", "1"], ["--group_size 1", "at least 2"]),
     "nan": (["--lr", "nan"], ["--lr nan"]),
-    "share above 1": (["--rethink_fraction", "1.5"], ["--rethink_fraction 1.5", "between 0 and 1"]),
+    "share above 1": (["--rethink_fraction", "1.5"], ["--rethink_fraction 1.5", "at most 1"]),
     "cold": (["--temperature", "0"], ["--temperature 0", "at least 0.01"]),
     "nothing to do": (["--save_every", "0"], ["--save_every 0", "at least 1"]),
     "a batch that does not divide": (
@@ -134,7 +134,7 @@ def test_help_tells_of_every_flag_with_its_default(capsys):
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     for f in fields(Config):
         assert f"--{f.name} " in text
-        assert f.default is None or f"(default: {f.default})" in text
+        assert f.default in (None, "") or f"(default: {f.default})" in text
     assert "[P: 1024]" in text and "[P: 512]" in text
 
 

@@ -30,7 +30,6 @@ from model import (
     decode,
     encode,
     load_policy,
-    mrope_positions,
     prompt_length,
     response_logprobs,
     save_policy,
@@ -253,23 +252,6 @@ def test_encode_equals_an_example_worked_by_hand(policy):
     assert (prompt.position_ids[:, at[:6]] - start).tolist() == want
     assert prompt.position_ids[:, at[5] + 1].tolist() == [start + 3] * 3
     assert prompt.next_position == int(prompt.position_ids.max()) + 1
-
-
-def test_positions_equal_get_rope_index_of_transformers(policy, prompts):
-    pictures = [noise_image(28 * w, 28 * h) for w, h in [(1, 4), (3, 2), (5, 1), (2, 2)]]
-    many = encode(policy, Question("q", "A<image><image>b<image>c d<image>", pictures, ""), "bare")
-    for prompt in [*prompts[1:], many]:
-        row = hf_inputs(policy, prompt, prompt.input_ids)
-        want, delta = policy.model.model.get_rope_index(
-            row["input_ids"], row["mm_token_type_ids"], image_grid_thw=prompt.image_grid_thw
-        )
-        assert torch.equal(prompt.position_ids, want[:, 0])
-        assert prompt.next_position == len(prompt.input_ids) + int(delta)
-
-
-def test_pictures_that_touch_are_told_apart_by_their_grids():
-    positions = mrope_positions(torch.tensor([9, 9, 9, 1]), torch.tensor([[1, 2, 4], [1, 2, 2]]), 9, merge=2)
-    assert positions.tolist() == [[0, 0, 2, 3], [0, 0, 2, 3], [0, 1, 2, 3]]
 
 
 def test_a_question_that_says_a_special_token_does_not_get_one(policy, prompts):
