@@ -11,24 +11,19 @@ It is read from a row of a .parquet, .jsonl or .csv file, or from the only such 
 
 In a CSV the paths and options of a list are separated by "|". The columns `images` and `file_name`
 (of Hugging Face's image folders) are read as `image`, `options` as `choices`, `id` as `qid`. This is
-the layout of ViRL39K, the paper's data (Section 4.1, hub id TIGER-Lab/ViRL39K). The paper also
-selects questions by how often a model already solves them: `load_questions(..., pass_rate=(column,
-low, high))`.
+the layout of ViRL39K, the paper's data (Section 4.1, hub id TIGER-Lab/ViRL39K).
 
 What we do differently: about 850 rows of ViRL39K have a picture and no marker; their pictures come
-first. A row that cannot be used is an error that names file, line and fix, before any training, and
-is never skipped.
+first. A row that cannot be used is never skipped: it is an error that names file, line and fix.
 
 Next: train.py, the loop.
 """
 
 import csv
-import fcntl
 import io
 import json
 import os
 import re
-import socket
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -53,7 +48,6 @@ TEMPLATES = {
     "final answer within \\boxed{}.",
     "bare": "{question}",
 }
-
 
 FORMATS = (".parquet", ".jsonl", ".csv")
 IMAGE_COLUMNS = ("image", "images", "file_name")
@@ -91,11 +85,7 @@ class Question:
 
 
 def prompt_text(question: Question, template: str) -> str:
-    """The text of the user turn: the question inside one of TEMPLATES.
-
-    >>> prompt_text(Question("1", "Is {x} red?", [], "yes"), "bare")
-    'Is {x} red?'
-    """
+    """The text of the user turn: the question inside one of TEMPLATES."""
     return TEMPLATES[template].replace("{question}", question.text)
 
 
@@ -118,10 +108,9 @@ BROKEN_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def open_image(source) -> Image.Image:
-    """Any stored picture as upright RGB, no side under MIN_SIDE pixels.
+    """Any stored picture as upright RGB, no side under MIN_SIDE pixels, transparency laid on white.
 
-    `source` is a PIL image, a path, or the encoded bytes. Transparency is laid on white, as a
-    browser shows it. Raises one of BROKEN_IMAGE where the picture is broken.
+    `source` is a PIL image, a path, or the encoded bytes. Raises one of BROKEN_IMAGE.
     """
     if isinstance(source, Image.Image):
         image = source
@@ -149,8 +138,7 @@ def open_image(source) -> Image.Image:
 def check_images(questions: list[Question], seen: bool = True, progress=iter) -> list[list[tuple]]:
     """Each question's picture sizes, (width, height). Raises UserError for the first broken picture.
 
-    Pictures that a model will see must be there and are decoded. Where responses are only marked,
-    none is needed; those that are there are checked as far as that is quick.
+    seen  a model will see them: they must be there and are decoded. Else what is there is checked quickly
     """
 
     def sizes(question: Question) -> list[tuple]:
@@ -186,41 +174,8 @@ def check_images(questions: list[Question], seen: bool = True, progress=iter) ->
 # ---------------------------------------------------------------------------- files
 
 
-def lock_folder(folder: Path):
-    """Take a folder for this process alone, or raise UserError naming who has it.
-
-    Returns the locked file, to be kept open: the system lets go of it when the process ends.
-    """
-    file = open(folder / "lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(
-            f"{folder}: in use by {file.read(200)}; wait for it, end it, or give another --out"
-        ) from None
-    except OSError:
-        return file  # a file system that knows no locks
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's contents: a reader sees the old or the new, never a part."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def parse_json(text: bytes, place: str, shape=None) -> dict:
-    """The JSON object in `text`. Every JSON file of the project is read here.
-
-    shape  what the object must hold; see `check_shape`
-
-    Raises UserError, which begins with `place`, for whatever is wrong with it.
-    """
+    """The JSON object in `text`, which comes from `place` and must be of a `check_shape`."""
 
     def integer(digits: str) -> int:
         if len(digits) > 300:  # beyond any float: arithmetic with it would overflow
@@ -275,11 +230,8 @@ def check_shape(value, shape, place: str, name: str = "the object") -> None:
 
 def check_file(path: Path) -> None:
     """Raise UserError where there is no file, or what would be waited for: a pipe, a device."""
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    except OSError as error:  # such as a name that is too long
-        raise UserError(f"{path}: {error.strerror}") from None
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -291,12 +243,12 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path, shape=None) -> dict:
-    """The object that a .json file holds; see `parse_json`."""
+    """The object that a .json file holds."""
     return parse_json(read_bytes(path), str(path), shape)
 
 
 def read_jsonl(path: Path, shape=None, growing: bool = False) -> Iterator[tuple[str, dict]]:
-    """The objects of a .jsonl file, each with its place ("file:line"); see `parse_json`.
+    """The objects of a .jsonl file, each with its place ("file:line").
 
     growing  a last line without its end is being written, or was cut by a kill: it is passed over
     """
@@ -310,11 +262,6 @@ def read_jsonl(path: Path, shape=None, growing: bool = False) -> Iterator[tuple[
                     "line_crc32 if that was meant"
                 )
             yield place, row
-
-
-def seal(row: dict) -> str:
-    """A line of JSON with a checksum of itself, for `read_jsonl`: one flipped letter is another answer."""
-    return json.dumps(row | {"line_crc32": zlib.crc32(json.dumps(row).encode())}) + "\n"
 
 
 def find_file(path: Path) -> Path:
@@ -448,12 +395,10 @@ def read_question(row: dict, place: str, folder: Path, number: int) -> Question:
 
 
 def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> list[Question]:
-    """Read a file in ViRL39K's layout.
+    """Read a file in ViRL39K's layout. Raises UserError naming file and row for what cannot be used.
 
-    pass_rate  (column, low, high) keeps the rows whose column lies in [low, high]; ViRL39K writes
-               -1 where a model was not measured, which no range from 0 on contains.
-
-    Raises UserError naming file and row for what cannot be used.
+    pass_rate  (column, low, high) keeps the rows whose column lies in [low, high]: the paper selects
+               questions by how often a model already solves them. ViRL39K has -1 for "not measured"
     """
     path = find_file(Path(path))
     questions, places = [], {}

@@ -45,16 +45,13 @@ from data import (
     UserError,
     check_images,
     load_questions,
-    lock_folder,
     printable,
     read_json,
     read_jsonl,
     read_rows,
-    seal,
-    write_atomically,
 )
 from pages.transcripts import heldout
-from record import thumbnail
+from record import lock_folder, seal, thumbnail, write_atomically
 from reward import extract_answer, is_correct
 
 NAMES = ("toy", "own", *BENCHMARKS)

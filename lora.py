@@ -9,21 +9,19 @@ Gradients and Adam's moments exist for A and B alone: for a 7B model at r = 16, 
 instead of 8 billion, and W itself can stay in bf16, since no small update is ever added to it.
 
 **Where it is put.** On every projection of the decoder: q, k, v and o of attention, gate, up and
-down of the MLP. The vision tower, embeddings, norms, the head and the experts of a mixture (one
-tensor for all of them, no projections) are frozen as they are.
+down of the MLP. The vision tower, embeddings, norms, the head and the experts of a mixture are frozen.
 
-**How it starts.** B = 0, so that the first rollout is the base policy's, exactly; A is random, since
+**How it starts.** B = 0, so that the first rollout is exactly the base policy's; A is random, since
 with both at 0 neither would ever get a gradient: dL/dA = B^T (...) and dL/dB = (...) A^T.
 
 **Why alpha / r.** Adam moves every entry of B by about the learning rate, whatever the size of its
 gradient. B A x is a sum over r directions, all pushed to lower the same loss, so it grows like r.
-Divided by r, one learning rate serves every rank, and alpha says how far a step reaches.
-LoRA wants a learning rate about ten times that of full training, or more.
+Divided by r, one learning rate serves every rank; it should be ten times that of full training, or more.
 
 **What is merged.** Sampling and training compute the equation as it stands, with the same A and B, so
 the policy that samples is the policy that learns. (Adding a small dW to a W in bf16 would round most
-of it away.) Only a checkpoint's copy for other tools holds W + (alpha / r) B A; in `adapter/`, a folder of
-its own, lies the adapter alone in PEFT's layout (transformers adds one that it finds beside a model).
+of it away.) Only a checkpoint's copy for other tools holds W + (alpha / r) B A; `adapter/`, a folder of
+its own, holds the adapter alone in PEFT's layout (transformers adds one that it finds beside a model).
 
 The paper trains all weights; this is for GPUs that cannot hold the optimiser's state.
 """
@@ -86,21 +84,16 @@ def initialise(policy: Policy, seed: int) -> None:
 
 def merged(projection: nn.Linear) -> torch.Tensor:
     """W + (alpha / r) B A [out, in], added up in fp32. Every rank must ask."""
-    A, B, W = (
-        parallel.whole(x.detach()).float() for x in (projection.lora_A, projection.lora_B, projection.weight)
-    )
+    parts = (projection.lora_A, projection.lora_B, projection.weight)
+    A, B, W = (parallel.whole(x.detach()).float() for x in parts)
     return W + projection.lora_scale * (B @ A)
 
 
 def adapter_weights(policy: Policy) -> dict[str, torch.Tensor]:
     """A and B under PEFT's names, whole and on the CPU. Every rank must ask."""
-    return {
-        f"base_model.model.{name}.{part}.weight": parallel.whole(getattr(module, part).detach())
-        .cpu()
-        .contiguous()
-        for name, module in adapted(policy).items()
-        for part in NAMES
-    }
+    parts = {(name, part): getattr(m, part) for name, m in adapted(policy).items() for part in NAMES}
+    whole = {key: parallel.whole(x.detach()).cpu().contiguous() for key, x in parts.items()}
+    return {f"base_model.model.{name}.{part}.weight": x for (name, part), x in whole.items()}
 
 
 def save_adapter(policy: Policy, weights: dict, base: str, directory: Path) -> None:

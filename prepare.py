@@ -28,8 +28,9 @@ import parallel
 import record
 import toy
 from config import SIZE, Config, sources
-from data import Question, UserError, check_images, load_questions, lock_folder, read_json
+from data import Question, UserError, check_images, load_questions, read_json
 from model import BOUNDS, Policy, Sample, find_checkpoint, load_policy, prompt_length
+from record import lock_folder
 from rethink import Rethinking
 from ssr import ReplayBuffer
 

@@ -3,25 +3,66 @@ tensorboard's events where that is installed."""
 
 import base64
 import datetime
+import fcntl
 import io
 import itertools
 import json
 import math
+import os
 import shlex
 import shutil
+import socket
+import zlib
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data import NUMBER, UserError, open_image, parse_json, read_bytes, read_jsonl, write_atomically
+from data import NUMBER, UserError, open_image, parse_json, read_bytes, read_jsonl
 from rethink import OUTCOMES
 from ssr import effective_sample_size
 
 HELDOUT_KEPT = 256  # questions whose answers are kept
 # Fields that readers rely on in a line of metrics.jsonl, samples.jsonl and heldout.jsonl.
 LINE = {"step": int, "heldout_accuracy?": NUMBER}
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def lock_folder(folder: Path):
+    """Take a folder for this process alone. Returns the locked file: closing it, or the end of the process,
+    unlocks it."""
+    file = open(folder / "lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"{folder}: in use by {file.read(200)}; wait for it, end it, or give another --out"
+        ) from None
+    except OSError:
+        return file  # a file system that knows no locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's contents: a reader sees the old or the new, never a part."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def seal(row: dict) -> str:
+    """A line of JSON with a checksum of itself, for `data.read_jsonl`: a flipped letter is another answer."""
+    return json.dumps(row | {"line_crc32": zlib.crc32(json.dumps(row).encode())}) + "\n"
+
+
+# ---------------------------------------------------------------------------- a run's files
 
 
 class Recorder:
@@ -150,17 +191,10 @@ def step_metrics(run, branches: list, numbers: Counter) -> dict:
 def heldout_metrics(run, counts: Counter) -> dict:
     """A measurement's line of metrics.jsonl, from what train.measure has counted."""
     n = len(run.heldout)
-    names = {
-        "accuracy": "greedy_right",
-        "sampled": "sampled_right",
-        "tokens": "tokens",
-        "rethinks": "rethinks",
-        "rethinks_helped": "rethinks_helped",
-        "overthinking": "overthinking",
-    }
+    names = ["accuracy", "sampled", "tokens", "rethinks", "rethinks_helped", "overthinking"]
     if run.config.data == "toy":
-        names |= {way: way for way in ("fast", "slow", "twice")}
-    row = {"step": run.step} | {f"heldout_{name}": counts[of] / n for name, of in names.items()}
+        names += ["fast", "slow", "twice"]
+    row = {"step": run.step} | {f"heldout_{name}": counts[name] / n for name in names}
     categories = sorted({q.category for q in run.heldout})
     row["heldout_categories"] = {k: counts["right", k] / counts["n", k] for k in categories}
     return row
@@ -196,22 +230,11 @@ def forget_after(path: Path, step: int) -> list[dict]:
 def describe(sample, tokenizer) -> dict:
     """A response for samples.jsonl. `pieces` alternates [text, forced?]: what was sampled, what was not;
     `not_kept` is the forced second look that did not take its place."""
-    pieces, mask = [], sample.mask.tolist()
-    start = 0
-    for i in range(1, len(mask) + 1):
-        if i == len(mask) or mask[i] != mask[start]:
-            pieces.append([tokenizer.decode(sample.tokens[start:i]), not mask[start]])
-            start = i
-    row = {
-        "text": sample.text,
-        "pieces": pieces,
-        "right": sample.right,
-        "reward": sample.reward,
-        "advantage": sample.advantage,
-        "finish": sample.finish,
-        "tokens": len(mask),
-        "rethought": sample.rethought,
-    }
+    mask, tokens = sample.mask.tolist(), iter(sample.tokens.tolist())
+    runs = [(sampled, len([*run])) for sampled, run in itertools.groupby(mask)]
+    pieces = [[tokenizer.decode([*itertools.islice(tokens, n)]), not sampled] for sampled, n in runs]
+    names = ("text", "right", "reward", "advantage", "finish", "rethought")
+    row = {name: getattr(sample, name) for name in names} | {"pieces": pieces, "tokens": len(mask)}
     if sample.second_look:
         row["not_kept"] = describe(sample.second_look, tokenizer)
     return row
@@ -219,13 +242,8 @@ def describe(sample, tokenizer) -> dict:
 
 def show_question(question) -> dict:
     """A question as the page needs it, its pictures within."""
-    return {
-        "id": question.id,
-        "text": question.text,
-        "answer": question.answer,
-        "category": question.category,
-        "images": [thumbnail(source) for source in question.images],
-    }
+    row = {name: getattr(question, name) for name in ("id", "text", "answer", "category")}
+    return row | {"images": [thumbnail(source) for source in question.images]}
 
 
 def thumbnail(source, side: int = 336) -> str:

@@ -27,9 +27,10 @@ from pathlib import Path
 from string import Template
 
 from benchmarks.scores import paired
-from data import NUMBER, UserError, check_shape, printable, read_json, read_jsonl, write_atomically
+from data import NUMBER, UserError, check_shape, printable, read_json, read_jsonl
 from pages.curves import Chart, draw, look_of, series, show_number, swatch
 from pages.transcripts import OUTCOMES, heldout, rollouts
+from record import write_atomically
 
 PAGE = Path(__file__).parent / "pages/report.html"
 LINES = {  # of metrics.jsonl: key -> (title, note, unit)

@@ -16,7 +16,7 @@ corrects for its age. The buffer lives for one episode, then it is cleared.
 What we do differently: the paper says neither alpha nor whether a draw is put back; we take alpha =
 1, as the released code effectively does, and draw with replacement; both are flags. The released replay is
 unreachable, trains on half the batch, never clears its buffer, and loops forever where nothing is
-effective. Here nothing loops, and an empty buffer draws nothing.
+effective. Here an empty buffer draws nothing.
 
 A draw is a function of (seed, how many draws came before it): resuming needs the buffer's samples
 and one number. No model and no tensors: a sample is anything with an `.advantage`.

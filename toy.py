@@ -1,23 +1,19 @@
 """A visual world small enough to learn on a laptop, and a policy small enough to learn it.
 
 A picture is a grid of cells. Every cell has its own colour and holds a dot in the colour of another
-cell: a pointer. "Start at red and take 2 steps." asks for the colour reached. Two ways to answer:
+cell: a pointer. "Start at red and take 2 steps." asks for the colour reached. Three ways to answer:
 
     fast   Looks like \\boxed{pink}.                                a guess from the colours it sees
     slow   red to blue, blue to pink. So \\boxed{pink}.             reads, and is right once it can see
-
-and the way this project is about, a guess that is looked at again:
-
     twice  Looks like \\boxed{red}. Wait, does it seem right? red to blue, blue to pink. So ...
 
 The policy is a real Qwen2.5-VL (or another family: --toy_family) of about a million parameters with
-a tokenizer of its own and Qwen's special tokens. `toy_policy_dir` brings it up by a short
-supervised phase (the warm start): first mostly slow and twice, so that it learns to see, then a mix
-in which the fast guess dominates. That is the state the paper starts from: a base that can think
-slowly and rarely does. From there, reinforcement learning has to find out which way pays.
+a tokenizer of its own and Qwen's special tokens. `toy_policy_dir` makes it by a short supervised phase
+(the warm start): first mostly slow and twice, so that it learns to see, then a mix in which the fast
+guess dominates. That is the state the paper starts from: a base that can think slowly and rarely does.
+From there, reinforcement learning has to find out which way pays.
 
-Training and held-out questions never share a picture: a hash of the picture says which side it is
-on.
+Training and held-out questions never share a picture: a hash of the picture decides its side.
 """
 
 import hashlib
@@ -157,7 +153,7 @@ def slow_solution(path: list[str]) -> str:
     return f"{steps}. So \\boxed{{{path[-1]}}}."
 
 
-def worked_solution(question, path, recipe: Recipe, rng: random.Random, mix) -> list[str]:
+def worked_solution(path: list[str], recipe: Recipe, rng: random.Random, mix: tuple) -> list[str]:
     """A solution in one of the three ways, drawn with the chances `mix`, as pieces of text.
 
     Pieces are tokenised apart, because forced rethinking appends a trigger in just this way.
@@ -187,16 +183,8 @@ def way(text: str) -> str:
 
 # ---------------------------------------------------------------------------- the policy
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIAL = "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad"
+SPECIAL = [f"<|{name}|>" for name in SPECIAL.split()]
 
 # The layout of Qwen's own template: a default system turn, then the turns; pictures where they stand.
 CHAT_TEMPLATE = (
@@ -218,12 +206,9 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     colour = f"(?:{'|'.join(COLOURS)})(?![A-Za-z])"
     pieces = rf"\\boxed\{{|{colour}|\s*(?!{colour})[A-Za-z]+\s*|\s*[0-9]\s*|\s*[^\sA-Za-z0-9]+\s*|\s+"
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pieces), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(pieces), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
     recipe = Recipe(colours=len(COLOURS))
@@ -231,14 +216,10 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     corpus += list(TRIGGERS.values()) * 9
     for _ in range(300):
         question, path = draw_question(recipe, rng, False, "", (1,) * 9)
-        corpus += [question.text, *worked_solution(question, path, recipe, rng, (1, 1, 1))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=560,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
+        corpus += [question.text, *worked_solution(path, recipe, rng, (1, 1, 1))]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": SPECIAL, "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=560, **options))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -250,10 +231,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 
 def toy_config(family: str, tokenizer, hidden: int, layers: int, heads: int) -> dict:
     """The shape of a toy policy, in the words of each family's configuration."""
-    ids = {
-        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-        for name in ("im_end", "endoftext", "image_pad", "video_pad", "vision_start", "vision_end")
-    }
+    ids = {token.strip("<|>"): tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     third = family.startswith("qwen3")  # heads wider than hidden / heads, and axes that interleave
     half = hidden // heads if third else hidden // heads // 2
     rows = half // 3 if third else (half - half // 4) // 2
@@ -271,11 +249,9 @@ def toy_config(family: str, tokenizer, hidden: int, layers: int, heads: int) -> 
         "eos_token_id": ids["im_end"],
         "pad_token_id": ids["endoftext"],
         "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [half - 2 * rows, rows, rows],
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [half - 2 * rows, rows, rows],
         },
-    }
+    }  # fmt: skip
     vision = {
         "depth": 2,
         "hidden_size": hidden // 2,
@@ -316,10 +292,9 @@ def new_policy(
         model = AutoModelForImageTextToText.from_config(config)
     ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
-    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-    processor = Qwen2VLImageProcessorPil(
-        min_pixels=side * side, max_pixels=64 * side * side, patch_size=config.vision_config.patch_size
-    )
+    patch = config.vision_config.patch_size
+    area = (patch * config.vision_config.spatial_merge_size) ** 2  # of a visual token
+    processor = Qwen2VLImageProcessorPil(min_pixels=area, max_pixels=64 * area, patch_size=patch)
     return Policy(model, tokenizer, processor)
 
 
@@ -332,7 +307,6 @@ def warm_start(recipe: Recipe, progress=tqdm) -> Policy:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.warm_lr, total_steps=recipe.warm_steps + 1, pct_start=0.05
     )
-    tokenize = policy.tokenizer
     bar = progress(range(recipe.warm_steps), desc="warm start", unit="step")
     for step in bar:
         reading = step < recipe.reading_share * recipe.warm_steps
@@ -340,9 +314,9 @@ def warm_start(recipe: Recipe, progress=tqdm) -> Policy:
         groups = []
         for _ in range(recipe.warm_batch):
             question, path = draw_question(recipe, rng, False, "", recipe.warm_chances)
-            pieces = worked_solution(question, path, recipe, rng, mix)
-            ids = [i for piece in pieces for i in tokenize(piece).input_ids]
-            response = torch.tensor([*ids, tokenize.eos_token_id])
+            pieces = worked_solution(path, recipe, rng, mix)
+            ids = [i for piece in pieces for i in policy.tokenizer(piece).input_ids]
+            response = torch.tensor([*ids, policy.tokenizer.eos_token_id])
             groups.append((encode(policy, question, "bare"), [response]))
         logprobs, _ = response_logprobs(policy, groups)  # [B, R], 0 where padded
         loss = -logprobs.sum() / sum(len(ys[0]) for _, ys in groups)

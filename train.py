@@ -421,15 +421,13 @@ def measure(run: Run) -> tuple[dict, list[dict]]:
         )
     for sample in greedy:
         question, right = sample.prompt.question, is_right(sample)
-        counts.update(
-            {"greedy_right": right, ("n", question.category): 1, ("right", question.category): right}
-        )
+        counts.update({"accuracy": right, ("n", question.category): 1, ("right", question.category): right})
         found = extract_answer(sample.text)
         answer = {"step": run.step, "id": question.id, "text": sample.text, "found": found}
         answers.append(answer | {"right": right, "tokens": len(sample.tokens)})
     for sample in sampled:
         right = is_right(sample)
-        counts.update(sampled_right=right, tokens=len(sample.tokens), **unforced_look(sample, right))
+        counts.update(sampled=right, tokens=len(sample.tokens), **unforced_look(sample, right))
         if c.data == "toy":
             counts[toy.way(sample.text)] += 1
     run.measured = run.step

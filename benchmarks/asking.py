@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from benchmarks import scores
 from benchmarks.readers import Item
-from data import UserError, check_images, read_json, read_jsonl, seal, write_atomically
+from data import UserError, check_images, read_json, read_jsonl
+from record import seal, write_atomically
 
 PATIENCE = 3600  # seconds that rank 0 waits for one more answer of the others
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

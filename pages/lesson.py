@@ -15,10 +15,11 @@ from PIL import Image
 
 import toy
 from checkpoint import explain_os_error
-from data import MARKER, write_atomically
+from data import MARKER
 from model import IMAGE_PAD, Policy, Prompt, Sample
 from pages.transcripts import OUTCOMES
 from prepare import Run
+from record import write_atomically
 from ssr import ReplayBuffer, is_effective
 from tree import Trees, tree_mask
 

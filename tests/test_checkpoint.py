@@ -33,9 +33,8 @@ import parallel
 import toy
 import train
 from checkpoint import list_checkpoints, pack_sample, rows_from, unpack_sample
-from data import write_atomically
 from model import Sample, encode
-from record import forget_after
+from record import forget_after, write_atomically
 
 # Two episodes of four steps with both ideas of the paper.
 BOTH = {"steps": 8, "batch_size": 8, "rethink_fraction": 0.5, "save_every": 3, "keep_last": 9}
@@ -421,7 +420,7 @@ def test_what_others_put_beside_checkpoints_is_neither_removed_nor_resumed(base,
 
 def test_a_folder_belongs_to_one_run_at_a_time(base, tmp_path, capsys):
     tmp_path.joinpath("run").mkdir()
-    code = "import data, pathlib, sys; kept = data.lock_folder(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+    code = "import record, pathlib, sys; kept = record.lock_folder(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     root = Path(train.__file__).parent
     with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

@@ -21,8 +21,8 @@ from data import (
     place_markers,
     prompt_text,
     read_rows,
-    write_atomically,
 )
+from record import write_atomically
 from reward import reward
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

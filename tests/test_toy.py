@@ -142,19 +142,19 @@ def test_worked_solutions_are_right_in_the_ways_that_say_they_are():
     for _ in range(300):
         question, path = draw_question(EASY, rng, False, "", EASY.chances)
         arrow = read_picture(question.images[0])
-        [slow] = worked_solution(question, path, EASY, rng, (0, 1, 0))
+        [slow] = worked_solution(path, EASY, rng, (0, 1, 0))
         pairs, answer = slow.removesuffix("}.").split(". So \\boxed{")
         steps = [tuple(pair.split(" to ")) for pair in pairs.split(", ")]
         assert all(arrow[a] == b for a, b in steps)
         assert steps[0][0] in question.text and answer == question.answer == steps[-1][1]
         assert slow == slow_solution(path) and way(slow) == "slow"
 
-        guess, trigger, second = worked_solution(question, path, EASY, rng, (0, 0, 1))
+        guess, trigger, second = worked_solution(path, EASY, rng, (0, 0, 1))
         assert guess.removeprefix("Looks like \\boxed{").removesuffix("}.") != question.answer
         assert trigger in TRIGGERS.values() and second == "\n" + slow
         assert way(guess + trigger + second) == "twice"
 
-        [guess] = worked_solution(question, path, EASY, rng, (1, 0, 0))
+        [guess] = worked_solution(path, EASY, rng, (1, 0, 0))
         assert guess.startswith("Looks like \\boxed{") and way(guess) == "fast"
 
 
@@ -163,7 +163,7 @@ def test_a_guess_is_right_by_chance_alone():
     right = 0
     for _ in range(3000):
         question, path = draw_question(EASY, rng, False, "", (1,))
-        [guess] = worked_solution(question, path, EASY, rng, (1, 0, 0))
+        [guess] = worked_solution(path, EASY, rng, (1, 0, 0))
         right += f"\\boxed{{{question.answer}}}" in guess
     statistic, limit = chi_squared([right, 3000 - right], [1 / 6, 5 / 6])
     assert statistic < limit
@@ -173,7 +173,7 @@ def test_the_ways_come_with_the_chances_of_the_mix():
     rng = random.Random(2)
     question, path = draw_question(EASY, rng, False, "", (1, 1, 1))
     ways = Counter(
-        way("".join(worked_solution(question, path, EASY, rng, (0.5, 0.2, 0.3)))) for _ in range(2000)
+        way("".join(worked_solution(path, EASY, rng, (0.5, 0.2, 0.3)))) for _ in range(2000)
     )
     statistic, limit = chi_squared([ways["fast"], ways["slow"], ways["twice"]], [0.5, 0.2, 0.3])
     assert statistic < limit
