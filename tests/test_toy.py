@@ -171,7 +171,7 @@ def test_a_guess_is_right_by_chance_alone():
 
 def test_the_ways_come_with_the_chances_of_the_mix():
     rng = random.Random(2)
-    question, path = draw_question(EASY, rng, False, "", (1, 1, 1))
+    _, path = draw_question(EASY, rng, False, "", (1, 1, 1))
     ways = Counter(
         way("".join(worked_solution(path, EASY, rng, (0.5, 0.2, 0.3)))) for _ in range(2000)
     )
