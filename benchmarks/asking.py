@@ -16,6 +16,7 @@ the number of rows and ranks; and responses made with other settings are never m
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -153,9 +154,7 @@ def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
     policy = bring_policy(settings, config.tensor)
     policy.cuda_graphs = config.cuda_graphs
 
-    def bar_over(results):
-        return tqdm(results, total=len(items), desc="checking pictures", disable=RANK > 0, leave=False)
-
+    bar_over = partial(tqdm, total=len(items), desc="checking pictures", disable=RANK > 0, leave=False)
     sizes = check_images([item.question for item in items], progress=bar_over)
     lengths = [
         prompt_length(policy, item.question, item.template or settings["template"], size)

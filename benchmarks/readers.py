@@ -48,7 +48,6 @@ class Benchmark:
     split: str
     files: str  # pattern of paths in the repository
     size: int
-    covers: str  # what the rules can mark
     beside: str = "(?!)"  # matches paths of another setting or variant: not to be read
 
 
@@ -296,30 +295,16 @@ def megabench(row: dict) -> Item:
     )
 
 
+# What the rules can mark of each is in docs/benchmarks.md.
 BENCHMARKS = {
-    "mathvista": Benchmark(
-        mathvista, "AI4Math/MathVista", "testmini", "data/testmini-*", 1000,
-        "all: 540 choices, 418 integers, 40 decimals, 2 lists"),
-    "mathverse": Benchmark(
-        mathverse, "AI4Math/MathVerse", "testmini", "testmini.parquet", 3940,
-        "2180 choices; about two thirds of the 1760 free-form answers", beside="text_only"),
-    "mathvision": Benchmark(
-        mathvision, "MathLLMs/MathVision", "test", "data/test-*", 3040,
-        "all: 1532 choices, 1508 expressions"),
-    "mmmu": Benchmark(
-        mmmu, "MMMU/MMMU", "validation", "*/validation-*", 900,
-        "847 choices; 53 open answers, by alias or number"),
-    "mmmu_pro": Benchmark(
-        mmmu_pro, "MMMU/MMMU_Pro", "test", "*/test-*", 3460,
-        "all: 1730 choices in each of two settings", beside="4 options"),
-    "emma": Benchmark(
-        emma, "luckychao/EMMA", "test", "*/test-*", 2788,
-        "all: 2002 choices, 786 short answers", beside="mini"),
-    "emma_mini": Benchmark(
-        emma, "luckychao/EMMA-mini", "test", "*/test-*", 400,
-        "all: 341 choices, 59 short answers"),
+    "mathvista": Benchmark(mathvista, "AI4Math/MathVista", "testmini", "data/testmini-*", 1000),
+    "mathverse": Benchmark(mathverse, "AI4Math/MathVerse", "testmini", "testmini.parquet", 3940, "text_only"),
+    "mathvision": Benchmark(mathvision, "MathLLMs/MathVision", "test", "data/test-*", 3040),
+    "mmmu": Benchmark(mmmu, "MMMU/MMMU", "validation", "*/validation-*", 900),
+    "mmmu_pro": Benchmark(mmmu_pro, "MMMU/MMMU_Pro", "test", "*/test-*", 3460, "4 options"),
+    "emma": Benchmark(emma, "luckychao/EMMA", "test", "*/test-*", 2788, "mini"),
+    "emma_mini": Benchmark(emma, "luckychao/EMMA-mini", "test", "*/test-*", 400),
     "megabench": Benchmark(
-        megabench, "TIGER-Lab/MEGA-Bench", "test", "core/test-*", 6531,
-        "tasks whose every metric runs without a judge, a network or foreign code",
-        beside="(^|/)open|single_image"),
-}  # fmt: skip
+        megabench, "TIGER-Lab/MEGA-Bench", "test", "core/test-*", 6531, "(^|/)open|single_image"
+    ),
+}

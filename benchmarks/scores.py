@@ -21,8 +21,7 @@ from grading.choices import choose
 from grading.spelling import compact, tidy
 from rethink import before_rethinking, outcome, rethinks
 
-SIZES = ("7B", "32B", "72B")
-MODELS = [f"{model}-{size}" for size in SIZES for model in ("Qwen2.5-VL", "VL-Rethinker")]
+MODELS = [f"{name}-{size}" for size in ("7B", "32B", "72B") for name in ("Qwen2.5-VL", "VL-Rethinker")]
 PUBLISHED = {  # the paper's greedy accuracy in %, one column per model
     "mathvista": (68.2, 74.9, 74.7, 78.8, 74.8, 80.4),
     "mathverse": (46.3, 54.2, 48.5, 56.9, 57.2, 63.5),
@@ -202,8 +201,6 @@ def summarise(
             "samples_scored": len(items),
             "unsupported_metrics": dict(Counter(why[x.stratum] for x in left_out)),
         }
-    if name in BENCHMARKS:
-        summary["rules_cover"] = BENCHMARKS[name].covers
     if name in PUBLISHED:
         summary["published"] = dict(zip(MODELS, PUBLISHED[name], strict=True))
     return summary
@@ -247,18 +244,15 @@ def label(name: str, items: list[Item], left_out: list[Item]) -> str:
     if name not in BENCHMARKS:
         return "held-out toy questions" if name == "toy" else name
     n, size = len(items) + len(left_out), BENCHMARKS[name].size
-    words = [BENCHMARKS[name].split]
-    if name == "megabench":
-        tasks, out = ({item.stratum for item in part} for part in (items, left_out))
-        words = [
-            f"core ({len(tasks)}/{len(tasks | out)} tasks, {len(items)}/{n} samples)",
-            "bold and fenced answers count (the official parser misses some)",
-        ] + words
-    elif name == "mmmu_pro":
-        words = [" + ".join(sorted({item.stratum for item in items})), *words]
-    elif name == "mathverse":
-        words = ["rule-based", *words]
-    return ", ".join([*words, *([f"partial: {n} of {size}"] if n != size else [])])
+    tasks, out = ({item.stratum for item in part} for part in (items, left_out))
+    what = {
+        "megabench": f"core ({len(tasks)}/{len(tasks | out)} tasks, {len(items)}/{n} samples), "
+        "bold and fenced answers count (the official parser misses some)",
+        "mmmu_pro": " + ".join(sorted(tasks)),
+        "mathverse": "rule-based",
+    }
+    words = [what.get(name), BENCHMARKS[name].split, f"partial: {n} of {size}" if n != size else ""]
+    return ", ".join(filter(None, words))
 
 
 # ---------------------------------------------------------------------------- tables
@@ -279,7 +273,6 @@ def table(summaries: dict[str, dict]) -> str:
     blocks = [_aligned(rows), *([_aligned([("published, %", *MODELS), *published])] if published else [])]
     for name, s in summaries.items():
         told = [f"{name}: {s['label']}"]
-        told += [f"rules cover {s['rules_cover']}"] if "rules_cover" in s else []
         if reasons := [f"{percent(share)} % {why}" for why, share in s["no_answer_by"].items()]:
             told += [f"no answer: {', '.join(reasons)}"]
         told += [f"{key} {percent(s[key])}" for key in s if key.startswith(("pass@", "maj@"))]

@@ -155,7 +155,11 @@ def heldout(
         found = [escape(clip(str(a["found"] or "no answer"), 40)) for a in answers if a]
         facts = " → ".join(dict.fromkeys([*found[:1], *found[-1:]]))
         facts = f'<span class="found">{facts}</span><span class="strip">{strip}</span>'
-        shown = "".join(answered(columns[i][0], answers[i]) for i in picked if answers[i])
+        shown = ""
+        for title, answer in ((columns[i][0], answers[i]) for i in picked if answers[i]):
+            length = f"{answer['tokens']:,} tokens" if answer["tokens"] else ""
+            about = [verdict(answer["right"]), escape(title), length]
+            shown += said("right" if answer["right"] > 0 else "wrong", about, mark_up(clip(answer["text"])))
         cards.append(card(question, facts, shown, kinds[question["id"]], not cards))
     shown = {"": f"all {len(questions):,}"} | {k: f"{labels[k]} {counts[k]:,}" for k in labels}
     less = f" {len(chosen):,} of them are in this page." if len(chosen) < len(questions) else ""
@@ -164,13 +168,6 @@ def heldout(
         f"wrong; looks again: the last answer has a trigger phrase, unforced.{less}"
     )
     return f'<p class="note">{escape(note)}</p>{tools("heldout", shown, [])}{"".join(cards)}'
-
-
-def answered(title: str, answer: dict) -> str:
-    """One answer to a held-out question as a list item."""
-    length = f"{answer['tokens']:,} tokens" if answer["tokens"] else ""
-    facts = [verdict(answer["right"]), escape(title), length]
-    return said("right" if answer["right"] > 0 else "wrong", facts, mark_up(clip(answer["text"])))
 
 
 # ---------------------------------------------------------------------------- rollouts

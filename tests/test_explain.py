@@ -14,7 +14,7 @@ import train
 from config import Config, parse
 from data import UserError
 from model import Sample, encode, response_logprobs
-from pages import lesson, walk
+from pages import walk
 from rethink import TRIGGERS
 
 WRONG, RIGHT = "Looks like \\boxed{plum}.", "So \\boxed{%s}."
@@ -69,7 +69,7 @@ def numbers(told: str, name: str) -> list[float]:
 
 def changed(number: int) -> types.ModuleType:
     """The module of an exercise, with its line replaced."""
-    told = lesson.WORDS.read_text().split(f"\n{number}. ")[1]
+    told = walk.WORDS.read_text().split(f"\n{number}. ")[1]
     file, old, new = re.search(r"In (\w+\.py), .*:\n\n    (.*)\n    (.*)\n", told).groups()
     source = (Path(train.__file__).parent / file).read_text()
     assert source.count(old) == 1
