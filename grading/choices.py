@@ -6,11 +6,10 @@ r"""One grammar of options, for rewards and benchmarks alike: which options does
               | text            equal to an option's text
     several  := A, C   A and C   AC   (A)(C)   (A) 12, (C) 14         no single option
 
-A capital letter within the range of the options is a label. Otherwise a text that equals an option
-comes first, so `R` among the options P, R, I is the second one. Texts are compared without blanks
-before any algebra, which would make 2-5-3-1 and 2-3-5-1 equal. After a comma, a dash or a blank a
-letter is a label only if its own option's text or a reason follows: "A circle" begins with an
-article.
+A capital letter within the range of the options is a label. Otherwise a text that equals an option comes
+first, so `R` among the options P, R, I is the second one. Texts are compared without blanks before any
+algebra, which would make 2-5-3-1 and 2-3-5-1 equal. After a comma, a dash or a blank a letter is a label only
+if its own option's text or a reason follows: "A circle" begins with an article.
 """
 
 import re
@@ -41,24 +40,19 @@ _AFTER = re.compile(r"(.+?)\s?[(\[](?:option |choice )?([A-Z])[)\]]")
 _SAID = re.compile(r"(yes|no|true|false)[,.;:-]", re.IGNORECASE)  # No, it is not
 _FRAME = re.compile(r"[(\[](.*)[)\]]$")
 _ONE = r"[(\[]?[A-Z][)\]]?"
-_SEVERAL = re.compile(rf"(?:both )?{_ONE}(?:(?:\s*[,;&]\s*(?:and )?|\s+and\s+|\s*){_ONE})+")
+_SEVERAL = re.compile(rf"(?:both )?{_ONE}(?:\s*[,;&]\s*(?:and )?(?:{_ONE}|[a-z])|(?:\s+and\s+|\s*){_ONE})+")
 _LABELS = re.compile(r"(?:^|[,;]\s*(?:and )?|\sand )[(\[]?([A-Z])[)\].:]+(?=\s)")
 _STARTS = {*LETTERS, *LETTERS.lower(), "(", "["}
-_MIXED = re.compile(r"[A-Z](?:\s*[,;&]\s*(?:and )?[A-Za-z])+")
 
 
 class Label(NamedTuple):
     letter: str
-    text: str  # what follows the letter; "" if nothing does
+    text: str  # what follows the letter
     sure: bool  # the mark between them makes the letter a label, whatever the text
 
 
 def read_label(tidied: str) -> Label | None:
-    """The letter that labels a tidied text, or None.
-
-    >>> tuple(read_label("B. 12")), tuple(read_label("A circle"))
-    (('B', '12', True), ('A', 'circle', False))
-    """
+    """The letter that labels a tidied text: B of "B. 12", and A of "A circle", though not surely; or None."""
     if tidied[:1] not in _STARTS:
         return None
     match = _LONE.fullmatch(tidied)
@@ -81,7 +75,7 @@ def read_letters(tidied: str) -> frozenset[str]:
     >>> sorted(read_letters("A and C")), sorted(read_letters("(A) 12, (C) 14")), read_letters("A")
     (['A', 'C'], ['A', 'C'], frozenset())
     """
-    joined = _SEVERAL.fullmatch(tidied) or _MIXED.fullmatch(tidied)
+    joined = _SEVERAL.fullmatch(tidied)
     plain = tidied.removeprefix("both ").replace("and ", "").upper()
     for letters in (re.findall("[A-Z]", plain) if joined else [], _LABELS.findall(tidied)):
         if 1 < len(letters) == len(set(letters)):
@@ -116,10 +110,8 @@ def named(text: str, choices: Sequence[str], strict: bool = True) -> frozenset[s
     several = read_letters(tidied)
     if several and several <= letters:
         return _by_text(text, choices) or several
-    if meant and found.sure:
-        return frozenset() if strict else letter
-    if found and not meant and found.sure:
-        return letter
+    if found and found.sure:
+        return frozenset() if strict and meant else letter
     said = None if strict else _SAID.match(tidied)
     if said and (equal := _equal(said[1], choices)):
         return equal
@@ -146,29 +138,17 @@ def same_text(a: str, b: str) -> bool:
     if tidy_a == tidy_b:
         return bool(tidy_a)
     if tidy_a[:1] in _STARTS or tidy_b[:1] in _STARTS:
-        verdict = _same_letters(tidy_a, tidy_b)
-        if verdict is not None:
-            return verdict
-    return _same_structure(a, b)
-
-
-def _same_structure(a: str, b: str) -> bool:
-    return tidy(a) == tidy(b) != "" or any(same(x, y) for x in readings(a) for y in readings(b))
-
-
-def _same_letters(a: str, b: str) -> bool | None:
-    """The verdict on two tidied texts if one is labelled or a list of letters, else None."""
-    letters = read_letters(a), read_letters(b)
-    if letters[0] and letters[0] == letters[1] and not (a.isalpha() and b.isalpha()):
-        return True
-    labels = [None if several else read_label(x) for several, x in zip(letters, (a, b))]
-    if all(label and label.sure for label in labels):
-        (letter_a, text_a, _), (letter_b, text_b, _) = labels
-        return letter_a == letter_b and (not text_a or not text_b or _same_structure(text_a, text_b))
-    for label, other in zip(labels, (b, a)):
-        if label and label.sure and label.text and label.letter.isupper():
-            return _same_structure(label.text, other)
-    return None
+        several = read_letters(tidy_a), read_letters(tidy_b)
+        if several[0] and several[0] == several[1] and not (tidy_a.isalpha() and tidy_b.isalpha()):
+            return True
+        labels = [None if letters else read_label(x) for letters, x in zip(several, (tidy_a, tidy_b))]
+        if all(label and label.sure for label in labels):
+            (letter_a, text_a, _), (letter_b, text_b, _) = labels
+            return letter_a == letter_b and (not text_a or not text_b or same_text(text_a, text_b))
+        for label, other in zip(labels, (b, a)):
+            if label and label.sure and label.text and label.letter.isupper():
+                return same_text(label.text, other)
+    return any(same(x, y) for x in readings(a) for y in readings(b))
 
 
 def _equal(tidied: str, choices: Sequence[str]) -> frozenset[str]:
@@ -194,10 +174,8 @@ def parse_choices(text: str) -> list[str] | None:
 
     They follow "Choices:" or "Options:", a line each or all on one, or are the last lines.
 
-    >>> parse_choices("Which?\\nChoices:\\n(A) 3 cm\\n(B) 4 cm")
-    ['3 cm', '4 cm']
-    >>> parse_choices("Which? Options: A. red B. green")
-    ['red', 'green']
+    >>> parse_choices("Which?\\nChoices:\\n(A) 3 cm\\n(B) 4 cm"), parse_choices("Options: A. red B. green")
+    (['3 cm', '4 cm'], ['red', 'green'])
     """
     headers = list(_HEADER.finditer(text))
     tail = text[headers[-1].end() :].strip() if headers else ""
@@ -218,11 +196,8 @@ def parse_choices(text: str) -> list[str] | None:
 def with_choices(text: str, choices: list[str]) -> str:
     """Options under a question, as ViRL39K lays them out.
 
-    >>> print(with_choices("Which?", ["3 cm", "4 cm"]))
-    Which?
-    Choices:
-    (A) 3 cm
-    (B) 4 cm
+    >>> with_choices("Which?", ["3 cm", "4 cm"])
+    'Which?\\nChoices:\\n(A) 3 cm\\n(B) 4 cm'
     """
     lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, choices)]
     return "\n".join([text, "Choices:", *lines]) if choices else text

@@ -1,9 +1,9 @@
 r"""One spelling for texts that look alike, and splitting a text outside its brackets.
 
-The idea: LaTeX, Unicode and plain text write the same thing in many ways (\tfrac12, ½, 1/2; \le,
-≤, <=; 1{,}234, 1,234). tidy() maps them to one spelling by tables and linear substitutions, so
-the parsers know only that one; most right answers equal the reference once both are tidy.
-Meaning is kept: \{ is not {, and 12,34 is not 1234.
+The idea: LaTeX, Unicode and plain text write the same thing in many ways (\tfrac12, ½, 1/2; \le, ≤, <=;
+1{,}234, 1,234). tidy() maps them to one spelling by tables and linear substitutions, so the parsers know only
+that one; most right answers equal the reference once both are tidy. Meaning is kept: \{ is not {, and 12,34
+is not 1234.
 """
 
 import re
@@ -11,25 +11,21 @@ from functools import lru_cache
 
 from grading.expression import Unreadable
 
-_CHARACTERS = {
+_NAMED = """
+π pi ∞ infty √ sqrt ± pm ∓ mp ∪ cup ∩ cap ∅ emptyset ∈ in ⊥ perp ∥ parallel ≅ cong ∼ sim ⟨ langle ⟩ rangle
+Φ Phi ϕ phi Δ Delta \u03a9 Omega \u2126 Omega α alpha β beta γ gamma δ delta ε epsilon ζ zeta η eta θ theta
+ι iota κ kappa λ lambda μ mu ν nu ξ xi ρ rho σ sigma τ tau υ upsilon φ phi χ chi ψ psi ω omega"""
+_VULGAR = "½12 ⅓13 ⅔23 ¼14 ¾34 ⅕15 ⅖25 ⅗35 ⅘45 ⅙16 ⅚56 ⅐17 ⅛18 ⅜38 ⅝58 ⅞78 ⅑19"
+_TABLE = str.maketrans({
+    **{sign: rf"\{name} " for sign, name in zip(*[iter(_NAMED.split())] * 2)},
+    **{sign: rf"\frac{{{above}}}{{{below}}}" for sign, above, below in _VULGAR.split()},
     **dict.fromkeys("−–—‐‑‒﹣－", "-"), **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u3000", " "),
     **dict.fromkeys("·⋅∙×✕∗", "*"), **dict.fromkeys("÷∕⁄", "/"), **dict.fromkeys("º˚", "°"),
-    **dict.fromkeys("“”„", '"'), **dict.fromkeys("‘’′`", "'"),
-    "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "⩽": "≤", "⩾": "≥",
-    "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ",
-    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "∠": " angle ", "△": " triangle ", "⊥": r"\perp ",
-    "∥": r"\parallel ", "≅": r"\cong ", "∼": r"\sim ", "⟨": r"\langle ", "⟩": r"\rangle ",
-    "℃": "° C", "℉": "° F", "″": "''", "Φ": r"\Phi ", "ϕ": r"\phi ",
-    "Δ": r"\Delta ", "\u03a9": r"\Omega ", "\u2126": r"\Omega ",
+    **dict.fromkeys("“”„", '"'), **dict.fromkeys("‘’′`", "'"), "″": "''", "℃": "° C", "℉": "° F",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "∠": " angle ", "△": " triangle ", "∛": r"\sqrt[3]",
     # The last is how GBK shows the two bytes of a degree sign, in golds of MathVerse.
-    **dict(zip("≧≦＞＜。、∴％（），：∶；＝＋掳", "≥≤><., %(),::;=+°")),
-}  # fmt: skip
-_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi _ _ rho _ sigma"
-_GREEK += " tau upsilon phi chi psi omega"
-_CHARACTERS |= {chr(0x3B1 + k): rf"\{n} " for k, n in enumerate(_GREEK.split()) if n != "_"}
-_VULGAR = "½12 ⅓13 ⅔23 ¼14 ¾34 ⅕15 ⅖25 ⅗35 ⅘45 ⅙16 ⅚56 ⅐17 ⅛18 ⅜38 ⅝58 ⅞78 ⅑19"
-_CHARACTERS |= {v[0]: rf"\frac{{{v[1]}}}{{{v[2]}}}" for v in _VULGAR.split()}
-_TABLE = str.maketrans(_CHARACTERS)
+    **dict(zip("⩽⩾≧≦＞＜。、∴％（），：∶；＝＋掳", "≤≥≥≤><., %(),::;=+°")),
+})  # fmt: skip
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ"
 _DIGITS = str.maketrans(_RAISED + _LOWERED, "0123456789+-n" * 2)
 
@@ -79,6 +75,14 @@ def _apply(rules: list[tuple], text: str) -> str:
     return text
 
 
+_UNICODE = _rules(
+    ("³√", "³√", r"\\sqrt[3]"),
+    ("平方", "平方", " square "),
+    ("立方", "立方", " cubic "),
+    ("", f"[{_RAISED}]+", lambda m: f"^{{{m[0].translate(_DIGITS)}}}"),
+    ("", f"[{_LOWERED}]+", lambda m: f"_{{{m[0].translate(_DIGITS)}}}"),
+    ("", "[µμ](?=[mgsLAFCV])", "u"),
+)
 _MARKDOWN = _rules(
     ("`", r"^(`+)(?:[a-z]*\n)?\s*([^`]+?)\s*\1$", r"\2"),
     ("__", r"(?<![\w}])__([^_]+)__(?![\w{])", r"\1"),
@@ -121,8 +125,8 @@ _PLAIN = _rules(
     # \sqrt{3} (≈ 1.73)
     (")", r"[, ]*\((?:≈|approximately|approx\.?|about) ?([^()]*)\)$", r" ≈ \1"),
     ("\\{", r"\\\{ *\\\}", r"\\emptyset"),
+    ("R", r"\\mathbb ?\{?R\}?$", r"(-\\infty,\\infty)"),
     ("real", r"^(?:[Aa]ll )?(?:real numbers|reals)$", r"(-\\infty,\\infty)"),
-    ("\\mathbb", r"\\mathbb ?\{?R\}?$", r"(-\\infty,\\infty)"),
     ("°", r"° ?([CF])\b", r" ° \1"),
     ("  ", r" +", " "),
 )
@@ -153,10 +157,7 @@ def ungrouped(text: str) -> str:
     """tidy() before it removes thousands separators."""
     text = _apply(_MARKDOWN, text)
     if not text.isascii():
-        text = text.replace("³√", r"\sqrt[3]").replace("平方", " square ").replace("立方", " cubic ")
-        text = re.sub(f"[{_RAISED}]+", lambda m: f"^{{{m[0].translate(_DIGITS)}}}", text)
-        text = re.sub(f"[{_LOWERED}]+", lambda m: f"_{{{m[0].translate(_DIGITS)}}}", text)
-        text = re.sub("[µμ](?=[mgsLAFCV])", "u", text).translate(_TABLE)
+        text = _apply(_UNICODE, text).translate(_TABLE)
     if "\\" in text:
         text = _apply(_LATEX, text)
         for _ in range(3):
@@ -204,11 +205,7 @@ _SUBSCRIPT = re.compile(r"(?<=[A-Za-z)\]])[_^] ?\{?([0-9]*[A-Za-z0-9+-])\}?")
 
 
 def words(text: str) -> str:
-    """The text as words: without case, quotes, one leading article, final period.
-
-    >>> words('"The Eiffel  Tower."')
-    'eiffel tower'
-    """
+    """The text as words: without case, quotes, one leading article, final period."""
     if not _WORD.search(text):
         return text
     text = re.sub(r"(\\[A-Za-z]+)", r" \1 ", text)
@@ -223,47 +220,47 @@ def compact(text: str) -> str:
 
 
 _BRACKET = r"(?P<open>\\\{|\\langle|\\begin(?=\{)|[(\[{])|(?P<close>\\\}|\\rangle|\\end(?=\{)|[)\]}])"
-
-
-def splitter(separator: str) -> tuple[re.Pattern, re.Pattern]:
-    """The separator alone, for a quick look; and together with the brackets to count."""
-    return re.compile(separator), re.compile(f"(?P<separator>{separator})|{_BRACKET}")
-
-
 _BRACKETS = re.compile(_BRACKET)
+_SEPARATOR = (
+    r"(?P<comma>,? *(?<![A-Za-z\\-])(?:and|or)(?![A-Za-z-]) *|[,;])"
+    r"|(?P<relation><=|>=|!=|[=<>≤≥≠≈]|\\in(?![A-Za-z]))"
+    r"|(?P<union>\\cup(?![A-Za-z])|(?<=[)\]]) ?U ?(?=[(\[]))|(?P<ratio>:| to )"
+)
+SEPARATOR, _SEPARATORS_AND_BRACKETS = re.compile(_SEPARATOR), re.compile(f"{_SEPARATOR}|{_BRACKET}")
 
 
-def split(text: str, splitter: tuple[re.Pattern, re.Pattern]) -> tuple[list[str], list[str]]:
-    """The pieces and separators of a text split outside all brackets; Unreadable if unbalanced."""
-    separator, with_brackets = splitter
-    if not separator.search(text):
-        return [text], []
-    pieces, separators, depth, start = [], [], 0, 0
-    for match in with_brackets.finditer(text):
-        if match["separator"] is None:
-            depth += 1 if match["open"] else -1
+def outside_brackets(text: str) -> list[re.Match]:
+    """The separators outside all brackets, with their kind as lastgroup; Unreadable if unbalanced."""
+    if not SEPARATOR.search(text):
+        return []
+    found, depth = [], 0
+    for match in _SEPARATORS_AND_BRACKETS.finditer(text):
+        if match.lastgroup == "open":
+            depth += 1
+        elif match.lastgroup == "close":
+            depth -= 1
             if depth < 0:
                 raise Unreadable("unbalanced")
         elif depth == 0:
-            pieces.append(text[start : match.start()].strip())
-            separators.append(match["separator"].strip())
-            start = match.end()
+            found.append(match)
     if depth:
         raise Unreadable("unbalanced")
-    return [*pieces, text[start:].strip()], separators
+    return found
+
+
+def cut(text: str, separators: list[re.Match], kind: str) -> list[str]:
+    """The pieces of a text between the separators of one kind."""
+    ends = [match.span() for match in separators if match.lastgroup == kind]
+    starts = [0, *(end for _, end in ends)]
+    return [text[a:b].strip() for a, b in zip(starts, [*(start for start, _ in ends), len(text)])]
 
 
 def enclosed(text: str) -> tuple[str, str, str] | None:
     """(opening, inside, closing) if the first bracket closes at the very end of the text."""
-    if text[:1] not in "([{\\":
-        return None
-    depth, first = 0, None
-    for match in _BRACKETS.finditer(text):
-        if first is None and match.start():
-            return None
-        first = first or match[0]
+    first, depth = _BRACKETS.match(text), 0
+    for match in _BRACKETS.finditer(text) if first else ():
         depth += 1 if match["open"] else -1
         if depth <= 0:
-            inside = text[len(first) : match.start()].strip()
-            return (first, inside, match[0]) if match.end() == len(text) else None
+            inside = text[first.end() : match.start()].strip()
+            return (first[0], inside, match[0]) if match.end() == len(text) else None
     return None

@@ -1,8 +1,8 @@
 r"""What kind of answer is this text, and are two answers the same? (All but multiple choice.)
 
-The idea: tidy() brings a text to one spelling; read() finds its outermost structure and returns a
-tuple that begins with its kind; same() compares two of them kind by kind. A text with no structure
-that is not mathematics is words, and words equal only words.
+The idea: tidy() brings a text to one spelling; read() finds its outermost structure and returns a tuple that
+begins with its kind; same() compares two of them kind by kind. A text with no structure that is not
+mathematics is words, and words equal only words.
 
     kind       looks like                       compared as
     value      5, \frac12, 2x+1, 5 cm, 50%      value and unit (value.py, units.py)
@@ -15,24 +15,21 @@ that is not mathematics is words, and words equal only words.
     words      isosceles                            case, quotes, one article, final period
 """
 
+import math
 import re
 from fractions import Fraction
 from functools import lru_cache
 
-from grading.expression import Unreadable
-from grading.spelling import enclosed, split, splitter, tidy, ungrouped, words
+from grading.expression import NAMES, PREFIXES, Unreadable, node, number
+from grading.spelling import SEPARATOR, cut, enclosed, outside_brackets, tidy, ungrouped, words
 from grading.units import clock, date, quantity, same_clock
-from grading.value import near, proportional, same_value, symbols
+from grading.value import constant, proportional, same_value, symbols
 
 MAX_LIST, MAX_NESTING = 50, 8
 
-_DIGIT, _NUMBER = re.compile("[0-9]"), re.compile(r"-?[0-9]{1,60}(?:\.[0-9]{1,60})?")
-# A text with none of these is not a list, relation or ratio, so nothing is split.
-_JOINT, _JOINT_WORD = re.compile("[,;=<>≤≥≠≈:]"), re.compile(r"and|or|U|\\cup|\\in|\\pm| to ")
-_COMMA = splitter(r",? *(?<![A-Za-z\\-])(?:and|or)(?![A-Za-z-]) *|[,;]")
-_CUP = splitter(r"\\cup(?![A-Za-z])|(?<=[)\]]) ?U ?(?=[(\[])")
-_RELATION = splitter(r"<=|>=|!=|[=<>≤≥≠≈]|\\in(?![A-Za-z])")
-_COLON = splitter(r":| to ")
+_DIGIT, _NUMBER = re.compile("[0-9]"), re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{1,28})?")
+# A long word first and no signs: nothing to parse, unless it is a name (infinity, arcsin x).
+_WORDS = re.compile(r"([A-Za-z]{5,})(?: [A-Za-z]+)*$")
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "\\in": "="}
 _PAIRS = {("(", ")"), ("(", "]"), ("[", ")"), ("[", "]"), ("\\langle", "\\rangle"), ("\\{", "\\}")}
 _ENVIRONMENT = re.compile(
@@ -74,49 +71,44 @@ def read(text: str, nesting: int = 0) -> tuple:
     if nesting > MAX_NESTING:
         raise Unreadable("too deep")
     if _NUMBER.fullmatch(text):
-        return ("value", Fraction(int(text) if text.isdigit() else text), ())
+        return ("value", number(text), ())
+    if len(text) == 1 and text.isalpha() and text.isascii():
+        return ("value", text, ())
+    known = _WORDS.match(text)
+    plain = known and not (known[1] in NAMES or known[1] in PREFIXES or SEPARATOR.search(text))
+    if plain or _CHAIN.fullmatch(text):
+        return ("words", words(text))
     moment = clock(text) or date(text) if _DIGIT.search(text) else None
     if moment:
         return moment
-    if "-" in text and _CHAIN.fullmatch(text):
-        return ("words", text)
     try:
-        return _structure(text, nesting) or ("value", *quantity(text))
+        return _structure(text, nesting + 1) or ("value", *quantity(text))
     except (Unreadable, ArithmeticError):
         return ("words", words(text))
 
 
-def _structure(text: str, nesting: int) -> tuple | None:
+def _structure(text: str, below: int) -> tuple | None:
     """Anything that is more than one expression; None for a single one."""
-    below = nesting + 1
-    joint = _JOINT.search(text) or _JOINT_WORD.search(text)
-    found = _joined(text, below) if joint else None
-    if found:
-        return found
     bracketed = enclosed(text)
-    if bracketed:
+    if bracketed and r"\pm" not in text:
         return _bracketed(*bracketed, below)
-    found = _environment(text, below) or (_ratio(text) if joint else None)
-    return found or _named_or_compound(text, below)
-
-
-def _joined(text: str, below: int) -> tuple | None:
-    """A list, a relation or a union, joined outside all brackets."""
-    pieces, separators = split(text, _COMMA)
-    if separators and all(pieces):
-        joiners = {s.strip(", ") or "," for s in separators}
+    separators = outside_brackets(text)
+    kinds = {match.lastgroup for match in separators}
+    if "comma" in kinds and all(pieces := cut(text, separators, "comma")):
+        joiners = {match[0].strip(", ") or "," for match in separators if match.lastgroup == "comma"}
         pieces[0] = re.sub(r"^[Bb]oth ", "", pieces[0]) if "and" in joiners else pieces[0]
         joiner = next((j for j in ("or", "and") if j in joiners), ",")
         return _list([read(piece, below) for piece in pieces], joiner)
-    pieces, separators = split(text, _RELATION)
-    if separators and all(pieces) and r"\pm" not in text:
-        return _relation(tuple(_SIGNS.get(s, s) for s in separators), pieces, below)
-    pieces, separators = split(text, _CUP)
-    if separators:
-        return _list([read(piece, below) for piece in pieces], ",")
+    if "relation" in kinds and r"\pm" not in text and all(pieces := cut(text, separators, "relation")):
+        signs = (match[0] for match in separators if match.lastgroup == "relation")
+        return _relation(tuple(_SIGNS.get(sign, sign) for sign in signs), pieces, below)
+    if "union" in kinds:
+        return _list([read(piece, below) for piece in cut(text, separators, "union")], ",")
     if r"\pm" in text:
         return _list([read(t, below) for t in _both_signs(text)], ",")
-    return None
+    if len({match[0].strip() for match in separators}) == 1:
+        return ("ratio", tuple(("value", *quantity(piece)) for piece in cut(text, separators, "ratio")))
+    return _environment(text, below) or _named_or_compound(text, below)
 
 
 def _environment(text: str, nesting: int) -> tuple | None:
@@ -127,13 +119,6 @@ def _environment(text: str, nesting: int) -> tuple | None:
         return _list([read(row.replace("&", " "), nesting) for row in rows], ",")
     cells = tuple(tuple(read(cell, nesting) for cell in row.split("&")) for row in rows)
     return ("matrix", match[1].lower() == "vmatrix", cells)
-
-
-def _ratio(text: str) -> tuple | None:
-    pieces, separators = split(text, _COLON)
-    if len(set(separators)) != 1:
-        return None
-    return ("ratio", tuple(("value", *quantity(piece)) for piece in pieces))
 
 
 def _named_or_compound(text: str, nesting: int) -> tuple | None:
@@ -157,28 +142,24 @@ def _list(items: list[tuple], joiner: str) -> tuple:
 
 
 def _bracketed(opening: str, inside: str, closing: str, nesting: int) -> tuple | None:
-    if opening == "\\begin" or not inside:
+    if not inside:
         return None
-    if opening == "{" or (opening + closing == "()" and not split(inside, _COMMA)[1]):
+    pieces = cut(inside, outside_brackets(inside), "comma")
+    if opening == "{" or (opening + closing == "()" and len(pieces) == 1):
         return read(inside, nesting)
     if (opening, closing) not in _PAIRS:
         raise Unreadable("no such brackets")
-    if opening == "[" and _ENVIRONMENT.fullmatch(inside):
-        return read(inside, nesting)
+    built = _BUILDER.fullmatch(inside) if opening == "\\{" else None
+    if built or (opening == "[" and _ENVIRONMENT.fullmatch(inside)):
+        return read(built[1] if built else inside, nesting)
+    if len(pieces) > MAX_LIST or not all(pieces):
+        raise Unreadable("an empty place, or too many")
+    items = [read(piece, nesting) for piece in pieces]
     if opening == "\\{":
-        built = _BUILDER.fullmatch(inside)
-        return read(built[1], nesting) if built else _list(_items(inside, nesting), ",")
-    items = _items(inside, nesting)
+        return _list(items, ",")
     if opening == "[" and len(items) > 1 and all(i[:3:2] == ("tuple", "]") for i in items):
         return ("matrix", False, tuple(item[3] for item in items))
     return ("tuple", opening, closing, tuple(items))
-
-
-def _items(inside: str, nesting: int) -> list[tuple]:
-    pieces = split(inside, _COMMA)[0]
-    if len(pieces) > MAX_LIST or not all(pieces):
-        raise Unreadable("an empty place, or too many")
-    return [read(piece, nesting) for piece in pieces]
 
 
 def _both_signs(text: str) -> list[str]:
@@ -198,7 +179,8 @@ def _relation(signs: tuple, pieces: list[str], nesting: int) -> tuple:
         k = signs.index("≈")
         exact, rounded = sides[k : k + 2]
         # x = \sqrt{3} ≈ 1.73 is x = \sqrt{3}; but 5 ≈ 6 would name two answers.
-        if exact[0] == rounded[0] == "value" and near(exact[1], rounded[1]):
+        numbers = [constant(side[1]) for side in (exact, rounded) if side[0] == "value"]
+        if len(numbers) == 2 and None not in numbers and math.isclose(*numbers, rel_tol=0.02):
             return sides[0] if k == 0 else _relation(signs[:k], pieces[: k + 1], nesting)
         signs = tuple("=" if sign == "≈" else sign for sign in signs)
     labels = tuple(words(p) if _LABEL.fullmatch(p) else "" for p in (pieces[0], pieces[-1]))
@@ -207,42 +189,34 @@ def _relation(signs: tuple, pieces: list[str], nesting: int) -> tuple:
 
 def same(a: tuple, b: tuple) -> bool:
     """Are two structures one answer? Symmetric; different kinds agree only as listed here."""
-    kinds = (a[0], b[0])
-    if kinds[0] == kinds[1]:
-        return _SAME[kinds[0]](a, b)
-    if "relation" in kinds:
-        relation, other = (a, b) if a[0] == "relation" else (b, a)
-        if other[0] == "list" and _is_inequality(relation):
-            joined = other[2] != "or" and all(map(_is_inequality, other[1]))
-            return joined and _same_conditions((relation,), other[1])
-        if other[0] == "list" and (unpacked := _unpacked(relation)):
-            return same(unpacked, other)
-        value = value_of(relation)
-        return value is not None and same(value, other)
-    if "list" in kinds:  # \{5\} is 5; x = 1, y = 2 is (1, 2)
-        several, one = (a, b) if a[0] == "list" else (b, a)
-        solution = _solution(several[1]) if one[0] == "tuple" else None
+    if a[0] == b[0]:
+        return _SAME[a[0]](a, b)
+    a, b = sorted((a, b), key=lambda side: list(_SAME).index(side[0]))
+    if a[0] == "relation":
+        if b[0] == "list" and _is_inequality(a):
+            return b[2] != "or" and all(map(_is_inequality, b[1])) and _same_conditions((a,), b[1])
+        if b[0] == "list" and (unpacked := _unpacked(a)):
+            return same(unpacked, b)
+        value = value_of(a)
+        return value is not None and same(value, b)
+    if a[0] == "list":  # \{5\} is 5; x = 1, y = 2 is (1, 2)
+        solution = _solution(a[1]) if b[0] == "tuple" else None
         if solution:
-            return one[1:3] == ("(", ")") and _same_row(solution, one[3])
-        return len(several[1]) == 1 and same(several[1][0], one)
-    if set(kinds) == {"clock", "ratio"}:
-        time, ratio = (a, b) if a[0] == "clock" else (b, a)
-        numbers = [int(value[1]) for value in ratio[1] if value[1].denominator == 1]
+            return b[1:3] == ("(", ")") and _same_row(solution, b[3])
+        return len(a[1]) == 1 and same(a[1][0], b)
+    if (a[0], b[0]) == ("clock", "ratio"):
+        numbers = [int(value[1]) for value in b[1] if value[1].denominator == 1]
         bare = ("clock", *numbers, *[0] * (3 - len(numbers)), "")
-        return len(numbers) == len(ratio[1]) <= 3 and same_clock(time, bare)
+        return len(numbers) == len(b[1]) <= 3 and same_clock(a, bare)
     return False
 
 
 def _same_measure(a: tuple, b: tuple) -> bool:
-    (_, tree_a, unit_a), (_, tree_b, unit_b) = a, b
-    if unit_a and unit_b and unit_a != unit_b:
+    (_, x, unit_x), (_, y, unit_y) = a, b
+    if unit_x and unit_y and unit_x != unit_y:
         return False
-    if same_value(tree_a, tree_b):
-        return True
-    if (("%", 1),) not in (unit_a, unit_b) or (unit_a and unit_b):
-        return False
-    trees = (("/", t, Fraction(100)) if u else t for t, u in ((tree_a, unit_a), (tree_b, unit_b)))
-    return same_value(*trees)
+    shares = (node("/", tree, Fraction(100)) if unit else tree for _, tree, unit in (a, b))
+    return same_value(x, y) or (unit_x + unit_y == (("%", 1),) and same_value(*shares))
 
 
 def _same_list(a: tuple, b: tuple) -> bool:
@@ -332,10 +306,6 @@ def _atoms(relation: tuple) -> list[tuple]:
     return atoms
 
 
-def _same_atom(a: tuple, b: tuple) -> bool:
-    return a[0] == b[0] and proportional(a[1], b[1], positive=a[0] in ">≥")
-
-
 def _same_relation(a: tuple, b: tuple) -> bool:
     equation = a[1] == b[1] == ("=",)  # AB = CD needs no algebra, either way round
     if a[1] == b[1] and (_same_row(a[2], b[2]) or equation and _same_row(a[2], b[2][::-1])):
@@ -351,17 +321,18 @@ def _same_conditions(a: tuple, b: tuple) -> bool:
         sides = [tuple(atom for item in relations for atom in _atoms(item)) for relations in (a, b)]
     except Unreadable:
         return False
-    return _same_bag(*sides, _same_atom)
+    same_sign_and_line = lambda a, b: a[0] == b[0] and proportional(a[1], b[1], positive=a[0] in ">≥")
+    return _same_bag(*sides, same_sign_and_line)
 
 
 _SAME = {
-    "value": _same_measure,
+    "relation": _same_relation,
     "list": _same_list,
+    "clock": same_clock,
+    "value": _same_measure,
     "tuple": lambda a, b: a[1:3] == b[1:3] and _same_row(a[3], b[3]),
     "matrix": lambda a, b: a[1] == b[1] and _same_row(a[2], b[2], _same_row),
-    "relation": _same_relation,
     "ratio": lambda a, b: _same_row(a[1], b[1]),
-    "clock": same_clock,
     "date": lambda a, b: a == b,
     "words": lambda a, b: a[1] == b[1] and bool(a[1]),
 }

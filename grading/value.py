@@ -1,25 +1,26 @@
 r"""Do two expressions have one value? Exact where rational, at 40 and 80 digits elsewhere.
 
-The idea: two trees are equal if they have equal values at a handful of fixed points. Rational
-functions are evaluated exactly. Otherwise the difference is computed at two precisions: a rounding
-error shrinks with the precision, a real difference stays, so no tolerance decides whether 0.333 is
-1/3. Caps on the size of numbers bound the time of every step.
+The idea: two trees are equal if they have equal values at a handful of fixed points. Rational functions are
+evaluated exactly. Otherwise the difference is computed at two precisions: a rounding error shrinks with the
+precision, a real difference stays, so no tolerance decides whether 0.333 is 1/3. Caps on the size of numbers
+bound the time of every step.
 
-What we do differently from graders built on a computer algebra system: no simplification and no
-sympy (it is the slow twin in the tests); only expression.py parses text. Equality is meant where
-both sides are defined on the real line: x^2/x = x, but sqrt(x^2) is |x| and not x.
+What we do differently from graders built on a computer algebra system: no simplification and no sympy (it is
+the slow twin in the tests); only expression.py parses text. Equality is meant where both sides are defined on
+the real line: x^2/x = x, but sqrt(x^2) is |x| and not x.
 """
 
 import math
 import threading
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
-from operator import add, mul, sub, truediv
+from operator import neg, pos
 from typing import NamedTuple
 
 import mpmath
 
-from grading.expression import CONSTANTS, FUNCTIONS, Tree, mentions
+from grading.expression import ARITHMETIC, CONSTANTS, FUNCTIONS, Tree, mentions
 
 MAX_BITS = 8000  # of an exact number
 LOW, HIGH = 40, 80  # digits
@@ -33,10 +34,6 @@ class Point(NamedTuple):
     counts: bool  # whole numbers only
     real: bool  # True: a value off the real line is an error, as sqrt(-1) is in school
     mp: mpmath.ctx_mp.MPContext
-
-
-class Undefined(ArithmeticError):
-    """No value here: a pole, off the real domain, or larger than the caps allow."""
 
 
 @lru_cache(maxsize=64)
@@ -65,49 +62,46 @@ def evaluate(tree: Tree, at: Point):
 def _value(tree: Tree, at: Point):
     if isinstance(tree, Fraction):
         return tree
-    if tree in ("pi", "e"):
-        return +getattr(at.mp, tree)
-    if tree == "i":
-        return at.mp.mpc(0, 1)
-    if isinstance(tree, str):
-        return _coordinate(at.names.index(tree), at)
-    return _checked(_apply(tree[0], [_value(part, at) for part in tree[1:]], at), at)
+    if isinstance(tree, tuple):
+        return _checked(_apply(tree[0], [_value(part, at) for part in tree[1:]], at), at)
+    if tree in CONSTANTS:
+        return at.mp.mpc(0, 1) if tree == "i" else +getattr(at.mp, tree)
+    k = at.names.index(tree)
+    place = (at.index + 2 * k) % 6
+    return _COUNTS[place] + k if at.counts else _COORDINATES[place] + Fraction(k, 19)
 
 
 # Fixed coordinates, of both signs and on both sides of 1. Every other point is positive in all
 # symbols, so that roots and logarithms have a domain in common; odd and even numerators, so
 # that (-1)^n is neither 1 nor -1.
-_BASES = [Fraction(*f) for f in ((4, 7), (-13, 5), (31, 9), (-6, 11), (17, 3), (8, 13))]
+_COORDINATES = [Fraction(*f) for f in ((4, 7), (-13, 5), (31, 9), (-6, 11), (17, 3), (8, 13))]
 _COUNTS = [Fraction(n) for n in (7, 4, 9, 5, 11, 6)]
-
-
-def _coordinate(k: int, at: Point) -> Fraction:
-    if at.counts:
-        return _COUNTS[(at.index + 2 * k) % 6] + k
-    return _BASES[(at.index + 2 * k) % 6] + Fraction(k, 19)
-
-
-_ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
+_OPERATORS = ARITHMETIC | {"neg": neg, "degrees": pos, "abs": abs}
+_ROUNDING = {"floor": math.floor, "ceil": math.ceil}
 
 
 def _apply(operation: str, values: list, at: Point):
     if operation == "^":
         return _raise(*values, at)
-    if operation in ("neg", "degrees"):
-        return -values[0] if operation == "neg" else values[0]
     if operation in ("factorial", "binom"):
         return _count(operation, values)
-    if operation in ("floor", "ceil") and isinstance(values[0], Fraction):
-        return Fraction(getattr(math, operation)(values[0]))
-    if operation == "abs" and isinstance(values[0], Fraction):
-        return abs(values[0])
-    if operation not in _ARITHMETIC or not all(isinstance(v, Fraction) for v in values):
-        values = [_inexact(v, at) for v in values]
-    if operation in _ARITHMETIC:
-        return _ARITHMETIC[operation](*values)
+    exact = all(isinstance(value, Fraction) for value in values)
+    if exact and operation in _ROUNDING:
+        return Fraction(_ROUNDING[operation](*values))
+    if not exact or operation not in _OPERATORS:
+        values = [_inexact(value, at) for value in values]
+    if operation in _OPERATORS:
+        return _OPERATORS[operation](*values)
     if abs(values[0]) > 10**6:  # sin(10^4000) needs pi to 4000 digits
-        raise Undefined("too large for a function")
+        raise ArithmeticError("too large for a function")
     return getattr(at.mp, FUNCTIONS.get(operation, operation))(values[0])
+
+
+def _count(operation: str, values: list) -> Fraction:
+    counts = [int(v) for v in values if isinstance(v, Fraction) and v.denominator == 1 and v >= 0]
+    if len(counts) < len(values) or counts[0] > (200 if operation == "factorial" else 1000):
+        raise ArithmeticError("not a count, or too large")
+    return Fraction((math.factorial if operation == "factorial" else math.comb)(*counts))
 
 
 def _inexact(value, at: Point):
@@ -122,13 +116,13 @@ def _checked(value, at: Point):
         if value.numerator.bit_length() + value.denominator.bit_length() <= MAX_BITS:
             return value
         if not at.names:  # a constant must stay exact: 2^100 + 1 is not 2^100
-            raise Undefined("too large")
+            raise ArithmeticError("too large")
         value = _inexact(value, at)
     if not at.mp.isfinite(value):
-        raise Undefined("a pole")
+        raise ArithmeticError("a pole")
     if at.real and isinstance(value, at.mp.mpc):
         if value.imag:
-            raise Undefined("off the real line")
+            raise ArithmeticError("off the real line")
         value = value.real
     return value
 
@@ -139,15 +133,15 @@ def _raise(base, exponent, at: Point):
         if exact is not None:
             return exact
         if exponent.denominator == 1 and not at.names:
-            raise Undefined("too large")
+            raise ArithmeticError("too large")
         if base < 0 and exponent.denominator % 2:  # the real cube root of -8 is -2
             sign = -1 if exponent.numerator % 2 else 1
             return sign * _raise(-base, exponent, at)
     base, exponent = _inexact(base, at), _inexact(exponent, at)
     if not base:
-        raise Undefined("a power of zero")
+        raise ArithmeticError("a power of zero")
     if abs(exponent * at.mp.log(base)) > 10**4:
-        raise Undefined("too large")
+        raise ArithmeticError("too large")
     return at.mp.power(base, exponent)
 
 
@@ -155,21 +149,19 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
     """base ** exponent where it is rational and small enough, else None."""
     if base == 0:
         if exponent <= 0:
-            raise Undefined("0^0 or 1/0")
+            raise ArithmeticError("0^0 or 1/0")
         return base
     if abs(base) == 1 and exponent.denominator == 1:
         return base ** (exponent.numerator % 2)
     bits = base.numerator.bit_length() + base.denominator.bit_length()
     if abs(exponent) * bits > MAX_BITS or exponent.denominator > 64:
         return None
-    if exponent.denominator > 1:
-        degree, negative = exponent.denominator, base < 0
-        if negative and degree % 2 == 0:
-            return None
+    degree = exponent.denominator
+    if degree > 1:
         above, below = _root(abs(base.numerator), degree), _root(base.denominator, degree)
-        if above is None or below is None:
+        if above is None or below is None or (base < 0 and degree % 2 == 0):
             return None
-        base = Fraction(-above if negative else above, below)
+        base = Fraction(above if base > 0 else -above, below)
     return base**exponent.numerator
 
 
@@ -179,63 +171,46 @@ def _root(n: int, degree: int) -> int | None:
     return next((r for r in (guess, guess - 1, guess + 1) if r >= 0 and r**degree == n), None)
 
 
-def _count(operation: str, values: list) -> Fraction:
-    if not all(isinstance(v, Fraction) and v.denominator == 1 and v >= 0 for v in values):
-        raise Undefined("not a count")
-    if values[0] > (200 if operation == "factorial" else 1000):
-        raise Undefined("too large")
-    count = math.factorial if operation == "factorial" else math.comb
-    return Fraction(count(*map(int, values)))
-
-
 def symbols(tree: Tree) -> set[str]:
     """The names of a tree's free symbols."""
-    return _names(tree) - CONSTANTS
+    if isinstance(tree, tuple):
+        return set().union(*map(symbols, tree[1:]))
+    return {tree} - CONSTANTS if isinstance(tree, str) else set()
 
 
-def _names(tree: Tree) -> set[str]:
-    if isinstance(tree, str):
-        return {tree}
-    return set().union(*map(_names, tree[1:])) if isinstance(tree, tuple) else set()
-
-
-def _points(trees: tuple, real: bool, digits: int) -> list[Point]:
+def _lines(trees: tuple) -> Iterator[Iterator[tuple[Point, Point]]]:
+    """The points, at both precisions: on the real line first, unless i is mentioned, then off it."""
     names = tuple(sorted(set().union(*map(symbols, trees))))
     if "infty" in names or "emptyset" in names:
-        return []
+        return
     # Factorials and binomials live on whole numbers.
     counts = bool(names) and any(mentions(tree, "factorial", "binom") for tree in trees)
-    mp = _context(digits, threading.get_ident())
-    return [Point(names, j, counts, real, mp) for j in range(6 if names else 1)]
-
-
-def _lines(trees: tuple) -> tuple[bool, ...]:
-    """The real line first; complex numbers if i is mentioned, or if nothing is real."""
-    return (False,) if any("i" in _names(tree) for tree in trees) else (True, False)
+    low, high = (_context(digits, threading.get_ident()) for digits in (LOW, HIGH))
+    for real in (False,) if any(mentions(tree, "i") for tree in trees) else (True, False):
+        places = [(names, k, counts, real) for k in range(6 if names else 1)]
+        yield ((Point(*place, low), Point(*place, high)) for place in places)
 
 
 def same_value(a: Tree, b: Tree) -> bool:
     r"""Do two trees have one value wherever both have one?
 
-    >>> from grading.expression import parse
-    >>> same_value(parse(r"\frac{1}{\sqrt{2}}"), parse(r"\sqrt{2}/2"))
-    True
-    >>> same_value(parse("2(x+1)"), parse("2x+1"))
-    False
+    >>> from grading.expression import parse, scan
+    >>> trees = [parse(scan(text)) for text in (r"\frac{x}{\sqrt{2}}", r"\sqrt{2}x/2", r"\sqrt{2}/(2x)")]
+    >>> same_value(*trees[:2]), same_value(*trees[1:])
+    (True, False)
     """
     if a == b:
         return True
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return False
-    for real in _lines((a, b)):
-        low, high = _points((a, b), real, LOW), _points((a, b), real, HIGH)
+    for points in _lines((a, b)):
         agreed = 0
-        for point, sharper in zip(low, high):
-            close = _close(a, b, point, sharper)
+        for low, high in points:
+            close = _close(a, b, low, high)
             if close is False:
                 return False
             agreed += close is True
-            if agreed == min(len(low), 3):
+            if agreed == 3 or (close and not low.names):
                 return True
         if agreed == 2:  # the domains have little in common
             return True
@@ -264,31 +239,21 @@ def _gap(left, right, at: Point) -> tuple:
     return abs(left - right), max(abs(left), abs(right))
 
 
-def near(a: Tree, b: Tree) -> bool:
-    """Are two constants within two percent of each other?"""
-    if symbols(a) or symbols(b):
-        return False
-    [at] = _points((a, b), True, LOW)
-    left, right = evaluate(a, at), evaluate(b, at)
-    if left is None or right is None:
-        return False
-    gap, size = _gap(left, right, at)
-    return bool(50 * gap <= size)
+def constant(tree: Tree):
+    """The value of a tree without symbols, on the real line, or None."""
+    point = Point((), 0, False, True, _context(LOW, threading.get_ident()))
+    return None if symbols(tree) else evaluate(tree, point)
 
 
 def proportional(a: Tree, b: Tree, positive: bool) -> bool:
     """Is a a constant non-zero multiple of b (a positive one, for inequalities)?"""
-    for real in _lines((a, b)):
-        points = _points((a, b), real, HIGH)
-        values = [(evaluate(a, point), evaluate(b, point), point) for point in points]
+    for points in _lines((a, b)):
+        values = [(evaluate(a, point), evaluate(b, point), point) for _, point in points]
         pairs = [(_inexact(x, at), _inexact(y, at)) for x, y, at in values if None not in (x, y)]
-        if len(pairs) >= 2:
-            return _one_ratio(pairs, positive)
+        if len(pairs) < 2:
+            continue
+        x0, y0 = pairs[0]
+        if not x0 or not y0 or (positive and (x0 / y0).real < 0):
+            return False
+        return all(abs(x * y0 - y * x0) <= 1e-50 * (abs(x * y0) + abs(y * x0)) for x, y in pairs)
     return False
-
-
-def _one_ratio(pairs: list, positive: bool) -> bool:
-    a, b = pairs[0]
-    if not a or not b or (positive and (a / b).real < 0):
-        return False
-    return all(abs(x * b - y * a) <= 1e-50 * (abs(x * b) + abs(y * a)) for x, y in pairs)
