@@ -10,8 +10,7 @@ that follow one another:
 A row takes a page when its last one is full and gives all back when it ends, so that memory follows what
 has been said, not the longest response. Attention is one softmax, computed page by page:
 
-    top_p = max_j s_pj    sum_p = sum_j exp(s_pj - top_p)    out_p = sum_j exp(s_pj - top_p) v_pj
-    out   = sum_p w_p out_p / sum_p w_p sum_p    with    w_p = exp(top_p - max_p top_p)
+    out_p = sum_j softmax_j(s_pj) v_pj       l_p = log sum_j exp(s_pj)       out = sum_p softmax_p(l_p) out_p
 
 A page read by G rows has G *parts*; `Cache.table` says which parts a row adds up. A step looks at no value
 and writes in place, so that a GPU can replay it as a whole (`record`). rollout.py decides which rows
@@ -24,6 +23,7 @@ per key-value head, P prompt tokens, d features per head, D features, V vocabula
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch.nn import functional as F
@@ -32,15 +32,16 @@ from data import UserError
 from model import NEVER, Policy, Prompt, masked_logits, product
 from tree import join_pictures
 
-PROMPT_PAGE, RESPONSE_PAGE = 256, 64  # tokens, at most
+PROMPT_PAGE, RESPONSE_PAGE = 256, 32  # tokens, at most
 
 
 class Pages:
     """Keys and values of M pages, a tensor per layer. Page 0 is nobody's: ended rows write there."""
 
-    def __init__(self, like: list[torch.Tensor], size: int):
+    def __init__(self, like: list[torch.Tensor], size: int, enough: int):
+        """size  tokens of a page;  enough  pages, most of the time"""
         self.k, self.v = ([x.new_zeros(1, x.shape[1], size, x.shape[3]) for x in like] for _ in "kv")
-        self.size = size
+        self.size, self.enough = size, enough
         self.free: list[int] = []  # a heap
 
     def __len__(self) -> int:
@@ -57,9 +58,11 @@ class Pages:
                 tensors[i] = change(tensor)
 
     def take(self, count: int) -> list[int]:
-        """The lowest free pages. Where there are too few, an eighth more are made."""
+        """The lowest free pages. Where there are too few, a quarter more are made, and less beyond `enough`:
+        a GPU has to record its step anew for every size."""
         if count > len(self.free):
-            more = max(count - len(self.free), len(self) // 8)
+            spare = min(len(self) // 4, self.enough - len(self))
+            more = max(count - len(self.free), spare, len(self) // 16)
             for page in range(len(self), len(self) + more):
                 heapq.heappush(self.free, page)
             self.change(lambda x: torch.cat((x, x.new_zeros(more, *x.shape[1:]))))
@@ -111,10 +114,15 @@ class Seat:
 class Cache:
     """The pages of all prompts and rows, and who reads which."""
 
-    def __init__(self, keys: list[torch.Tensor], group_size: int, limit: int):
-        """keys  of the first prompts, [N, H, P, d] per layer;  limit  of the tokens of a response"""
-        self.prompts = Pages(keys, min(PROMPT_PAGE, -(-keys[0].shape[2] // 8) * 8))
-        self.responses = Pages(keys, min(RESPONSE_PAGE, limit))
+    def __init__(self, keys: list[torch.Tensor], group_size: int, rows: int, limit: int):
+        """keys  of the first prompts, [N, H, P, d] per layer;  limit  of the tokens of a response
+
+        Few responses are long at the same time: a quarter of `rows` of the longest is usually enough.
+        """
+        P, L = keys[0].shape[2], min(RESPONSE_PAGE, limit)
+        per_prompt = -(-P // PROMPT_PAGE)
+        self.prompts = Pages(keys, -(-P // (8 * per_prompt)) * 8, rows * per_prompt)
+        self.responses = Pages(keys, L, -(-rows * max(limit // 4, 2 * L) // L))
         self.group_size = group_size
         self.longest = 0  # pages of a prompt
         self.most_pages = -(-limit // self.responses.size)  # of a response
@@ -141,13 +149,15 @@ class Cache:
                 store[i][pages] = x.transpose(1, 2)[owner, place]
                 given[i] = None
 
-    def reserve(self, seat: Seat, steps: int) -> None:
-        """Take the pages that the next `steps` tokens need of a response."""
-        tokens = min(seat.length + steps, seat.limit)
-        missing = -(-tokens // self.responses.size) - len(seat.pages)
-        if missing > 0:
-            seat.pages += self.responses.take(missing)
-            self.stale = True
+    def reserve(self, seats: list[Seat], steps: int) -> None:
+        """Take the pages that the next `steps` tokens of these rows need."""
+        size = self.responses.size
+        needed = [-(-min(seat.length + steps, seat.limit) // size) for seat in seats]
+        missing = [max(0, count - len(seat.pages)) for count, seat in zip(needed, seats)]
+        pages = iter(self.responses.take(sum(missing)))
+        for seat, count in zip(seats, missing):
+            seat.pages += islice(pages, count)
+        self.stale |= any(missing)
 
     def leave(self, seat: Seat, others: list[Seat | None]) -> None:
         self.stale = True
@@ -241,6 +251,8 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at) -> torch.Te
     page = (part - shared).clamp(min=0)  # [B]
     place = start[:, None] + torch.arange(pages.size, device=x.device)  # [M, L]
     bias = prompt_bias[:, None, None], ((place > at[owner[shared:], None]) * NEVER)[:, None, None]
+    heads = torch.arange(policy.text_model.config.num_attention_heads, device=x.device)
+    parts = (table[:, None] * len(heads) + heads[:, None]).flatten(0, 1)  # [B h, C] of each query head
 
     def attend(attention, q, k, v, scaling, **_):
         """q [B, h, 1, d]; k, v [B, H, 1, d] -> [B, 1, h, d], as `tree.carried_attention` has it."""
@@ -250,42 +262,38 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at) -> torch.Te
         q = q.view(len(k), k.shape[1], -1, q.shape[-1]) * scaling  # [B, H, g, d]
         prompt_page = cache.prompts.k[i], cache.prompts.v[i], bias[0]
         response_page = pages.k[i], pages.v[i], bias[1]
-        return paged_attention(q, prompt_page, response_page, table, owner).flatten(1, 2)[:, None]
+        return paged_attention(q, prompt_page, response_page, parts, owner).flatten(1, 2)[:, None]
 
     return policy.decoder(x, positions.expand(3, 1, -1).mT, attend)[:, 0]
 
 
-def paged_attention(q, prompts, responses, table, owner) -> torch.Tensor:
+def paged_attention(q, prompts, responses, parts, owner) -> torch.Tensor:
     """Attention of B rows over their pages, as one softmax: see the top. [B, H, g, d]
 
     q          [B, H, g, d] scaled queries: H key-value heads, each read by g query heads
     prompts    (k, v [M, H, L, d], bias [M, 1, 1, L]: NEVER where a row must not look);  responses  alike
-    table      [B, C] the parts that a row adds up;  owner  [parts] the row whose query a part answers
+    parts      [B H g, C] what each query adds up;  owner  [parts] the row whose query a part answers
     """
     M, g = len(prompts[0]), q.shape[2]
     shared = len(owner) - len(responses[0])
     queries = q[owner[:shared].view(M, -1)]  # [M, G, H, g, d]
     of_prompts = attend_page(queries.transpose(1, 2).flatten(2, 3), *prompts)
     of_responses = attend_page(q[owner[shared:]], *responses)
-    out, top, total = (
-        torch.cat((x.unflatten(2, (-1, g)).transpose(1, 2).flatten(0, 1), y))
+    out, log_sum = (
+        torch.cat((x.unflatten(2, (-1, g)).transpose(1, 2).flatten(0, 3), y.flatten(0, 2)))
         for x, y in zip(of_prompts, of_responses)
-    )  # [parts, H, g, d], [parts, H, g] twice
-    tops = top[table]  # [B, C, H, g]
-    highest = tops.amax(1)  # [B, H, g]
-    norm = (total[table] * (tops - highest[:, None]).exp()).sum(1)
-    weight = (top - highest[owner]).exp() / norm[owner]  # [parts, H, g]
-    out = out.mul_(weight[..., None]).flatten(1)
-    mixed = F.embedding_bag(table, out, mode="sum", padding_idx=0)  # one kernel: gather and sum
+    )  # [parts H g, d], [parts H g]
+    weights = log_sum[parts].softmax(-1)  # [B H g, C]
+    mixed = F.embedding_bag(parts, out, mode="sum", per_sample_weights=weights)  # gathers and adds up at once
     return mixed.view(q.shape).to(q.dtype)
 
 
-def attend_page(q, k, v, bias) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out [M, H, r, d], top [M, H, r], sum [M, H, r]) of r queries per page, in fp32."""
+def attend_page(q, k, v, bias) -> tuple[torch.Tensor, torch.Tensor]:
+    """(attention within a page [M, H, r, d], log sum exp of its scores [M, H, r]) of r queries, in fp32."""
     scores = product(q, k.mT).add_(bias)
-    top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
-    return product(weights.to(v.dtype), v), top[..., 0], weights.sum(-1)
+    weights = scores.softmax(-1)
+    log_sum = scores.amax(-1) - weights.amax(-1).log()  # of the highest: weight = exp(score - log_sum)
+    return product(weights.to(v.dtype), v), log_sum
 
 
 def recordable(policy: Policy) -> bool:

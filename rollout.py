@@ -36,7 +36,9 @@ from decoding import Cache, Group, Seat, as_cuda_graph, decode_step, prefill, re
 from model import Policy, Prompt, Sample, decode
 from rethink import Continuation
 
-PACK_BELOW = 0.75  # where nobody waits, rows are dropped once at most this share of them still decodes
+# Where nobody waits, rows are dropped once at most this share of them still decodes. A GPU records its step
+# anew when they are.
+PACK_BELOW = {"cpu": 0.75, "cuda": 0.5}
 # Looking at `done` makes the host wait for a GPU; a row that has ended decodes on until then.
 CHECK_EVERY = {"cpu": 2, "cuda": 16}
 PREFILL_TOKENS = 1 << 14  # run at once, padding included: of a 7B they hold 1.3 GB of activations
@@ -197,20 +199,20 @@ class Sampler:
             self.admit(batch, [free.pop(0) for _ in range(len(batch) * self.group_size)])
 
     def has_room(self, coming: list[Group]) -> bool:
-        """Few responses are long at the same time: the cache need not hold B of the longest. This bounds
-        it at a quarter of that (and two pages per row), but for what rows under way still say."""
+        """Whether the cache, with these questions, stays within what is usually enough."""
         if self.cache is None or not any(self.seats):
             return True
-        B, pages = len(self.seats), self.cache.responses
-        prompts = B // self.group_size * self.cache.longest * self.cache.prompts.size
-        tokens = sum(len(x.prompt.input_ids) + self.group_size * pages.size for x in coming)
-        return self.cache.tokens + tokens <= prompts + B * max(self.size // 4, 2 * pages.size)
+        prompts, responses = self.cache.prompts, self.cache.responses
+        tokens = sum(len(x.prompt.input_ids) + self.group_size * responses.size for x in coming)
+        groups = len(self.seats) // self.group_size
+        most = groups * self.cache.longest * prompts.size + responses.enough * responses.size
+        return self.cache.tokens + tokens <= most
 
     def admit(self, groups: list[Group], free: list[int]) -> None:
         """Run prompts and put the first token of their responses into free rows."""
         hidden, keys, values = prefill(self.policy, [group.prompt for group in groups])
         if self.cache is None:
-            self.cache = Cache(keys, self.group_size, self.size)
+            self.cache = Cache(keys, self.group_size, len(self.seats), self.size)
         self.cache.store(groups, keys, values)
         seats = [Seat(group, g, self.size) for group in groups for g in range(self.group_size)]
         first = [seat.group.prompt.next_position for seat in seats]
@@ -226,12 +228,11 @@ class Sampler:
     def arrange(self, steps: int) -> None:
         """Pages for the next steps; where nobody waits, without the rows that have ended."""
         live = [row for row, seat in enumerate(self.seats) if seat]
-        if self.waiting is None and len(live) <= PACK_BELOW * len(self.seats):
+        if self.waiting is None and len(live) <= PACK_BELOW[self.policy.device.type] * len(self.seats):
             self.rows = self.rows.select(live)
             self.seats = [self.seats[row] for row in live]
             self.cache.pack(self.seats)
-        for seat in filter(None, self.seats):
-            self.cache.reserve(seat, steps)
+        self.cache.reserve([seat for seat in self.seats if seat], steps)
         self.cache.lay_out(self.seats)
 
     def collect(self, finished) -> None:

@@ -455,7 +455,8 @@ class Scripted:
         for name in ("prefill", "decode_step", "sample_token"):
             monkeypatch.setattr(rollout, name, getattr(self, name))
         monkeypatch.setattr(rollout, "decode", lambda policy, tokens: "")
-        monkeypatch.setattr(rollout, "CHECK_EVERY", {"cpu": 16})  # as on a GPU
+        monkeypatch.setattr(rollout, "CHECK_EVERY", {"cpu": rollout.CHECK_EVERY["cuda"]})
+        monkeypatch.setattr(rollout, "PACK_BELOW", {"cpu": rollout.PACK_BELOW["cuda"]})
         store = decoding.Cache.store
 
         def watched(cache, groups, keys, values):
