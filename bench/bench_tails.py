@@ -27,7 +27,9 @@ HERE = Path(__file__).resolve().parent
 def make_policy(args):
     import benching
 
-    policy = benching.random_policy(benching.SHAPES["quick" if args.quick else "small"])
+    # Small, so that an evaluation's or an episode's many rows take seconds on a CPU.
+    shape = benching.Shape(128, 512, 4, 4, 2, 4096, 32, 64, 2, 2, ((64, 200),), 32)
+    policy = benching.random_policy(shape)
     allowed = [i for i in range(policy.head_weight().shape[0]) if i not in policy.banned_ids]
     policy.eos_ids = allowed[:: args.mean]
     prompts = [benching.random_prompt(policy, args.prompt, seed) for seed in range(args.questions)]
@@ -100,10 +102,10 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--against", default="", help="a commit of this repository")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, few questions, one repeat")
-    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--quick", action="store_true", help="few questions, short responses, one repeat")
+    parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--group_size", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=64, help="its tokens")
     parser.add_argument("--mean", type=int, default=50, help="tokens of a response; four times this at most")
     parser.add_argument("--repeats", type=int, default=3)
