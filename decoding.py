@@ -122,7 +122,7 @@ class Cache:
         P, L = keys[0].shape[2], min(RESPONSE_PAGE, limit)
         per_prompt = -(-P // PROMPT_PAGE)
         self.prompts = Pages(keys, -(-P // (8 * per_prompt)) * 8, rows * per_prompt)
-        self.responses = Pages(keys, L, -(-rows * max(limit // 4, 2 * L) // L))
+        self.responses = Pages(keys, L, -(-rows * max(limit // 4, 4 * L) // L))
         self.group_size = group_size
         self.longest = 0  # pages of a prompt
         self.most_pages = -(-limit // self.responses.size)  # of a response
@@ -248,7 +248,7 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at) -> torch.Te
     table, owner, start, prompt_bias = cache.layout.values()
     shared = len(cache.prompts) * cache.group_size
     part = table.gather(1, cache.longest + at[:, None] // pages.size)[:, 0]
-    page = (part - shared).clamp(min=0)  # [B]
+    page, slot = (part - shared).clamp(min=0), at % pages.size  # [B] where its keys and values go
     place = start[:, None] + torch.arange(pages.size, device=x.device)  # [M, L]
     bias = prompt_bias[:, None, None], ((place > at[owner[shared:], None]) * NEVER)[:, None, None]
     heads = torch.arange(policy.text_model.config.num_attention_heads, device=x.device)
@@ -257,8 +257,8 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at) -> torch.Te
     def attend(attention, q, k, v, scaling, **_):
         """q [B, h, 1, d]; k, v [B, H, 1, d] -> [B, 1, h, d], as `tree.carried_attention` has it."""
         i = attention.layer_idx
-        pages.k[i][page, :, at % pages.size] = k[:, :, 0]
-        pages.v[i][page, :, at % pages.size] = v[:, :, 0]
+        pages.k[i][page, :, slot] = k[:, :, 0]
+        pages.v[i][page, :, slot] = v[:, :, 0]
         q = q.view(len(k), k.shape[1], -1, q.shape[-1]) * scaling  # [B, H, g, d]
         prompt_page = cache.prompts.k[i], cache.prompts.v[i], bias[0]
         response_page = pages.k[i], pages.v[i], bias[1]
