@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few questions, short responses, one repeat")
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--group_size", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64, help="its tokens")
     parser.add_argument("--mean", type=int, default=50, help="tokens of a response; four times this at most")
     parser.add_argument("--repeats", type=int, default=3)
