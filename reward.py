@@ -70,10 +70,10 @@ def extract_answer(response: str) -> str | None:
     >>> extract_answer(r"First \boxed{3}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     """
-    if not isinstance(response, str):
+    if not isinstance(response, str) or "\\boxed" not in response:
         return None
     stack, last = [], None
-    for match in _BRACE.finditer(response, max(response.find("\\boxed"), 0)):
+    for match in _BRACE.finditer(response, response.find("\\boxed")):
         text = match[0]
         if text == "{" or len(text) > 2:
             stack.append(match.end() if len(text) > 2 else None)

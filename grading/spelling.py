@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from grading.expression import Unreadable
 
+MAX_LIST = 50
 _NAMED = """
 π pi ∞ infty √ sqrt ± pm ∓ mp ∪ cup ∩ cap ∅ emptyset ∈ in ⊥ perp ∥ parallel ≅ cong ∼ sim ⟨ langle ⟩ rangle
 Φ Phi ϕ phi Δ Delta \u03a9 Omega \u2126 Omega α alpha β beta γ gamma δ delta ε epsilon ζ zeta η eta θ theta
@@ -243,8 +244,8 @@ def outside_brackets(text: str) -> list[re.Match]:
                 raise Unreadable("unbalanced")
         elif depth == 0:
             found.append(match)
-    if depth:
-        raise Unreadable("unbalanced")
+    if depth or len(found) >= MAX_LIST:
+        raise Unreadable("unbalanced, or too long")
     return found
 
 

@@ -21,11 +21,11 @@ from fractions import Fraction
 from functools import lru_cache
 
 from grading.expression import NAMES, PREFIXES, Unreadable, node, number
-from grading.spelling import SEPARATOR, cut, enclosed, outside_brackets, tidy, ungrouped, words
+from grading.spelling import MAX_LIST, SEPARATOR, cut, enclosed, outside_brackets, tidy, ungrouped, words
 from grading.units import clock, date, quantity, same_clock
 from grading.value import constant, proportional, same_value, symbols
 
-MAX_LIST, MAX_NESTING = 50, 8
+MAX_NESTING = 8
 
 _DIGIT, _NUMBER = re.compile("[0-9]"), re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{1,28})?")
 # A long word first and no signs: nothing to parse, unless it is a name (infinity, arcsin x).
@@ -152,8 +152,8 @@ def _bracketed(opening: str, inside: str, closing: str, nesting: int) -> tuple |
     built = _BUILDER.fullmatch(inside) if opening == "\\{" else None
     if built or (opening == "[" and _ENVIRONMENT.fullmatch(inside)):
         return read(built[1] if built else inside, nesting)
-    if len(pieces) > MAX_LIST or not all(pieces):
-        raise Unreadable("an empty place, or too many")
+    if not all(pieces):
+        raise Unreadable("an empty place")
     items = [read(piece, nesting) for piece in pieces]
     if opening == "\\{":
         return _list(items, ",")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -267,7 +268,8 @@ HOSTILE = [
     r"\sin(" * 38 + "x" + ")" * 38, "+" * 500 + "5", "1+" * 450 + "1", "1/" * 149 + "1", "^" * 300,
     r"\begin{pmatrix}" * 60, r"\begin{pmatrix}" + "1&" * 300 + r"1\end{pmatrix}", r"\sqrt[" * 100,
     "1," * 400 + "1", r"\pm " * 50 + "5",
-    "and " * 200, "The answer is " * 70, "(A)" * 200, "xyz" * 300,
+    "and " * 200, "The answer is " * 70, "(A)" * 200, "xyz" * 300, "A, " * 330, "B (6) or " * 100,
+    r"\vec" * 190 + "=5", "__a" * 333, "(≈" * 400, "5 {a" * 240,
     # characters
     "5\x00", "\x005", "5\ud800", "\udfff", "5\u202e", "\u200f5", "5\u200b", "\ufeff5", "5\x1b[31m",
     "٥", "５", "५", "Ⅴ", "⑤", "5\u0301", "5" + "\u0301" * 500, "\ufdfa" * 1000, "\U0001d7d3",
@@ -293,17 +295,19 @@ def judge_the_hostile() -> dict:
 
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
     is_correct("sqrt(2)", "1.5")  # builds the number contexts before the hook is listening
-    events, accepted = [], []
+    events, accepted, slowest = [], [], 0.0
     watched = ("exec", "compile", "import", "open", "os.system", "subprocess.Popen", "socket.connect")
     sys.addaudithook(lambda event, _: events.append(event) if event in watched else None)
     for k, text in enumerate(HOSTILE):
         for target in TARGETS:
+            start = time.thread_time()
             for options in (None, ["6", "7", "dog", r"\pi"]):
                 if is_correct(text, target, options) or is_correct(target, text, options):
                     accepted.append((k, target))
+            slowest = max(slowest, time.thread_time() - start)
             reward(r"\boxed{" + text + "}", target)
         extract_answer(text)
-    return {"accepted": accepted, "events": events}
+    return {"accepted": accepted, "events": events, "ended in time": slowest < 0.5}  # of four verdicts
 
 
 def test_hostile_input_is_wrong_executes_nothing_and_ends_in_time():
@@ -313,7 +317,7 @@ def test_hostile_input_is_wrong_executes_nothing_and_ends_in_time():
         check=False, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]
-    assert json.loads(child.stdout) == {"accepted": [], "events": []}
+    assert json.loads(child.stdout) == {"accepted": [], "events": [], "ended in time": True}
 
 
 def test_a_response_of_two_hundred_thousand_characters_is_read_in_one_pass():
