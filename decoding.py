@@ -251,7 +251,8 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at) -> torch.Te
     page, slot = (part - shared).clamp(min=0), at % pages.size  # [B] where its keys and values go
     place = start[:, None] + torch.arange(pages.size, device=x.device)  # [M, L]
     bias = prompt_bias[:, None, None], ((place > at[owner[shared:], None]) * NEVER)[:, None, None]
-    heads = torch.arange(policy.text_model.config.num_attention_heads, device=x.device)
+    groups = policy.text_model.layers[0].self_attn.num_key_value_groups
+    heads = torch.arange(pages.k[0].shape[1] * groups, device=x.device)  # those of this rank's slice
     parts = (table[:, None] * len(heads) + heads[:, None]).flatten(0, 1)  # [B h, C] of each query head
 
     def attend(attention, q, k, v, scaling, **_):
