@@ -28,7 +28,7 @@ _LONE = re.compile(
     re.IGNORECASE,
 )
 _LABELLED = re.compile(
-    rf"{_LEAD}(?:[(\[]\s*(?P<framed>[A-Z])\s*[)\]][.:,]*|(?P<bare>[A-Z])"
+    rf"{_LEAD}(?:[(\[]\s*(?P<framed>[A-Z])\s*[)\]][.:,;]*|(?P<bare>[A-Z])"
     r"(?:\s?[.:)]+|\s(?=[(\[])|(?P<weak>[,;]|\s-|(?=[\s\d(-]))))\s*"
     r"(?![\s,;&]|and\b|or\b|[(\[][A-Z][)\]].)(?P<text>.+)",
     re.IGNORECASE,

@@ -37,13 +37,14 @@ _COMMANDS = {
     for names, replacement in (
         ("left right big Big bigl bigr Bigl Bigr bigg Bigg biggl biggr Biggl Biggr middle", ""),
         ("displaystyle textstyle scriptstyle limits nolimits nonumber rm bf it therefore !", ""),
+        ("tiny scriptsize footnotesize small normalsize large Large LARGE huge Huge", ""),
         (_STYLES, ""),
         ("quad qquad enspace thinspace space hfill , ; : > ( ) [ ]", " "),
         ("dfrac tfrac cfrac nicefrac sfrac", r"\frac"), ("dbinom tbinom", r"\binom"),
         ("leq le leqslant leqq", "≤"), ("geq ge geqslant geqq", "≥"), ("neq ne", "≠"),
         ("lt", "<"), ("gt", ">"), ("approx simeq approxeq", "≈"), ("times cdot ast", "*"),
         ("div", "/"), ("lbrace", r"\{"), ("rbrace", r"\}"), ("lbrack", "["), ("rbrack", "]"),
-        ("lvert rvert vert", "|"), ("colon", ":"), ("degree textdegree", "°"), ("%", "%"),
+        ("lvert rvert vert Vert |", "|"), ("colon", ":"), ("degree textdegree", "°"), ("%", "%"),
         ("$ textdollar", "$"), ("euro", "€"), ("pounds", "£"), ("#", ""), ("&", "&"), ("_", "_"),
         ("varnothing", r"\emptyset "), ("to rightarrow longrightarrow", "→"), ("prime", "'"),
         ("lor vee", " or "), ("land wedge", " and "), ("angle measuredangle", " angle "),
@@ -101,6 +102,7 @@ _LATEX = _rules(
     ("^", r"\^\s*(?:\{\s*(?:\\circ|°)\s*\}|\\circ(?![A-Za-z])|°|\{?\\degree\}?)", "°"),
     (".", r"([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar|dot)\s*\{([0-9]{1,20})\}", _recurring),
 )
+_FRACTION = r"\\frac ?\{[^{}]*\} ?\{[^{}]*\}"
 # 5 \frac{m}{s^2}, a unit that is written as a fraction
 _UNIT_FRACTION = r"(?<=[0-9} ])\\frac ?\{ ?([a-z]+) ?\} ?\{ ?([a-z]+(?:\^\{?[23]\}?)?) ?\}$"
 _PLAIN = _rules(
@@ -119,12 +121,11 @@ _PLAIN = _rules(
     ("\\mu", r"(?<=[0-9 ])\\mu ?(?=[mgsLAFCV]\b)", "u"),
     ("\\Omega", r"(?<=[0-9 ])k ?\\Omega", "kohm"),
     # 69{degrees}, \sqrt{3}{cm}, and not \frac{3}{ab}
-    ("{", r"^((?:[^\\]|\\sqrt|\\pi)*[0-9}]) ?\{ ?([A-Za-z/]{2,}) ?\}$", r"\1 \2"),
+    ("{", rf"^((?:[^\\]|\\sqrt|\\pi|{_FRACTION})+)(?<=[0-9}}i]) ?\{{ ?([A-Za-z/.]{{2,}}) ?\}}$", r"\1 \2"),
     ("square", r"\bsquare(?=[a-z]{2})", "square "),
     ("cubic", r"\bcubic(?=[a-z]{2})", "cubic "),
     ("per", r"\bper ?cent(?:age)?(?: points?)?\b", "percent"),
-    # \sqrt{3} (≈ 1.73)
-    (")", r"[, ]*\((?:≈|approximately|approx\.?|about) ?([^()]*)\)$", r" ≈ \1"),
+    (")", r"[, ]*\((?:≈|approximately|approx\.?|about) ?([^()]*)\)$", r" ≈ \1"),  # 5 (≈ 5.1)
     ("\\{", r"\\\{ *\\\}", r"\\emptyset"),
     ("R", r"\\mathbb ?\{?R\}?$", r"(-\\infty,\\infty)"),
     ("real", r"^(?:[Aa]ll )?(?:real numbers|reals)$", r"(-\\infty,\\infty)"),

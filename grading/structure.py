@@ -50,9 +50,10 @@ _THING = rf"(?:{_NAME}|\| ?{_NAME} ?\|)"
 # What may stand before "=" without being part of the answer: x, f(x), Area of ABC, angle 1,
 # |AB|, dy/dx, a:b, \frac{AB}{BC}, (x_1, y). Not 2x, x + y or x^2: those are equations.
 _LABEL = re.compile(
-    rf"{_THING}(?:(?: | ?(?=\\)){_NAME}){{0,7}}(?: [0-9])? ?(?:\([^()]{{1,20}}\))?"
-    rf"|{_THING}(?: ?[:/] ?{_THING}){{1,2}}|\({_NAME}(?: ?, ?{_NAME}){{1,3}}\)"
-    rf"|\\frac ?\{{ ?{_THING} ?\}} ?\{{ ?{_THING} ?\}}"
+    rf"{_THING}(?:(?: | ?(?=\\))[0-9]?{_NAME}){{0,7}}(?: [0-9])? ?"
+    r"(?:[(\[](?:[^()\[\]]|\([^()]*\)){1,20}[)\]])?"
+    rf"|{_THING}(?: ?[:/*] ?{_THING}){{1,2}}|\({_NAME}(?: ?, ?{_NAME}){{1,3}}\)"
+    rf"|\\frac ?\{{ ?{_THING}(?: {_NAME})? ?\}} ?\{{ ?{_THING}(?: {_NAME})? ?\}}"
 )
 
 

@@ -8,7 +8,6 @@ word counts as a unit too (12 students).
 
 import re
 from fractions import Fraction
-from string import ascii_letters
 
 from grading.expression import END, FUNCTIONS, Token, Tree, Unreadable, node, parse, scan
 from grading.value import symbols
@@ -54,7 +53,6 @@ SCALES = {
 }  # fmt: skip
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 _UNIT_SIGNS = {"(", "/", "°", "%", "$", "€", "£", "¥", "₹", "¢", "\\Omega"}
-_LETTERS = {*ascii_letters}
 _SILENT = {"{", "}", "(", ")", "old", "long", "tall", "wide", "high", "deep"}
 # Letters that people attach to a number as a unit; 2h and 3t look more like algebra.
 GLUED = {"m", "g", "s", "L", "l"}
@@ -81,7 +79,7 @@ def quantity(text: str) -> tuple[Tree, Unit]:
         after = tokens[k + 1] if k + 1 < len(tokens) else END
         kind, text, _ = tokens[k]
         sign = text in _UNIT_SIGNS and (after.kind in ("word", "end") or after.text in "/*°")
-        if sign or (kind == "word" and (text not in _LETTERS or text in UNITS)):
+        if sign or (kind == "word" and (len(text) > 1 or text in UNITS or not text.isascii())):
             found = _split_at(tokens, k, currency)
             if found:
                 return found
