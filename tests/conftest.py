@@ -62,9 +62,15 @@ def base():
 
 @pytest.fixture(scope="session")
 def by_luck():
-    """For fixtures and whole modules: half of the guesses are right."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        yield lambda: let_be_right(monkeypatch, lucky)
+    """`with by_luck():` half of the guesses are right; for runs that a module shares."""
+
+    @contextlib.contextmanager
+    def lucky_rewards():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            let_be_right(monkeypatch, lucky)
+            yield
+
+    return lucky_rewards
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ from tiny import (
     flags,
     heldout_of,
     let_be_right,
-    lucky,
-    make_base,
     odd_sum,
     read_jsonl,
     run_training,
@@ -40,22 +38,14 @@ from record import forget_after, write_atomically
 BOTH = {"steps": 8, "batch_size": 8, "rethink_fraction": 0.5, "save_every": 3, "keep_last": 9}
 
 
-@pytest.fixture(scope="session")
-def base():
-    return make_base()
-
-
-@pytest.fixture(autouse=True)
-def reward_by_luck(monkeypatch):
-    let_be_right(monkeypatch, lucky)
+pytestmark = pytest.mark.usefixtures("reward_by_luck")
 
 
 @pytest.fixture(scope="module")
-def whole(base, tmp_path_factory):
+def whole(base, tmp_path_factory, by_luck):
     """A run that nothing interrupted, with a checkpoint at steps 3, 6 and 8."""
     out = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        let_be_right(monkeypatch, lucky)
+    with by_luck():
         return run_training(base, out, **BOTH)
 
 
@@ -181,44 +171,6 @@ def test_a_checkpoint_of_wrong_types_is_named_with_what_to_do(base, whole, tmp_p
     assert "checkpoint-6" in refused(capsys, base, out)
 
 
-KILLED_WHILE_IT_SAVES = """
-import os, signal, sys
-sys.path[:0] = sys.argv[1].split(os.pathsep)
-import torch
-import checkpoint, tiny, train
-
-torch.set_num_threads(int(sys.argv[2]))
-train.is_right = lambda sample, text=None: tiny.lucky(sample)
-save_settings, saves = checkpoint.save_settings, []
-
-def save_and_die(policy, directory, dtype):
-    save_settings(policy, directory, dtype)
-    saves.append(directory)
-    if len(saves) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-checkpoint.save_settings = save_and_die
-train.main(sys.argv[3:])
-"""
-
-
-def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(base, whole, tmp_path):
-    """Killed at step 6 with the weights written and the rest not: resuming starts from step 3."""
-    path = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])
-    command = [sys.executable, "-c", KILLED_WHILE_IT_SAVES, path, str(torch.get_num_threads())]
-    process = subprocess.run([*command, *flags(base, tmp_path, **BOTH)], timeout=100, check=False,
-                             capture_output=True)  # fmt: skip
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
-    assert (tmp_path / "unfinished-6" / "model.safetensors").exists()
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-3"]
-    assert len(steps_of(tmp_path)) == 6
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "episode": 2, "rewa')  # killed while it wrote a line
-    run_training(base, tmp_path, **BOTH, resume="true")
-    assert_same_run(tmp_path, whole)
-    assert not list(tmp_path.glob("unfinished-*"))
-
-
 def test_resuming_from_an_earlier_checkpoint_forgets_the_later_lines(base, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "copy")
     for step in (6, 8):
@@ -275,82 +227,6 @@ def test_resuming_is_exact_where_the_vision_tower_has_seen_nothing_yet(base, tmp
         assert_same_run(out, tmp_path / "whole")
 
 
-def write_rows(data: Path, rows) -> None:
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def interrupted_over_sums(base, tmp_path, monkeypatch) -> tuple[Path, list[dict], dict]:
-    """(data file, its rows, settings) of a run in tmp_path/run that was stopped within an episode."""
-    rows = [{"qid": f"q{i}", "question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(8)]
-    data = tmp_path / "data.jsonl"
-    write_rows(data, rows)
-    settings = {"data": data, "heldout": 0, "ssr": "off", "episode_queries": 8, "steps": 4}
-    with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        run_training(base, tmp_path / "run", **settings)
-    return data, rows, settings
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda rows: rows[1:],
-        lambda rows: rows[::-1],
-        lambda rows: [rows[0] | {"question": "0 - 0?"}, *rows[1:]],
-        lambda rows: [rows[0] | {"answer": "1"}, *rows[1:]],
-    ],
-    ids=["left", "moved", "asked", "answered"],
-)
-def test_a_data_file_that_changed_is_refused_and_config_json_stays(
-    base, tmp_path, monkeypatch, capsys, change
-):
-    data, rows, settings = interrupted_over_sums(base, tmp_path, monkeypatch)
-    config = (tmp_path / "run/config.json").read_text()
-    write_rows(data, change(rows))
-    command = flags(base, tmp_path / "run", **settings, resume="true", lr=5e-4)
-    capsys.readouterr()
-    assert train.main(command) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert f"the questions of {data}" in line and "resume with the same ones" in line
-    assert (tmp_path / "run/config.json").read_text() == config
-    write_rows(data, rows)
-    assert train.main(flags(base, tmp_path / "run", **settings, resume="true")) == 0
-
-
-def test_a_prompt_that_changed_within_an_episode_is_refused(base, tmp_path, monkeypatch, capsys):
-    _, _, settings = interrupted_over_sums(base, tmp_path, monkeypatch)
-    command = flags(base, tmp_path / "run", **settings, resume="true", template="plain")
-    assert train.main(command) == 2
-    assert "changed within an episode" in capsys.readouterr().err
-
-
-def test_a_measurement_that_was_due_at_an_interruption_is_made_up(base, tmp_path, monkeypatch):
-    settings = {"steps": 3, "eval_every": 2}
-    run_training(base, tmp_path / "whole", **settings)
-    with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        run_training(base, tmp_path / "run", **settings)
-    assert [row["step"] for row in heldout_of(tmp_path / "run")] == [0]
-    run_training(base, tmp_path / "run", **settings, resume="true")
-    run_training(base, tmp_path / "run", **settings, resume="true")  # nothing is left to do
-    assert [row["step"] for row in heldout_of(tmp_path / "run")] == [0, 2, 3]
-    assert heldout_of(tmp_path / "run") == heldout_of(tmp_path / "whole")
-
-
-def test_resuming_with_other_data_is_refused(base, whole, tmp_path, capsys):
-    out = shutil.copytree(whole, tmp_path / "copy")
-    command = flags(base, out, **BOTH | {"toy_level": "hard", "steps": 9, "resume": "true"})
-    assert train.main(command) == 2
-    assert "was made with --toy_level easy" in capsys.readouterr().err
-    assert len(steps_of(out)) == 8
-
-
-def test_resuming_to_fewer_steps_than_are_done_is_refused(base, whole, tmp_path, capsys):
-    out = shutil.copytree(whole, tmp_path / "copy")
-    assert train.main(flags(base, out, **BOTH | {"steps": 5, "resume": "true"})) == 2
-    assert "--steps 5" in capsys.readouterr().err and len(steps_of(out)) == 8
-
-
 # ---------------------------------------------------------------------------- what a checkpoint is
 
 
@@ -359,12 +235,6 @@ def test_the_last_checkpoints_are_kept(base, tmp_path):
     # By number: 11 comes after 9.
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-11"]
     assert not list(tmp_path.glob("unfinished-*"))
-
-
-def test_what_is_not_a_whole_checkpoint_is_not_listed(tmp_path):
-    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-tmp", "unfinished-12"):
-        (tmp_path / name).mkdir()
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
 
 
 def test_a_checkpoint_loads_by_transformers_with_no_key_missing_or_left(whole):

@@ -1,20 +1,288 @@
 """What is wrong with a file or a flag is said in one line, without a traceback, without a wait."""
 
+import errno
 import json
 import os
+import re
+import shlex
 import shutil
+import sys
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mutate import FAILURES, absurd_flags, damaged_files
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_data import row, write_jsonl, write_parquet
 from tiny import flags, make_base
+from transformers import AutoConfig
 
 import eval as evaluation
+import record
+import report
 import train
-from data import UserError, check_shape, parse_json
+from data import UserError, check_shape, load_questions, parse_json
 from model import load_policy
+
+
+def refusal(capsys, program, argv: list[str]) -> str:
+    """The one line with which a program ends: exit 2, and nothing was begun."""
+    assert program.main([str(word) for word in argv]) == 2
+    out, err = capsys.readouterr()
+    *others, line = err.splitlines()
+    starts = ("error: ", "eval.py: ")
+    assert line.startswith(starts) and line.isprintable() and not any(x.startswith(starts) for x in others)
+    assert "Traceback" not in out + err and "sampling" not in err
+    return line
+
+
+# ---------------------------------------------------------------------------- flags
+
+# A command line -> what its refusal must name; "eval" in front is eval.py, else train.py.
+FLAGS = {
+    "--learning_rate 1": "--learning_rate",
+    "--episode 4": "--episode",  # no abbreviation
+    "--ssr maybe": "--ssr.*'maybe'.*replay.*filter.*off",
+    "--preset 3b": "--preset.*'3b'.*72b",
+    "--template cot": "--template.*'cot'.*rethink",
+    "--steps many": "--steps.*'many'",
+    "--steps 1.5": "--steps.*'1.5'",
+    "--resume maybe": "--resume.*true or false.*'maybe'",
+    "--lr": "--lr",
+    "toy": "toy",
+    "--lr inf": "--lr inf.*at most",
+    "--lr nan": "--lr nan",
+    "--steps -1": "--steps -1.*at least 0",
+    "--group_size 1": "--group_size 1.*at least 2",
+    "--rethink_fraction 1.5": "--rethink_fraction 1.5.*at most 1",
+    "--temperature 0": "--temperature 0.*at least 0.01",
+    "--save_every 0": "--save_every 0.*at least 1",
+    "--heldout 2147483648": "--heldout",
+    "--group_size 2147483648": "--group_size",
+    "--seed 9223372036854775808": "--seed",
+    "--max_pixels -1": "--max_pixels",
+    f"--max_new_tokens {'9' * 5000}": "--max_new_tokens",
+    "--episode_queries 3 --group_size 8 --batch_size 16": "--batch_size 16.*24 responses.*_queries 3.*_size 8",
+    "--batch_size 512": "--batch_size 512.*256 responses",
+    "--data file.jsonl": "file.jsonl.*--model",
+    "eval --benchmark mmlu": "no such benchmark; there are toy, own, mathvista",
+    "eval --benchmark mmmu --data no/such/place --model x": "no such file",
+    "eval --samples 0": "--samples 0: must be at least 1",
+    "eval --samples many": "invalid int value",
+    "eval --temperature inf": "--temperature",
+    f"eval --max_new_tokens {'9' * 5000}": "--max_new_tokens",
+    "eval --benchmark mmmu,emma --responses x": "give one --benchmark",
+    "eval --benchmark mmmu": "give a --model",
+    "eval --benchmark own": "--benchmark own: give --data FILE",
+    "eval --benchmark own,mmmu --data x": "--benchmark own: give --data FILE",
+    "eval --benchmark toy --data x": "leave out --data",
+    "eval --modle x": "unrecognized arguments",
+}
+
+
+@pytest.mark.parametrize("command", FLAGS, ids=lambda command: command[:60])
+def test_a_wrong_flag_is_refused_at_once_and_named(command, capsys):
+    program, argv = train, shlex.split(command)
+    if argv[0] == "eval":
+        program, argv = evaluation, argv[1:]
+    assert re.search(FLAGS[command], refusal(capsys, program, argv))
+
+
+# ---------------------------------------------------------------------------- rows and files of questions
+
+BAD_ROWS = {
+    "no answer": (row(answer=None), "no answer; .*'answer'"),
+    "blank answer": (row(answer="  "), "no answer"),
+    "empty box": (row(answer="\\boxed{}"), "no answer"),
+    "several answers": (row(answer=["1"]), "a list; give one text or number"),
+    "no question": (row(question=None), "no question; .*'question'"),
+    "a column of another name": ({"prompt": "?", "answer": "1"}, "no question.*has prompt, answer"),
+    "blank question": (row(question=" \n"), "no question"),
+    "a qid twice": (row(qid="a-1"), "duplicate qid 'a-1', first at .*data.jsonl:1"),
+    "more markers than images": (row(qid="b", question="<image> <image>"), "2 <image>.* fix"),
+    "markers and no image": (row(qid="b", image=None), "1 <image> markers but 0 images"),
+    "a marker in a choice": (
+        row(qid="b", image=None, choices=["<image>", "y"], answer="B"), "2 <image> markers but 0 images"),
+    "an answer that is not a number": ('{"question": "?", "answer": NaN}', "no answer"),
+    "half of a surrogate pair": (row(question="\ud83d?"), "surrogate.* fix it"),
+    "an image that is a number": (row(qid="b", image=[3]), "a picture must be a path.*int"),
+    "pictures in two columns": (row(qid="b", images=["b.png"]), "both 'image' and 'images'; keep one"),
+    "pictures in an unknown column": (row(image=[], photo="b.JPG"), "'photo'.* call .*'image'"),
+    "choices that are no list": (row(choices="red, green"), "'choices' must be a list"),
+    "one choice": (row(choices=["red"]), "'choices' must be a list of 2"),
+    "an answer that is no choice": (row(answer="Blue", choices=["red", "green"]), "'Blue' is none"),
+    "a choice counted from 0": (row(answer=1, choices=["red", "green"]), "'1' is none.*letter"),
+    "other choices in the text": (
+        row(question="?\nA. x\nB. y", choices=["y", "x"]), "other options.*keep one"),
+    "invalid JSON": ('{"question": ', "invalid JSON"),
+    "not an object": ("[1, 2]", "object"),
+    "no pass rate": (row(qid="b", PassRate_7BBase=None), "PassRate_7BBase.*--pass_rate_column"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_row_that_cannot_be_used_is_named_with_file_and_line(name, tmp_path):
+    bad, message = BAD_ROWS[name]
+    path = write_jsonl(tmp_path / "data.jsonl", [row(), row(qid="a-2"), bad, row(qid="a-9")])
+    with pytest.raises(UserError, match=message) as error:
+        load_questions(path, ("PassRate_7BBase", 0, 1))
+    assert str(error.value).startswith(f"{path}:3")
+    assert "\n" not in str(error.value)
+
+
+GOOD = json.dumps(row()).encode()
+# (name of a file, what is in it, the refusal)
+FILES = [
+    ("data.jsonl", b"", "data.jsonl: the file is empty"),
+    ("data.jsonl", b"\n\n", "data.jsonl: the file is empty"),
+    ("data.jsonl", GOOD + b'\n{"question": "caf\xe9"}\n', "data.jsonl:2: not UTF-8"),
+    ("data.jsonl", b"\n" + GOOD + b'\n  \n{"question": "?"}', "data.jsonl:4: no answer"),  # blank lines count
+    ("data.tsv", b"question\tanswer\n", "data.tsv: .*.parquet, .jsonl, .csv"),
+    ("data.parquet", b"PAR1 is how it starts, but", "data.parquet: not a readable parquet file"),
+    ("data.csv", b"question,answer\na?,1\nWhich, then?,1\n", "data.csv:3: more cells.*quotes"),
+    ("data.csv", b"question,answer\na?,1\nb?,\n", "data.csv:3: no answer"),
+    ("data.csv", b'question,answer\na?,1\n"b?,2\n', "data.csv:3: invalid CSV"),
+    ("data.csv", b"question;answer\na?;1\n", "data.csv:2: no question.*has question;answer"),
+    ("data.csv", b"question,answer\ncaf\xe9?,1\n", "data.csv: not UTF-8"),
+    ("data.csv", b"question,answer\n", "data.csv: the file is empty"),
+    ("", b"", "here is no such file"),  # a folder
+    ("none.jsonl", None, "none.jsonl: no such file"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), FILES)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(name, content, message, tmp_path):
+    if name and content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_questions(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_of_a_parquet_is_named_by_its_number_and_without_pyarrow_what_to_install(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "data.parquet", [row(), row(qid="a-2", answer="")])
+    with pytest.raises(UserError, match=f"^{path}: row 2: no answer"):
+        load_questions(path)
+    for module in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        load_questions(path)
+
+
+# ---------------------------------------------------------------------------- what a run is given
+
+
+def questions(folder: Path, **changes) -> str:
+    return str(write_jsonl(folder / "bad.jsonl", [row(qid="6", image=[], question="?"), row() | changes]))
+
+
+def asking_for(picture: str):
+    return lambda d: ["--data", questions(d, question="?", image=[picture]), "--heldout", 0]
+
+
+def one_picture_cut(d: Path) -> list:
+    Image.effect_noise((200, 200), 50).save(d / "cut.png")
+    (d / "cut.png").write_bytes((d / "cut.png").read_bytes()[:4000])
+    return asking_for("cut.png")(d)
+
+
+def corrupt(d: Path) -> list:
+    (d / "corrupt.png").write_text("this is no picture")
+    return asking_for("corrupt.png")(d)
+
+
+def a_pipe(d: Path) -> list:
+    os.mkfifo(d / "pipe.png")
+    return asking_for("pipe.png")(d)
+
+
+def a_run(d: Path) -> list:
+    (d / "metrics.jsonl").write_text('{"step": 1}\n')
+    return ["--out", d]
+
+
+def a_file(d: Path) -> Path:
+    (d / "file").write_text("")
+    return d / "file"
+
+
+# what the flags are made of -> the refusal
+RUNS = {
+    "no answer": (lambda d: ["--data", questions(d, answer=" ")], "bad.jsonl:2.*answer"),
+    "missing picture": (asking_for("gone.png"), "bad.jsonl:2.*gone.png.*does not exist"),
+    "picture with an escape": (asking_for("gone\x07.png"), r"gone\\x07.png"),
+    "corrupt picture": (corrupt, "bad.jsonl:2.*corrupt.png.*replace"),
+    "cut picture": (one_picture_cut, "bad.jsonl:2.*cut.png.*replace"),
+    "a pipe": (a_pipe, "pipe.png"),
+    "no data": (lambda d: ["--data", d / "gone.jsonl"], "gone.jsonl: no such file"),
+    "all held out": (lambda d: ["--data", questions(d, image=[], question="?"), "--heldout", 2],
+                     "--heldout 2.* 2 questions"),
+    "no model": (lambda d: ["--model", d / "nothing"], "nothing"),
+    "no reward": (lambda d: ["--reward", d / "gone.py:f"], "gone.py:f"),
+    "out is a file": (lambda d: ["--out", a_file(d)], "/file"),
+    "out in a file": (lambda d: ["--out", a_file(d) / "run"], "/file/run"),
+    "out holds a run": (a_run, "--resume"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_a_run_is_given_is_checked_before_it_trains(name, tmp_path, capsys):
+    make, message = RUNS[name]
+    argv = [*flags(make_base(), tmp_path / "out"), *make(tmp_path)]
+    before = sorted(path.stat() for path in tmp_path.iterdir() if path.name == "metrics.jsonl")
+    assert re.search(message, refusal(capsys, train, argv))
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+    assert before == sorted(path.stat() for path in tmp_path.iterdir() if path.name == "metrics.jsonl")
+
+
+def test_a_disk_that_is_full_or_not_to_be_written_is_found_before_training(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 << 20))
+        line = refusal(capsys, train, flags(make_base(), tmp_path / "full"))
+        assert "3 MiB free" in line and "--keep_last" in line
+
+    def refuse(path, text):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(record, "write_atomically", refuse)
+    line = refusal(capsys, train, flags(make_base(), tmp_path / "out"))
+    assert str(tmp_path / "out") in line and "Read-only" in line
+
+
+# ---------------------------------------------------------------------------- a run that is reported
+
+# (a file of the run, what is in it instead: None for nothing, a folder for {}, the refusal)
+DAMAGED = [
+    ("", None, "no such run"),
+    ("metrics.jsonl", None, "no metrics.jsonl"),
+    ("metrics.jsonl", b'{"step": 1}\n{"step": \n{"step": 3}\n', "jsonl:2: invalid"),
+    ("metrics.jsonl", b'{"step": "one"}\n', "jsonl:1: .step. must be int"),
+    ("metrics.jsonl", b"\xff\xfe\x00\n", "not UTF-8"),
+    ("samples.jsonl", b'{"step": 1}\n', "no .question"),
+    ("heldout.jsonl", b'{"step": 0, "id": "1"}\n', "heldout.jsonl:1: the object has no 'text'"),
+    ("config.json", b"{", "config.json: invalid"),
+    ("report.html", {}, "cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGED)
+def test_a_run_that_cannot_be_reported_is_one_line(name, content, message, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    if content is None:
+        (folder / "metrics.jsonl").unlink()
+    elif content == {}:
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_bytes(content)
+    if not name:
+        folder.rmdir()
+    assert re.search(message, refusal(capsys, report, [folder]))
+
 
 # ---------------------------------------------------------------------------- a checkpoint
 
@@ -51,7 +319,12 @@ CHECKPOINTS = {
     "a weight is missing": (lost_weight, "q_proj.weight"),
     "a weight is nan": (nan_weight, "norm.weight"),
     "a pickle": (pickled, "safetensors"),
-    "another architecture": (change("config.json", '{"model_type": "bert"}'), "'bert'"),
+    "weights cut short": (
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:100]), ""),
+    "another architecture": (change("config.json", '{"model_type": "bert"}'), "'bert' model.*qwen2_5_vl"),
+    "linear attention": (AutoConfig.for_model("qwen3_5").save_pretrained, "qwen3_5.*linear attention.*qwen3_vl"),
+    "an empty folder": (lambda d: [path.unlink() for path in d.iterdir()], ""),
+    "chat template lost": (lambda d: (d / "chat_template.jinja").unlink(), "chat template"),
     "config null": (change("config.json", "null"), ""),
     "config []": (change("config.json", "[]"), ""),
     "tokenizer null": (change("tokenizer.json", "null"), ""),
@@ -72,7 +345,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line(name, tmp_path):
     with pytest.raises(UserError) as raised:
         load_policy(str(model))
     line = str(raised.value)
-    assert line.startswith(f"--model {model}: ") and word in line and line.isprintable()
+    assert line.startswith(f"--model {model}: ") and re.search(word, line) and line.isprintable()
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
@@ -118,37 +391,6 @@ def test_shapes_reach_into_lists_and_pairs():
     for wrong in ({"pieces": [["x"]]}, {"pieces": [[1, True]]}, {"pieces": [], "more": {"n": None}}, {}):
         with pytest.raises(UserError, match="^f: "):
             check_shape(wrong, shape, "f")
-
-
-# ---------------------------------------------------------------------------- the terminal
-
-
-def test_what_data_say_reaches_the_terminal_escaped(tmp_path, capsys):
-    data = tmp_path / "data.jsonl"
-    row = {"qid": "a\x1b[2J\nerror: b", "question": "?", "answer": "1", "image": "gone\x07.png"}
-    data.write_text(json.dumps(row) + "\n")
-    assert train.main(flags(make_base(), tmp_path / "out", data=data, heldout=0)) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if "gone" in line]
-    assert len(said) == 1 and said[0].isprintable() and "\\x07" in said[0]
-
-
-def test_a_picture_that_is_a_pipe_is_not_waited_for(tmp_path, capsys):
-    os.mkfifo(tmp_path / "a.png")
-    data = tmp_path / "data.jsonl"
-    data.write_text(json.dumps({"question": "?", "answer": "1", "image": "a.png"}) + "\n")
-    assert train.main(flags(make_base(), tmp_path / "out", data=data, heldout=0)) == 2
-    assert "a.png" in capsys.readouterr().err.splitlines()[-1]
-
-
-FLAGS = (["--heldout", "2147483648"], ["--group_size", "2147483648"], ["--max_new_tokens", "9" * 5000],
-         ["--seed", "9223372036854775808"], ["--temperature", "inf"], ["--max_pixels", "-1"])  # fmt: skip
-
-
-@pytest.mark.parametrize("argv", FLAGS, ids=lambda argv: f"{argv[0]} {argv[1][:20]}")
-@pytest.mark.parametrize("program", [train, evaluation])
-def test_a_flag_out_of_bounds_is_refused_at_once(program, argv, capsys):
-    assert program.main(argv) == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------- a minute of tests/mutate.py

@@ -1,16 +1,13 @@
 """The advantages and the loss, by hand; and what of a response is trained."""
 
 import math
-import random
 
 import pytest
 import torch
-from conftest import random_response
 
 from grpo import group_advantages, is_clipped, policy_loss, token_weights
 from model import response_logprobs
 from rollout import Continuation, generate
-from tree import plan_micro_batches
 
 T, F = True, False
 
@@ -50,15 +47,6 @@ def test_a_group_s_advantages_sum_to_zero_and_std_gives_them_size_one():
     torch.testing.assert_close(got[mixed].square().mean(-1), torch.ones(int(mixed.sum())))
 
 
-def test_groups_do_not_mix():
-    assert group_advantages(rows([1, 0], [0, 0], [1, 1])).tolist() == [[0.5, -0.5], [0, 0], [0, 0]]
-
-
-def test_an_unknown_scale_is_refused():
-    with pytest.raises(ValueError, match="scale"):
-        group_advantages(rows([1, 0]), "median")
-
-
 # ---------------------------------------------------------------------------- the loss
 
 
@@ -78,13 +66,6 @@ def test_the_clipped_loss_by_hand_on_both_sides():
     torch.testing.assert_close(new.grad, want)
     held = is_clipped(new, torch.zeros(2, 5), advantages, mask, 0.2, 0.35)
     assert torch.equal(held, new.grad == 0)
-
-
-def test_the_default_bounds_are_those_of_the_released_code():
-    new, old = rows([2.0], [0.5]).log(), rows([0.0], [0.0])
-    advantages, mask = torch.tensor([1.0, -1.0]), torch.ones(2, 1, dtype=torch.bool)
-    torch.testing.assert_close(policy_loss(new, old, advantages, mask), rows([-1.35], [0.8]))
-    assert is_clipped(new, old, advantages, mask).all()
 
 
 def test_masked_places_give_no_loss_no_gradient_and_no_nan_whatever_they_hold():
@@ -167,61 +148,3 @@ def test_eos_is_trained_and_pad_prompt_and_forced_tokens_are_not(policy, prompts
         places = set(range(last + 1)) - set(forced)
         assert trained[b].nonzero()[:, 0].tolist() == sorted(places)
     assert any(s.rethought for s in flat)
-
-
-def test_a_step_up_the_gradient_makes_a_praised_eos_likelier(own_policy, prompts):
-    eos = torch.tensor(own_policy.eos_ids[:1])
-    response = [torch.cat([random_response(6, 0, own_policy), eos])]
-    optimizer = torch.optim.SGD(own_policy.parameters(), lr=1e-3)
-    logprobs, _ = response_logprobs(own_policy, [(prompts[1], response)])
-    only_eos = torch.tensor([[F] * 6 + [T]])
-    loss = policy_loss(logprobs, logprobs.detach(), torch.tensor([1.0]), only_eos).sum()
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        after, _ = response_logprobs(own_policy, [(prompts[1], response)])
-    assert after[0, 6] > logprobs[0, 6] + 1e-4
-
-
-def batch_gradient(policy, prompts, branches, average, ranks, budget) -> tuple:
-    """The gradient of a batch, cut as `plan_micro_batches` says, and the number of parts."""
-    by_id = {p.question.id: p for p in prompts}
-    sizes = [(qid, len(by_id[qid].input_ids), len(y)) for qid, y, _, _ in branches]
-    tokens, responses = sum(len(y) for _, y, _, _ in branches), len(branches)
-    n_micro = 0
-    for share in plan_micro_batches(sizes, ranks, budget):
-        for micro_batch in share:
-            n_micro += 1
-            groups = [
-                (by_id[branches[tree[0]][0]], [branches[i][1] for i in tree])
-                for tree in micro_batch
-            ]  # fmt: skip
-            chosen = [branches[i] for tree in micro_batch for i in tree]
-            logprobs, _ = response_logprobs(policy, groups)
-            old, mask = torch.zeros_like(logprobs), torch.zeros_like(logprobs, dtype=torch.bool)
-            for b, (_, y, recorded, _) in enumerate(chosen):
-                old[b, : len(y)], mask[b, : len(y)] = recorded, True
-            advantages = torch.tensor([a for _, _, _, a in chosen])
-            loss = policy_loss(logprobs, old, advantages, mask)
-            (loss * token_weights(mask, average, tokens, responses)).sum().backward()
-    gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    policy.zero_grad()
-    return gradient, n_micro
-
-
-@pytest.mark.parametrize("average", ["token", "sequence"])
-def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(own_policy, prompts, average):
-    rng = random.Random(0)
-    branches = []
-    for i in range(14):
-        y = random_response(rng.randint(1, 20), i, own_policy)
-        old = -6 + 0.3 * torch.randn(len(y), generator=torch.Generator().manual_seed(i))
-        branches.append((rng.choice(prompts).question.id, y, old, rng.choice([-0.5, 0.25, 1.0])))
-    want, n_whole = batch_gradient(own_policy, prompts, branches, average, 1, 10**6)
-    assert n_whole == 1
-    counts = []
-    for ranks, budget in [(1, 1), (1, 90), (1, 200), (2, 150), (3, 10**6)]:
-        got, n_micro = batch_gradient(own_policy, prompts, branches, average, ranks, budget)
-        counts.append(n_micro)
-        assert ((got - want).norm() / want.norm()).item() < 1e-5
-    assert counts[0] == 14 and len(set(counts)) >= 3 and min(counts) > 1

@@ -25,16 +25,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGe
 import model
 import toy
 from data import Question, UserError
-from model import (
-    Policy,
-    decode,
-    encode,
-    load_policy,
-    prompt_length,
-    response_logprobs,
-    save_policy,
-    with_pixels,
-)
+from model import Policy, encode, load_policy, prompt_length, response_logprobs, save_policy, with_pixels
 from tree import build_trees
 
 
@@ -50,21 +41,6 @@ def gradients(policy) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------------------- the tree
-
-GROUPS = {
-    "text only": ["text"],
-    "one picture": ["one"],
-    "several pictures in one prompt": ["two"],
-    "rows with no picture, one and two": ["two", "text", "one", "wide"],
-}
-
-
-@pytest.fixture(params=GROUPS.values(), ids=GROUPS.keys())
-def groups(request, policy, prompts):
-    """[(Prompt, responses of 1 to 23 tokens), ...]"""
-    by_id = {p.question.id: p for p in prompts}
-    lengths = [9, 1, 23, 14]
-    return [(by_id[name], responses_of(policy, lengths, i)) for i, name in enumerate(request.param)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -83,22 +59,6 @@ def test_tree_logprobs_and_entropies_equal_those_of_separate_rows(policy, groups
                 assert not logprobs[b, R:].any() and not entropies[b, R:].any()
                 b += 1
         assert b == len(logprobs)
-
-
-def test_tree_gradients_equal_those_of_separate_rows(own_policy, groups):
-    weigh = torch.Generator().manual_seed(0)
-    weights = [torch.randn(len(y), generator=weigh) for _, ys in groups for y in ys]
-    logprobs, _ = response_logprobs(own_policy, groups)
-    sum((logprobs[b, : len(w)] * w).sum() for b, w in enumerate(weights)).backward()
-    tree = gradients(own_policy)
-    pairs = [(prompt, y) for prompt, ys in groups for y in ys]
-    for (prompt, y), w in zip(pairs, weights):
-        (hf_logprobs(own_policy, prompt, y) * w).sum().backward()
-    rows = gradients(own_policy)
-    pictured = any(len(prompt.image_grid_thw) for prompt, _ in groups)
-    assert tree.keys() == rows.keys() and pictured == any("visual" in name for name in tree)
-    for name in tree:
-        assert relative_difference(tree[name], rows[name]) < 1e-4, name
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -193,23 +153,6 @@ def test_in_bf16_logits_stay_in_fp32_and_so_does_the_sum_of_the_head_s_gradient(
     assert max(errors) < 0.003, errors
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 4096])
-def test_the_size_of_a_chunk_changes_nothing(own_policy, policy, prompts, monkeypatch, chunk):
-    groups = [(prompts[1], responses_of(policy, [9, 4])), (prompts[0], responses_of(policy, [12]))]
-
-    def run():
-        logprobs, entropies = response_logprobs(own_policy, groups)
-        logprobs.square().sum().backward()
-        return logprobs.detach(), entropies, gradients(own_policy)
-
-    want = run()
-    monkeypatch.setattr(model, "CHUNK", chunk)
-    got = run()
-    torch.testing.assert_close(got[0], want[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(got[1], want[1], atol=1e-5, rtol=0)
-    assert all(relative_difference(got[2][name], want[2][name]) < 1e-5 for name in want[2])
-
-
 def test_banned_ids_have_no_probability_and_leave_none_behind(policy, prompts):
     tokenizer = policy.tokenizer
     names = ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad")
@@ -290,23 +233,6 @@ def test_pixels_left_behind_are_made_again(policy, prompts):
         assert torch.equal(again.input_ids, prompt.input_ids)
 
 
-def test_an_unreadable_picture_is_named_with_its_question(policy, tmp_path, monkeypatch):
-    broken, bomb = tmp_path / "broken.png", tmp_path / "bomb.png"
-    broken.write_bytes(b"not a picture")
-    noise_image(50, 50).save(bomb)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    for source in (broken, bomb, tmp_path / "missing.png"):
-        with pytest.raises(UserError, match="qid q7"):
-            encode(policy, Question("q7", "<image>", [source], ""), "bare")
-
-
-def test_decode_leaves_out_what_ends_a_turn_and_keeps_the_rest():
-    policy = toy.new_policy(0, hidden=32, layers=1, heads=2)
-    ids = policy.tokenizer("So \\boxed{red}.").input_ids
-    for eos in policy.eos_ids:
-        assert decode(policy, torch.tensor([*ids, eos])) == "So \\boxed{red}."
-
-
 # ---------------------------------------------------------------------------- checkpoints
 
 
@@ -329,17 +255,6 @@ def untied(policy) -> Policy:
 @pytest.fixture(params=["tied", "untied"])
 def any_policy(request, policy):
     return policy if request.param == "tied" else untied(policy)
-
-
-def test_the_head_is_the_embedding_only_where_they_are_tied(any_policy, policy, prompts):
-    is_tied = any_policy is policy
-    embedding = any_policy.text_model.embed_tokens.weight
-    assert torch.equal(any_policy.head_weight(), embedding) == is_tied
-    y = random_response(6, 0, any_policy)
-    with torch.no_grad():
-        got, _ = response_logprobs(any_policy, [(prompts[1], [y])])
-        want = hf_logprobs(any_policy, prompts[1], y)
-    torch.testing.assert_close(got[0], want, atol=1e-5, rtol=0)
 
 
 def test_a_saved_policy_loads_with_no_missing_or_unexpected_key(any_policy, prompts, tmp_path):
@@ -475,18 +390,6 @@ def test_the_layout_of_the_hub_loads_to_the_same_logits(any_policy, prompts, tmp
     assert loaded.eos_ids == [0, 2]
 
 
-def test_what_came_from_the_hub_is_saved_so_that_it_loads_again(any_policy, prompts, tmp_path):
-    (tmp_path / "hub").mkdir()
-    write_as_the_hub_serves(any_policy, tmp_path / "hub")
-    save_policy(load_policy(str(tmp_path / "hub")), tmp_path / "saved")
-    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
-    assert not any(info.values()), info
-    loaded = load_policy(str(tmp_path / "saved"))
-    assert torch.equal(logits_of(loaded, prompts[3]), logits_of(any_policy, prompts[3]))
-    question = prompts[3].question
-    assert torch.equal(encode(loaded, question, "bare").input_ids, prompts[3].input_ids)
-
-
 def test_pixel_limits_are_the_checkpoints_unless_given(policy, tmp_path):
     write_as_the_hub_serves(policy, tmp_path)
     question = Question("q", "<image>", [noise_image(280, 140)], "")  # 10 x 5 visual tokens
@@ -502,34 +405,3 @@ def test_pixel_limits_are_the_checkpoints_unless_given(policy, tmp_path):
     assert visual_tokens(max_pixels=18 * 28 * 28, max_image_tokens=32) == 18
     with pytest.raises(UserError, match="min_pixels"):
         load_policy(str(tmp_path), min_pixels=10**6, max_pixels=10**5)
-
-
-def test_a_policy_loads_in_the_type_asked_for(policy, tmp_path):
-    save_policy(policy, tmp_path)
-    assert load_policy(str(tmp_path), dtype=torch.bfloat16).model.dtype == torch.bfloat16
-
-
-def test_what_is_no_qwen_vl_is_refused_by_name(policy, tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        load_policy(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=str(tmp_path)):
-        load_policy(str(tmp_path))  # an empty directory
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match="llama.*qwen2_5_vl"):
-        load_policy(str(tmp_path))
-
-
-def test_a_checkpoint_that_is_not_whole_is_refused(policy, tmp_path):
-    write_as_the_hub_serves(policy, tmp_path)
-    shard = tmp_path / "model-00002-of-00002.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:100])
-    with pytest.raises(UserError, match=str(tmp_path)):
-        load_policy(str(tmp_path))
-    shard.unlink()
-    with pytest.raises(UserError, match=str(tmp_path)):
-        load_policy(str(tmp_path))
-    shard.write_bytes(whole)
-    (tmp_path / "chat_template.json").unlink()
-    with pytest.raises(UserError, match="chat template"):
-        load_policy(str(tmp_path))

@@ -1,6 +1,5 @@
 """What report.py promises: all is in the page; nothing is run or fetched, whoever wrote it."""
 
-import doctest
 import html
 import json
 import re
@@ -14,10 +13,9 @@ import pytest
 import torch
 
 import report
-from data import UserError
 from pages import curves, transcripts
 from record import Recorder
-from report import main, write_report
+from report import write_report
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 PIXEL = (
@@ -109,11 +107,6 @@ def page_of(*folders) -> str:
 # ---------------------------------------------------------------------------- content
 
 
-@pytest.mark.parametrize("module", [report, curves, transcripts])
-def test_the_examples_in_the_docstrings_are_true(module):
-    assert doctest.testmod(module).failed == 0
-
-
 def test_every_curve_of_a_run_is_drawn_with_its_values(tmp_path):
     elements = Elements(page_of(write_run(tmp_path / "run")))
     lines = elements.of("polyline")
@@ -164,15 +157,6 @@ def test_rethinking_that_nobody_forced_is_marked_as_such(tmp_path):
     page = page_of(write_run(tmp_path / "run", samples=[group(0, responses=[said])]))
     assert "<mark>Wait, let's double check</mark>" in html.unescape(page)
     assert "looked again: right → wrong" in page
-
-
-def test_a_second_look_that_was_not_kept_is_shown_under_the_response_that_stood(tmp_path):
-    second = response([["\\boxed{5}.", False], ["Wait,", True], [HOSTILE, False]], right=False, reward=0.0)
-    stood = response([["\\boxed{5}.<|im_end|>", False]], not_kept=second)
-    elements = Elements(page_of(write_run(tmp_path / "run", samples=[group(0, responses=[stood])])))
-    assert "not kept" in elements.text and "looked again: no answer" in elements.text
-    assert [item["class"] for item in elements.of("li") if "class" in item] == ["is-right", "is-wrong"]
-    assert len(elements.of("script")) == 1
 
 
 def test_groups_tell_what_their_forced_looks_did_and_the_first_that_has_one_is_open(tmp_path):
@@ -342,72 +326,6 @@ def test_the_same_files_give_the_same_page_and_leave_nothing_beside_it(tmp_path)
     before = sorted(path.name for path in folder.iterdir())
     assert page_of(folder) == page_of(folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted([*before, "report.html"])
-
-
-# ---------------------------------------------------------------------------- errors
-
-
-def no_run(folder):
-    shutil.rmtree(folder)
-
-
-def no_metrics(folder):
-    (folder / "metrics.jsonl").unlink()
-
-
-def broken_line(folder):
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-
-
-def wrong_rows(folder):
-    (folder / "samples.jsonl").write_text('{"step": 1}\n')
-
-
-def step_of_text(folder):
-    (folder / "metrics.jsonl").write_text('{"step": "one"}\n')
-
-
-def not_text(folder):
-    (folder / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\n")
-
-
-def half_an_answer(folder):
-    (folder / "heldout.jsonl").write_text('{"step": 0, "id": "1"}\n')
-
-
-def broken_config(folder):
-    (folder / "config.json").write_text("{")
-
-
-def a_folder_in_the_way(folder):
-    (folder / "report.html").mkdir()
-
-
-@pytest.mark.parametrize(
-    "damage, told",
-    [
-        (no_run, "no such run"), (no_metrics, "no metrics.jsonl"),
-        (broken_line, "jsonl:2: invalid"), (wrong_rows, "no .question"),
-        (not_text, "not UTF-8"), (step_of_text, "jsonl:1: .step. must be int"),
-        (half_an_answer, "heldout.jsonl:1: the object has no 'text'"),
-        (broken_config, "config.json: invalid"),
-        (a_folder_in_the_way, "cannot be written"),
-    ],
-)  # fmt: skip
-def test_what_a_user_can_mend_is_told_in_one_line(tmp_path, capsys, damage, told):
-    folder = write_run(tmp_path / "run")
-    damage(folder)
-    with pytest.raises(UserError, match=told):
-        write_report([folder])
-    assert main([str(folder)]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
-
-
-def test_the_command_says_where_the_page_is(tmp_path, capsys):
-    folder = write_run(tmp_path / "run")
-    assert main([str(folder)]) == 0
-    assert capsys.readouterr().out.strip() == str(folder / "report.html")
 
 
 # ---------------------------------------------------------------------------- in a browser

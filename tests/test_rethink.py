@@ -96,10 +96,6 @@ def test_the_forced_ids_are_the_trigger_s_and_stand_in_the_place_of_eos(policy):
 # ---------------------------------------------------------------------------- who looks again
 
 
-def test_a_fraction_of_zero_switches_it_off(policy):
-    assert extender(Rethinking(fraction=0.0), policy.tokenizer, None, 100, []) is None
-
-
 @pytest.mark.parametrize("fraction", [0.1, 0.65])
 def test_the_share_of_eligible_responses_is_q_and_the_triggers_are_uniform(policy, fraction):
     settings = Rethinking(fraction=fraction)
@@ -113,10 +109,6 @@ def test_the_share_of_eligible_responses_is_q_and_the_triggers_are_uniform(polic
 
 def test_a_response_that_was_cut_off_is_not_extended(policy):
     assert ask(policy, EVERY, [said(policy, finish="length")] * 20) == [None] * 20
-
-
-def test_a_response_that_said_nothing_is_not_extended(policy):
-    assert ask(policy, EVERY, [said(policy, "")] * 20) == [None] * 20
 
 
 @pytest.mark.parametrize("min_tokens", [1, 6])
@@ -177,12 +169,6 @@ def test_tokens_before_answer_is_the_longest_part_without_the_last_box(policy):
         assert len(decode(ids[: keep + 1])) > len(before)
 
 
-def test_a_response_without_a_box_is_cut_at_its_end(policy):
-    sample = said(policy, "I do not know.")
-    [second_look] = ask(policy, replace(EVERY, cutback=1.0), [sample])
-    assert second_look.keep == len(sample.tokens) - 1
-
-
 def test_cutting_back_leaves_what_stands_before_the_answer(policy):
     sample = said(policy, "red to blue. So \\boxed{blue}.")
     [second_look] = ask(policy, replace(EVERY, cutback=1.0), [sample])
@@ -204,12 +190,6 @@ def test_the_share_that_is_cut_back_is_the_one_asked_for(policy):
 
 
 # ---------------------------------------------------------------------------- what is kept
-
-
-def test_second_length_counts_what_was_said_after_the_trigger():
-    assert second_length(again(first=4, forced=3, second=5)) == 5
-    assert second_length(again(first=4, forced=3, second=5, cut=2)) == 5
-    assert second_length(again(second=0)) == 0
 
 
 def test_a_second_look_is_kept_when_right_ended_and_of_fit_length():
@@ -313,12 +293,6 @@ def test_after_replacement_all_advantages_are_taken_anew():
     assert [s.advantage for s in merged] == [0.5, -0.5, 0.5, -0.5]
 
 
-def test_without_attempts_nothing_changes():
-    groups = [group(1.0, 0.0), group(0.0, 0.0)]
-    merged, counts = merge_rethought(EVERY, groups)
-    assert merged == groups and not counts
-
-
 def test_the_second_loss_is_taken_on_trigger_tokens_always_and_on_y1_by_flag():
     sample = again(first=2, forced=3, second=1)
     assert sample.mask.tolist() == [True, True, False, False, False, True]
@@ -365,8 +339,3 @@ def test_a_response_that_looks_again_by_itself_is_told_from_one_that_does_not():
         assert before_rethinking(f"It is 5.{trigger} It is 6.") == "It is 5.\n\n"
     assert not rethinks("Wait, it is 5.")
     assert before_rethinking("Wait, it is 5.") == "Wait, it is 5."
-
-
-def test_what_was_said_before_ends_at_the_first_trigger():
-    a, b, c = TRIGGERS.values()
-    assert before_rethinking(f"One.{c} Two.{a} Three.{b}") == "One.\n\n"

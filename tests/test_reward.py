@@ -178,19 +178,6 @@ def test_a_number_equals_itself_in_every_form_and_never_another_number():
         assert not is_correct(wrong, one), (wrong, one)
 
 
-def test_a_changed_digit_never_equals():
-    rng = random.Random(1)
-    for _ in range(300):
-        digits = str(rng.randint(10, 10 ** rng.randint(2, 12)))
-        at = rng.randrange(len(digits))
-        changed = digits[:at] + str((int(digits[at]) + rng.randint(1, 9)) % 10) + digits[at + 1 :]
-        point = rng.randint(1, len(digits))
-        for a, b in ((digits, changed), (digits[:point] + "." + digits[point:] + "1",) * 2):
-            assert is_correct(a, b) == (a == b), (a, b)
-        assert not is_correct(rf"\frac{{{digits}}}{{7}}", rf"\frac{{{changed}}}{{7}}")
-        assert not is_correct(rf"{digits}\sqrt{{2}}", rf"{changed}\sqrt{{2}}")
-
-
 X, Y = sympy.symbols("x y", positive=True)
 
 
@@ -216,18 +203,6 @@ def test_what_sympy_rewrites_keeps_its_value_and_what_it_changes_does_not():
         assert is_correct(*texts) == verdicts[-1], texts
         assert is_correct(f"z = {texts[0]}", f"{texts[1]} - z = 0") == verdicts[-1], texts
     assert min(verdicts.count(True), verdicts.count(False)) > 20
-
-
-def test_lists_and_sets_are_unordered_and_tuples_are_not():
-    rng = random.Random(3)
-    for _ in range(100):
-        items = rng.sample(["1", "-2", r"\frac{1}{2}", r"\sqrt{3}", "x", r"2\pi", "7.5", "a+1"], 4)
-        moved = items[1:] + items[:1]
-        one, two = ", ".join(items), ",".join(moved)
-        assert is_correct(one, two)
-        assert is_correct(r"\{" + one + r"\}", r"\left\{" + two + r"\right\}")
-        assert not is_correct("(" + one + ")", "(" + two + ")")
-        assert not is_correct(one, ", ".join(moved[:3]))
 
 
 def test_every_letter_in_every_wrapping_is_that_option_and_no_other():
@@ -318,11 +293,6 @@ def test_hostile_input_is_wrong_executes_nothing_and_ends_in_time():
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]
     assert json.loads(child.stdout) == {"accepted": [], "events": [], "ended in time": True}
-
-
-def test_a_response_of_two_hundred_thousand_characters_is_read_in_one_pass():
-    text = r"\boxed{" * 20_000 + "{" * 30_000 + r"\boxed{5}" + "x" * 100_000
-    assert extract_answer(text) == "5"
 
 
 def test_a_caller_deep_in_its_own_stack_gets_a_verdict():

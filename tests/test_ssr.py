@@ -46,19 +46,6 @@ def test_algorithm_1_worked_by_hand():
     assert buffer.samples == [a, c, f]
 
 
-def test_draws_come_from_the_fresh_samples_too():
-    """The buffer is added to before it is drawn from."""
-    batch = replay_batch(samples(1.0, 0.0, 0.0), ReplayBuffer(), size=3)
-    assert batch == [batch[0]] * 3
-
-
-def test_a_batch_that_is_effective_throughout_draws_nothing():
-    buffer, _ = filled(0.5, -0.5)
-    fresh = samples(0.25, -0.75, 0.5)
-    assert replay_batch(fresh, buffer, size=3) == fresh
-    assert len(buffer) == 5
-
-
 def test_more_effective_samples_than_the_batch_holds_are_all_trained():
     """max(0, N - |D_eff|): nothing is cut."""
     fresh = samples(0.25, -0.75, 0.5)
@@ -72,15 +59,6 @@ def test_the_batch_size_is_constant_once_anything_was_effective():
     assert len(buffer) == 6
 
 
-def test_a_replayed_sample_is_the_sample_itself():
-    """With the log-probabilities of the policy that sampled it, untouched."""
-    old = S(advantage=0.5, logprobs=[-1.0, -2.0], step=3)
-    buffer = ReplayBuffer()
-    buffer.add([old])
-    assert replay_batch(samples(0.0, 0.0), buffer, size=2) == [old, old]
-    assert vars(old) == {"advantage": 0.5, "logprobs": [-1.0, -2.0], "step": 3}
-
-
 @pytest.mark.parametrize("alpha", [0, 1, 1000])
 @pytest.mark.parametrize("replacement", [True, False])
 def test_nothing_effective_and_nothing_stored_is_legal_and_ends(alpha, replacement):
@@ -89,12 +67,6 @@ def test_nothing_effective_and_nothing_stored_is_legal_and_ends(alpha, replaceme
     assert replay_batch(samples(0.0, 0.0), buffer, size=2) == []
     assert replay_batch([], buffer, size=2) == []
     assert len(buffer) == 0
-
-
-@pytest.mark.parametrize("n", [0, -1])
-def test_no_draws_asked_give_none(n):
-    buffer, _ = filled(1.0)
-    assert buffer.draw(n) == []
 
 
 # ---------------------------------------------------------------------------- the law of the draws
@@ -152,18 +124,6 @@ def test_a_huge_alpha_draws_the_largest_and_overflows_nowhere(alpha):
     assert set(buffer.draw(500)) == {kept[2], kept[3]}
 
 
-def test_tiny_advantages_do_not_underflow():
-    buffer, kept = filled(1e-200, -3e-200, alpha=2)
-    counts = Counter(buffer.draw(4000))
-    statistic, limit = chi_squared([counts[s] for s in kept], [0.1, 0.9])
-    assert statistic < limit
-
-
-def test_one_effective_sample_fills_the_batch():
-    buffer, [only] = filled(-0.125)
-    assert buffer.draw(7) == [only] * 7
-
-
 def test_without_replacement_no_sample_comes_twice_and_a_short_buffer_gives_all_it_has():
     for alpha in (0, 1, 1000):
         buffer, kept = filled(0.5, -0.25, 0.125, 0.75, alpha=alpha, replacement=False)
@@ -214,13 +174,3 @@ def test_the_samples_and_one_number_are_the_whole_state(replacement):
     again.samples, again.draws = copy.copy(buffer.samples), buffer.draws
     for n in (4, 9):
         assert again.draw(n) == buffer.draw(n)
-
-
-def test_clearing_forgets_every_sample():
-    """The buffer lives for one episode."""
-    buffer, old = filled(0.5, -0.5)
-    buffer.clear()
-    assert len(buffer) == 0 and buffer.draw(3) == []
-    [new] = samples(0.25)
-    assert replay_batch([new, *samples(0.0)], buffer, size=2) == [new, new]
-    assert not set(old) & set(buffer.samples)

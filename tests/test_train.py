@@ -1,23 +1,18 @@
 """The loop, end to end: runs of seconds on a tiny policy, in this process."""
 
-import errno
 import json
 import math
-import shutil
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import hf_logprobs
-from PIL import Image
-from safetensors.torch import save_file
 from tiny import (
     flags,
     heldout_of,
     let_be_right,
     lucky,
-    make_base,
     odd_start,
     odd_sum,
     read_jsonl,
@@ -27,14 +22,12 @@ from tiny import (
     weights_of,
 )
 
-import record
 import toy
 import train
 from config import Config
-from data import UserError
-from model import Sample, save_policy
+from data import UserError, load_questions
+from model import Sample, encode, load_policy, save_policy
 from rethink import TRIGGERS
-from reward import reward
 
 # What other tools may count on in a line of metrics.jsonl.
 FIELDS = {
@@ -44,73 +37,44 @@ FIELDS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def base():
-    return make_base()
+pytestmark = pytest.mark.usefixtures("reward_by_luck")
 
 
 @pytest.fixture(scope="module")
-def finished(base, tmp_path_factory):
-    """A run with both ideas of the paper: 2 episodes of 4 steps, half of the responses
-    are made to look again."""
+def finished(base, tmp_path_factory, by_luck):
+    """A run with both ideas of the paper: 2 episodes of 4 steps, half of the responses look again."""
     out = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        let_be_right(monkeypatch, lucky)
+    with by_luck():
         return run_training(base, out, steps=8, batch_size=8, rethink_fraction=0.5, eval_every=4)
 
 
 # ---------------------------------------------------------------------------- what is written
 
 
-def test_metrics_have_a_line_a_step_with_the_promised_fields(finished):
-    rows = read_jsonl(finished / "metrics.jsonl")
-    steps = [row for row in rows if "heldout_accuracy" not in row]
+def test_metrics_have_a_line_per_step_with_the_promised_fields_and_held_out_accuracy_between(finished):
+    rows, steps = read_jsonl(finished / "metrics.jsonl"), steps_of(finished)
     assert [row["step"] for row in steps] == list(range(1, 9))
     assert [row["episode"] for row in steps] == [1] * 4 + [2] * 4
-    for row in steps:
-        assert not FIELDS - row.keys()
-        assert row["step_seconds"] > row["rollout_seconds"] > 0
-
-
-def test_held_out_accuracy_is_measured_before_during_and_after(finished):
-    rows = read_jsonl(finished / "metrics.jsonl")
-    assert rows[0]["step"] == 0 and "heldout_accuracy" in rows[0]
-    assert [row["step"] for row in heldout_of(finished)] == [0, 4, 8]
+    for row in rows:
+        if "heldout_accuracy" not in row:
+            assert not FIELDS - row.keys()
+            assert row["step_seconds"] > row["rollout_seconds"] > 0
+    assert rows[0]["step"] == 0 and [row["step"] for row in heldout_of(finished)] == [0, 4, 8]
     assert all(0 <= row["heldout_accuracy"] <= 1 for row in heldout_of(finished))
 
 
-def test_the_tiny_run_meets_what_it_is_to_test(finished):
-    """Rewards of both kinds, kept second looks, replayed samples: else it would test nothing."""
+def test_sampling_and_training_agree_and_counts_of_second_looks_add_up(finished):
     rows = steps_of(finished)
+    assert 0 < max(row["logp_mismatch"] for row in rows) < 1e-4
+    for name in ("rethink_kept", "sft_loss", "replayed"):  # else this run would test nothing
+        assert any(row[name] > 0 for row in rows)
     assert any(0 < row["reward"] < 1 for row in rows)
-    assert any(row["rethink_kept"] > 0 for row in rows)
-    assert any(row["sft_loss"] > 0 for row in rows)
-    assert any(row["replayed"] > 0 for row in rows)
-
-
-def test_sampling_and_training_agree_on_log_probabilities(finished):
-    mismatches = [row["logp_mismatch"] for row in steps_of(finished)]
-    assert 0 < max(mismatches) < 1e-4
-
-
-def test_counts_of_second_looks_add_up(finished):
-    for row in steps_of(finished):
+    for row in rows:
         outcomes = ("wrong_right", "right_right", "right_wrong", "wrong_wrong")
-        assert sum(row[f"rethink_{name}"] for name in outcomes) == row["rethink_attempted"] <= 32
-        right = row["rethink_wrong_right"] + row["rethink_right_right"]
-        assert row["rethink_kept"] <= right
+        assert sum(row[f"rethink_{name}"] for name in outcomes) == row["rethink_attempted"]
+        assert 6 < row["rethink_attempted"] < 26  # half of 32; some run into the limit
+        assert row["rethink_kept"] <= row["rethink_wrong_right"] + row["rethink_right_right"]
         assert row["rethought"] == row["rethink_kept"] / 32
-
-
-def test_the_asked_share_of_responses_looks_again(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lucky)
-    attempted = {}
-    for share in (0, 0.5, 1):
-        out = run_training(base, tmp_path / str(share), rethink_fraction=share, heldout=0,
-                           max_new_tokens=64, batch_size=32, steps=3)  # fmt: skip
-        attempted[share] = sum(row["rethink_attempted"] for row in steps_of(out))
-    # Of 96 responses some may run into the limit and cannot be carried on.
-    assert attempted[0] == 0 and 28 < attempted[0.5] < 68 and 80 < attempted[1] <= 96, attempted
 
 
 def test_samples_show_pictures_and_tell_forced_text_from_sampled(finished):
@@ -141,12 +105,11 @@ def test_the_last_line_says_what_was_learnt_and_where_it_is(base, tmp_path, caps
 
 def test_without_out_runs_are_numbered_and_resume_takes_the_newest(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = [*flags(base, ""), "--steps", "2"]
+    command = flags(base, "", steps=1, heldout=0)
     del command[command.index("--out") : command.index("--out") + 2]
     assert train.main(command) == train.main(command) == 0
-    assert train.main([*command, "--steps", "4", "--resume"]) == 0
-    assert len(steps_of(tmp_path / "runs/toy")) == 2
-    assert len(steps_of(tmp_path / "runs/toy-2")) == 4
+    assert train.main([*command, "--steps", "2", "--resume"]) == 0
+    assert [len(steps_of(tmp_path / "runs" / name)) for name in ("toy", "toy-2")] == [1, 2]
 
 
 # ---------------------------------------------------------------------------- the gradient
@@ -210,7 +173,6 @@ def relative_distance(a: dict, b: dict) -> float:
     ids=["token", "sequence", "plain"],
 )
 def test_the_gradient_is_that_of_the_formula(base, tmp_path, monkeypatch, changes):
-    let_be_right(monkeypatch, lucky)
     expected, real = [], train.choose_batch
 
     def choose_batch(run):
@@ -233,7 +195,6 @@ def test_the_gradient_is_that_of_the_formula(base, tmp_path, monkeypatch, change
 
 
 def test_micro_batches_do_not_change_the_gradient(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lucky)
     seen, cuts, real = spy_on_updates(monkeypatch), [], train.token_terms
 
     def count(*args):
@@ -251,17 +212,8 @@ def test_micro_batches_do_not_change_the_gradient(base, tmp_path, monkeypatch):
         assert relative_distance(gradients, whole) < 1e-5
 
 
-def test_gradient_checkpointing_does_not_change_the_gradient(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lucky)
-    seen = spy_on_updates(monkeypatch)
-    for on in ("true", "false"):
-        run_training(base, tmp_path / on, steps=1, heldout=0, gradient_checkpointing=on)
-    assert relative_distance(seen[0][2], seen[1][2]) < 1e-5
-
-
 def test_recomputed_log_probabilities_take_the_place_of_the_sampled(base, tmp_path, monkeypatch, capsys):
     """A sampler that is wrong by 1 shows in logp_mismatch and is warned of; recomputing mends the ratios."""
-    let_be_right(monkeypatch, lucky)
     real = train.generate
 
     def wrong(*args, **kwargs):
@@ -295,7 +247,6 @@ def test_the_mismatch_is_measured_where_nothing_is_trained(base, tmp_path, monke
 
 
 def test_without_replay_samples_without_advantage_count_and_are_not_run(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lucky)
     ran, real = [], train.token_terms
 
     def watch(run, branches, *rest):
@@ -338,8 +289,7 @@ def test_the_next_micro_batch_is_laid_out_while_this_one_is_trained_on(monkeypat
 # ---------------------------------------------------------------------------- the reward
 
 
-def test_an_own_reward_trains_and_the_rule_measures(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lucky)
+def test_an_own_reward_trains_and_the_rule_measures(base, tmp_path):
     own = tmp_path / "own.py"
     own.write_text("def brief(text, question):\n    return 1 / (1 + len(text))\n")
     out = run_training(base, tmp_path / "run", reward=f"{own}:brief", rethink_fraction=0.5, steps=2)
@@ -361,26 +311,17 @@ def test_an_own_reward_trains_and_the_rule_measures(base, tmp_path, monkeypatch)
     assert [r["reward"] for r in steps_of(argument)] == [r["reward"] for r in flagged]
 
 
-@pytest.mark.parametrize("place", ["own", "own.py", "gone.py:f", "own.py:gone", "broken.py:f"])
-def test_an_own_reward_that_cannot_be_had_is_one_line(base, tmp_path, monkeypatch, capsys, place):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.py").write_text("f = 1\n")
-    (tmp_path / "broken.py").write_text("def f(:\n")
-    assert place in user_error(capsys, flags(base, tmp_path / "run", reward=place))
-
-
 # ---------------------------------------------------------------------------- off means off
 
 
-def test_without_replay_and_rethinking_their_flags_change_nothing(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lucky)
-    run_training(base, tmp_path / "plain", ssr="off")
-    run_training(base, tmp_path / "flags", ssr="off", rethink_fraction=0, rethink_quota=1,
+def test_without_replay_and_rethinking_their_flags_change_nothing(base, tmp_path):
+    run_training(base, tmp_path / "plain", ssr="off", heldout=0, steps=2)
+    run_training(base, tmp_path / "flags", ssr="off", heldout=0, steps=2, rethink_fraction=0, rethink_quota=1,
                  rethink_sft_coef=1.0, rethink_sft_on="second", rethink_trigger="oracle",
                  rethink_cutback=1.0, rethink_min_tokens=5, rethink_baseline="after", ssr_alpha=3,
                  ssr_replacement="false")  # fmt: skip
     assert steps_of(tmp_path / "plain") == steps_of(tmp_path / "flags")
-    plain, other = (weights_of(tmp_path / name / "checkpoint-4") for name in ("plain", "flags"))
+    plain, other = (weights_of(tmp_path / name / "checkpoint-2") for name in ("plain", "flags"))
     assert same_tensors(plain, other)
     assert not same_tensors(plain, weights_of(base))
 
@@ -404,7 +345,6 @@ def test_replay_keeps_the_batch_full_and_filter_does_not(base, tmp_path, monkeyp
 
 
 def test_nothing_is_replayed_from_an_earlier_episode(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lucky)
     seen = spy_on_updates(monkeypatch)
     rows = steps_of(run_training(base, tmp_path, steps=6, heldout=0))
     replayed = 0
@@ -451,7 +391,6 @@ def spoil(monkeypatch, steps: set[int]) -> dict:
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_leaves_the_weights(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lucky)
     weights = spoil(monkeypatch, {2, 3})
     rows = steps_of(run_training(base, tmp_path, heldout=0))
     assert [row["skipped"] for row in rows] == [False, True, True, False]
@@ -461,7 +400,6 @@ def test_a_step_that_is_not_finite_is_skipped_and_leaves_the_weights(base, tmp_p
 
 
 def test_five_steps_in_a_row_that_are_not_finite_stop_the_run(base, tmp_path, monkeypatch, capsys):
-    let_be_right(monkeypatch, lucky)
     spoil(monkeypatch, {1, 2, 4, 5, 6, 7, 8})
     assert train.main(flags(base, tmp_path, steps=20, heldout=0)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -486,6 +424,9 @@ def test_a_broken_weight_stops_the_run(base, tmp_path, monkeypatch, capsys, ssr)
 
 
 # ---------------------------------------------------------------------------- a file of questions
+
+
+SMALL = {"min_pixels": 28 * 28, "max_pixels": 64 * 28 * 28}  # as the tiny policy's own
 
 
 @pytest.fixture(scope="module")
@@ -534,7 +475,7 @@ def test_a_file_with_pictures_is_passed_over_and_some_of_it_held_out(
     let_be_right(monkeypatch, odd_sum)
     trained, measured = spy_on_questions(monkeypatch)
     out = run_training(base, tmp_path, data=questions_file, template="plain", heldout=2, steps=0,
-                       passes=2)  # fmt: skip
+                       passes=2, **SMALL)  # fmt: skip
     # 2 passes over 8 questions x 8 responses are 8 steps of 16.
     assert len(steps_of(out)) == 8 and len(heldout_of(out)) == 2
     held = set(measured)
@@ -544,169 +485,23 @@ def test_a_file_with_pictures_is_passed_over_and_some_of_it_held_out(
     assert not same_tensors(weights_of(out / "checkpoint-8"), weights_of(base))
 
 
-def test_the_same_questions_are_held_out_whatever_the_seed_and_the_order(
-    base, questions_file, tmp_path, monkeypatch
-):
-    held = []
-    for seed in (0, 1):
-        _, measured = spy_on_questions(monkeypatch)
-        if seed == 1:
-            lines = questions_file.read_text().splitlines(keepends=True)
-            questions_file = questions_file.with_name("reversed.jsonl")
-            questions_file.write_text("".join(reversed(lines)))
-        run_training(base, tmp_path / str(seed), data=questions_file, heldout=3, seed=seed, steps=1,
-                     batch_size=32)  # fmt: skip
-        held.append(set(measured))
-    assert len(held[0]) == 3 and held[0] == held[1]
-
-
 def test_long_prompts_are_dropped_and_counted_never_cut(base, questions_file, tmp_path, monkeypatch, capsys):
     trained, _ = spy_on_questions(monkeypatch)
-    settings = {"data": questions_file, "heldout": 0, "steps": 2, "episode_queries": 5,
-                "batch_size": 40}  # fmt: skip
-    run_training(base, tmp_path / "all", **settings)
-    assert "questions: prompts over" not in capsys.readouterr().out
-    lengths, real = {}, train.encode
-
-    def encode(policy, question, template):
-        prompt = real(policy, question, template)
-        lengths[question.id] = len(prompt.input_ids)
-        return prompt
-
-    monkeypatch.setattr(train, "encode", encode)
-    trained.clear()
-    run_training(base, tmp_path / "again", **settings)
-    longest = lengths["q1"]  # it has two pictures
-    assert longest > max(n for qid, n in lengths.items() if qid != "q1")
-    trained.clear()
-    run_training(base, tmp_path / "short", **settings, max_prompt_tokens=longest - 1)
+    policy, [longest, *others] = load_policy(str(base)), load_questions(questions_file)[1::-1]
+    limit = len(encode(policy, longest, "bare").input_ids)  # with its two pictures
+    assert limit > len(encode(policy, *others, "bare").input_ids)
+    settings = {
+        "data": questions_file,
+        "heldout": 0,
+        "steps": 1,
+        "episode_queries": 9,
+        "batch_size": 72,
+    } | SMALL
+    run_training(base, tmp_path / "short", **settings, template="bare", max_prompt_tokens=limit - 1)
     assert "dropped 1 of 10 questions" in capsys.readouterr().out
     assert "q1" not in trained and len(set(trained)) == 9
     assert train.main(flags(base, tmp_path / "none", **settings, max_prompt_tokens=3)) == 2
     assert "every prompt is longer" in capsys.readouterr().err
-
-
-def test_a_pass_rate_selects_questions(base, questions_file, tmp_path, monkeypatch):
-    rows = [row | {"PassRate_7BBase": i / 10} for i, row in enumerate(read_jsonl(questions_file))]
-    path = write_lines(questions_file.with_name("rates.jsonl"), rows)
-    trained, _ = spy_on_questions(monkeypatch)
-    wanted = {"pass_rate_column": "PassRate_7BBase", "pass_rate_min": 0.15, "pass_rate_max": 0.5}
-    run_training(base, tmp_path, data=path, heldout=0, steps=1, batch_size=32, **wanted)
-    assert set(trained) == {"q2", "q3", "q4", "q5"}
-
-
-# ------------------------------------------------------------------ what the user can put right
-
-
-def row(**changes) -> dict:
-    return {"qid": "7", "question": "How many?", "answer": "\\boxed{4}", "image": []} | changes
-
-
-# What else may be wrong with a row is in tests/test_data.py.
-BAD_FILES = {
-    "no answer": ([row(qid="6"), row(answer=" ")], ["bad.jsonl:2", "answer"]),
-    "missing picture": ([row(image=["gone.png"])], ["bad.jsonl:1", "gone.png", "does not exist"]),
-    "corrupt picture": ([row(image=["corrupt.png"])], ["bad.jsonl:1", "corrupt.png", "replace"]),
-    "cut picture": ([row(image=["cut.png"])], ["bad.jsonl:1", "cut.png", "replace"]),
-}
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder with a good picture, one that is none, and one whose end is missing."""
-    folder = tmp_path_factory.mktemp("bad")
-    toy.toy_questions(toy.LEVELS["easy"], 1, "picture")[0].images[0].save(folder / "good.png")
-    Image.effect_noise((200, 200), 50).save(folder / "cut.png")
-    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:4000])
-    (folder / "corrupt.png").write_text("this is no picture")
-    return folder
-
-
-def user_error(capsys, argv: list[str]) -> str:
-    """Run with a mistake: exit code 2, one line to say so, nothing trained. Returns the line."""
-    assert train.main(argv) == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and captured.err.splitlines()[-1] == lines[0]
-    assert "Traceback" not in captured.err + captured.out
-    assert "sampling" not in captured.err
-    return lines[0]
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_row_is_named(base, pictures, tmp_path, capsys, name):
-    content, expected = BAD_FILES[name]
-    path = pictures / "bad.jsonl"
-    path.write_text(content) if isinstance(content, str) else write_lines(path, content)
-    line = user_error(capsys, flags(base, tmp_path / "out", data=path, heldout=0))
-    assert all(part in line for part in expected), line
-    assert not (tmp_path / "out/metrics.jsonl").exists()
-
-
-def test_a_missing_data_file_is_named(base, tmp_path, capsys):
-    line = user_error(capsys, flags(base, tmp_path / "out", data=tmp_path / "gone.jsonl"))
-    assert "gone.jsonl: no such file" in line
-
-
-def test_more_held_out_than_there_are_is_said(base, questions_file, tmp_path, capsys):
-    line = user_error(capsys, flags(base, tmp_path / "out", data=questions_file, heldout=10))
-    assert "--heldout 10" in line and "10 questions" in line
-
-
-def test_a_model_that_is_no_qwen_vl_is_named(tmp_path, capsys):
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
-    line = user_error(capsys, flags(other, tmp_path / "out"))
-    assert str(other) in line and "'bert'" in line and "qwen2_5_vl" in line
-
-
-def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
-    line = user_error(capsys, flags(tmp_path / "nothing", tmp_path / "out"))
-    assert str(tmp_path / "nothing") in line
-    (tmp_path / "empty").mkdir()
-    line = user_error(capsys, flags(tmp_path / "empty", tmp_path / "out"))
-    assert str(tmp_path / "empty") in line
-
-
-def test_a_model_with_missing_weights_is_named(base, tmp_path, capsys):
-    broken = tmp_path / "broken"
-    shutil.copytree(base, broken)
-    weights = weights_of(broken)
-    lost = next(name for name in weights if name.endswith("q_proj.weight"))
-    del weights[lost]
-    save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    line = user_error(capsys, flags(broken, tmp_path / "out"))
-    assert str(broken) in line and "q_proj" in line
-    (broken / "model.safetensors").unlink()
-    assert str(broken) in user_error(capsys, flags(broken, tmp_path / "out"))
-
-
-def test_an_out_that_cannot_be_written_is_named(base, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert str(out) in user_error(capsys, flags(base, out))
-
-    def refuse(path, text):
-        raise OSError(errno.EROFS, "Read-only file system", str(path))
-
-    monkeypatch.setattr(record, "write_atomically", refuse)
-    line = user_error(capsys, flags(base, tmp_path / "out"))
-    assert str(tmp_path / "out") in line and "Read-only" in line
-
-
-def test_an_out_that_holds_a_run_is_left_alone(base, finished, capsys):
-    before = (finished / "metrics.jsonl").read_bytes(), (finished / "config.json").read_bytes()
-    line = user_error(capsys, flags(base, finished))
-    assert str(finished) in line and "--resume" in line
-    after = (finished / "metrics.jsonl").read_bytes(), (finished / "config.json").read_bytes()
-    assert before == after
-
-
-def test_a_full_disk_is_found_before_training(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 << 20))
-    line = user_error(capsys, flags(base, tmp_path))
-    assert "3 MiB free" in line and "--keep_last" in line
 
 
 # ---------------------------------------------------------------------------- learning
@@ -729,18 +524,9 @@ def test_the_learning_rate_rises_then_falls():
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == 0.5
 
 
-def test_the_reward_is_that_of_the_text(base, tmp_path):
-    out = run_training(base, tmp_path, steps=2, rethink_fraction=0.5)
-    groups = read_jsonl(out / "samples.jsonl")
-    rewards = [(reward(response["text"], group["question"]["answer"]), response["reward"])
-               for group in groups for response in group["responses"]]  # fmt: skip
-    assert all(expected == given for expected, given in rewards)
-
-
-def test_one_seed_is_one_run_and_another_seed_another(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lucky)
+def test_one_seed_is_one_run_and_another_seed_another(base, tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        run_training(base, tmp_path / name, seed=seed, steps=2, rethink_fraction=0.5)
-    a, b, c = (weights_of(tmp_path / name / "checkpoint-2") for name in "abc")
+        run_training(base, tmp_path / name, seed=seed, steps=1, heldout=0, rethink_fraction=0.5)
+    a, b, c = (weights_of(tmp_path / name / "checkpoint-1") for name in "abc")
     assert steps_of(tmp_path / "a") == steps_of(tmp_path / "b") and same_tensors(a, b)
     assert not same_tensors(a, c)

@@ -12,15 +12,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as qwen3_moe
 
 import tree
-from tree import (
-    build_trees,
-    pack_pictures,
-    pad_rows,
-    plan_micro_batches,
-    tree_attention,
-    tree_mask,
-    vision_layout,
-)
+from tree import build_trees, pack_pictures, plan_micro_batches, tree_attention, tree_mask, vision_layout
 
 
 def ids(*values):
@@ -47,11 +39,6 @@ def test_the_mask_lets_a_token_see_its_prompt_and_its_own_response_only():
             same = branch[k] == branch[q]
             prompt_of_a_real_token = branch[k] == 0 and branch[q] >= 0
             assert mask[q, k] == (k <= q and bool(same or prompt_of_a_real_token)), (q, k)
-
-
-def test_no_row_of_the_mask_is_empty_even_at_padding():
-    branch = torch.tensor([[0, 0, 1, 2, 2], [0, 1, -1, -1, -1]])
-    assert tree_mask(branch).any(-1).all()
 
 
 # ---------------------------------------------------------------------------- the layout
@@ -89,15 +76,6 @@ def test_pictures_keep_the_order_of_the_trees_and_text_only_trees_add_none(promp
     pictured = [two, one, wide]
     assert torch.equal(trees.pixel_values, torch.cat([p.pixel_values for p in pictured]))
     assert torch.equal(trees.image_grid_thw, torch.cat([p.image_grid_thw for p in pictured]))
-
-
-def test_targets_are_response_tokens_alone(policy, prompts):
-    """Neither prompt nor padding is ever predicted."""
-    responses = [[ids(31, 32, 33), ids(34)], [ids(35, 36)]]
-    trees = build_trees([(prompts[0], responses[0]), (prompts[3], responses[1])])
-    assert trees.targets.tolist() == [31, 32, 33, 34, 35, 36]
-    predicted_from = trees.branch.flatten()[trees.predictor]
-    assert predicted_from.tolist() == [0, 1, 1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("short", [64, 1], ids=["one_call", "by_length"])
@@ -151,10 +129,6 @@ def test_no_response_is_padded_to_more_than_its_double_or_what_is_short():
         assert all(2 * lengths[i] >= longest for i in group) or longest <= tree.SHORT
     padded = sum(max(lengths[i] for i in group) * len(group) for group in groups)
     assert padded < 1.5 * sum(lengths) < max(lengths) * 200
-
-
-def test_pad_rows_makes_one_row_a_response():
-    assert pad_rows(ids(1, 2, 3, 4, 5, 6), [3, 1, 2]).tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
 
 
 # ---------------------------------------------------------------------------- the vision tower
@@ -299,11 +273,6 @@ def test_a_group_longer_than_the_budget_is_cut_into_few_trees(lengths, trees):
     [micro_batches] = plan_micro_batches([("a", 10, n) for n in lengths], ranks=1, budget=50)
     assert [len(micro) for micro in micro_batches] == [1, 1]
     assert sorted(sorted(tree) for micro in micro_batches for tree in micro) == trees
-
-
-def test_ranks_with_nothing_to_do_get_no_micro_batch():
-    assert plan_micro_batches([("a", 10, 4)], ranks=3, budget=50) == [[[[0]]], [], []]
-    assert plan_micro_batches([], ranks=2, budget=50) == [[], []]
 
 
 def test_the_plan_depends_on_lengths_alone(policy, prompts):
