@@ -3,7 +3,6 @@
     python tests/mutate.py files 1000        damage a file that a command reads, and run the command
     python tests/mutate.py flags 500         give a flag a value that nobody should
     python tests/mutate.py kills 200         SIGKILL at a random moment, then the same line again
-    python tests/mutate.py soak 2000         one long run with a kill every 100 steps
 
 Every trial runs in a process of its own (forked, so that torch is there already). What may become of it:
 
@@ -412,7 +411,7 @@ def kills(root: Path, count: int, seed: int) -> Counter:
     return counts
 
 
-TASKS = {"files": damaged_files, "flags": absurd_flags, "kills": kills, "soak": soak}
+TASKS = {"files": damaged_files, "flags": absurd_flags, "kills": kills}
 
 
 def main(argv: list[str]) -> int:

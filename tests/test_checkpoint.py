@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import (
+    LIMIT,
     flags,
     heldout_of,
     let_be_right,
@@ -21,7 +22,9 @@ from tiny import (
     read_jsonl,
     run_training,
     same_tensors,
+    start,
     steps_of,
+    wait,
     weights_of,
 )
 from transformers import AutoModelForImageTextToText
@@ -171,6 +174,30 @@ def test_a_checkpoint_of_wrong_types_is_named_with_what_to_do(base, whole, tmp_p
     assert "checkpoint-6" in refused(capsys, base, out)
 
 
+def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(base, whole, tmp_path, monkeypatch):
+    """Killed at step 6 with the weights written and the rest not: resuming starts from step 3."""
+    real, saves = checkpoint.save_settings, []
+
+    def save_and_die(*args):
+        real(*args)
+        saves.append(args)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_settings", save_and_die)
+        pid = start(lambda: train.main(flags(base, tmp_path, **BOTH)), tmp_path / "log")
+    assert wait(pid, LIMIT) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert (tmp_path / "unfinished-6" / "model.safetensors").exists()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert len(steps_of(tmp_path)) == 6
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "episode": 2, "rewa')  # killed while it wrote a line
+    run_training(base, tmp_path, **BOTH, resume="true")
+    assert_same_run(tmp_path, whole)
+    assert not list(tmp_path.glob("unfinished-*"))
+
+
 def test_resuming_from_an_earlier_checkpoint_forgets_the_later_lines(base, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "copy")
     for step in (6, 8):
@@ -217,14 +244,59 @@ def test_resuming_is_exact_where_the_vision_tower_has_seen_nothing_yet(base, tmp
 
     monkeypatch.setattr(train, "episode_questions", text_first)
     let_be_right(monkeypatch, odd_sum)
-    settings = {"data": data, "heldout": 0, "steps": 5, "save_every": 1, "keep_last": 9}
+    settings = {"data": data, "heldout": 0, "steps": 4, "save_every": 1, "keep_last": 9}
     run_training(base, tmp_path / "whole", **settings)
     for step in (1, 3):
         out = shutil.copytree(tmp_path / "whole", tmp_path / str(step))
-        for later in range(step + 1, 6):
+        for later in range(step + 1, 5):
             shutil.rmtree(out / f"checkpoint-{later}")
         run_training(base, out, **settings, resume="true")
         assert_same_run(out, tmp_path / "whole")
+
+
+def test_data_or_a_prompt_that_changed_within_an_episode_is_refused_and_config_json_stays(
+    base, tmp_path, monkeypatch, capsys
+):
+    data, out = tmp_path / "data.jsonl", tmp_path / "run"
+    rows = [{"qid": f"q{i}", "question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+    settings = {"data": data, "heldout": 0, "ssr": "off", "episode_queries": 8, "steps": 4}
+
+    def write(rows):
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(rows)
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_training(base, out, **settings)
+    config = (out / "config.json").read_text()
+    asked, answered = ([rows[0] | {key: "1"}, *rows[1:]] for key in ("question", "answer"))
+    for changed in (rows[1:], rows[::-1], asked, answered):
+        write(changed)
+        line = refused(capsys, base, out, **settings, lr=5e-4)
+        assert f"the questions of {data}" in line and "resume with the same ones" in line
+        assert (out / "config.json").read_text() == config
+    write(rows)
+    assert "changed within an episode" in refused(capsys, base, out, **settings, template="plain")
+    run_training(base, out, **settings, resume="true")
+
+
+def test_a_measurement_that_was_due_at_an_interruption_is_made_when_resuming(base, tmp_path, monkeypatch):
+    settings = {"steps": 3, "eval_every": 2, "rethink_fraction": 0}
+    run_training(base, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_training(base, tmp_path / "run", **settings)
+    assert [row["step"] for row in heldout_of(tmp_path / "run")] == [0]
+    for _ in range(2):  # the second time nothing is left to do
+        run_training(base, tmp_path / "run", **settings, resume="true")
+    assert [row["step"] for row in heldout_of(tmp_path / "run")] == [0, 2, 3]
+    assert heldout_of(tmp_path / "run") == heldout_of(tmp_path / "whole")
+
+
+def test_other_data_and_fewer_steps_than_are_done_are_refused(base, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "copy")
+    assert "--toy_level easy" in refused(capsys, base, out, toy_level="hard", steps=9)
+    assert "--steps 5" in refused(capsys, base, out, steps=5) and len(steps_of(out)) == 8
 
 
 # ---------------------------------------------------------------------------- what a checkpoint is

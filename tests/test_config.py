@@ -77,6 +77,14 @@ def test_a_switch_may_stand_alone_or_take_a_value(text):
     assert parse(["--resume", "false"]).resume is False
 
 
+def test_help_tells_of_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for f in fields(Config):
+        assert f"--{f.name} " in text and (f.default in (None, "") or f"(default: {f.default})" in text)
+
+
 def test_a_mistake_ends_the_script_with_status_2_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--ssr", "maybe"])

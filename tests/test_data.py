@@ -200,6 +200,13 @@ def test_a_broken_or_missing_picture_is_named_with_its_question(name, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_decompression_bomb_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    question = Question("q17", "<image>", [stored(Image.new("RGB", (50, 50)), "PNG")], "")
+    with pytest.raises(UserError, match="q17.*embedded"):
+        check_images([question])
+
+
 # ---------------------------------------------------------------------------- files
 
 
@@ -293,7 +300,9 @@ def test_optional_columns_may_be_left_out(tmp_path):
         {"question": "d?", "answer": 0.5, "images": ["d.png", "e.png"], "id": "d"},
         {"question": "f?", "answer": "A", "file_name": "f.png", "options": ["x", "y"]},
     ]
-    a, b, c, d, f = load_questions(write_jsonl(tmp_path / "data.jsonl", rows))
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark is no part of the first row
+    a, b, c, d, f = load_questions(path)
     assert (a.id, a.answer, a.images, a.category) == ("0", "5", [], "")
     assert (b.id, b.images, b.category) == ("1", [], "")
     assert (c.id, c.text, c.images) == ("7", "<image>c?", [tmp_path / "c.png"])

@@ -246,6 +246,14 @@ def test_the_interval_is_wilsons_and_wider_for_clusters():
     assert scores.interval(items(10), [1.0] * 10)[0] == pytest.approx(0.7225, abs=1e-3)
 
 
+def test_the_interval_of_a_mean_over_tasks_is_that_of_the_task_means():
+    tasks = items(40, cluster=lambda i: str(i % 4), stratum=lambda i: str(i % 4))
+    values = [float(i % 4 in (0, 1)) for i in range(40)]  # two tasks right, two wrong
+    low, high = scores.interval(tasks, values)
+    assert scores.headline(tasks, values) == pytest.approx(0.5)
+    assert high - low > 0.65  # as wide as of four coin flips
+
+
 def test_pass_at_k_is_unbiased_and_the_majority_needs_an_answer():
     assert scores.pass_at(2, 4, 2) == pytest.approx(1 - 1 / 6)
     item = readers.mmmu(mmmu_row())
@@ -457,6 +465,7 @@ def test_wrong_responses_are_named_and_earlier_results_stay(tmp_path, mmmu, caps
     before = (tmp_path / "out" / "mmmu.jsonl").read_text()
     for rows, message in (
         ([{"id": "validation_Art_99", "response": "C"}], "id 'validation_Art_99' is not in the data"),
+        ([], "the file is empty"),  # no score of 0
         ([{"id": "validation_Art_0"}], 'expected {"id": ..., "response": "text"}'),
         ([{"id": "validation_Art_0", "response": "C"}] * 2, "2 responses to id 'validation_Art_0'"),
     ):

@@ -44,7 +44,9 @@ def gradients(policy) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_tree_logprobs_and_entropies_equal_those_of_separate_rows(policy, groups, temperature):
+def test_tree_logprobs_and_entropies_equal_those_of_separate_rows(policy, prompts, temperature):
+    """Gradients, and other families: tests/test_families.py."""
+    groups = [(prompts[i], responses_of(policy, [9, 1, 23, 14], i)) for i in (3, 0, 1, 2)]
     with torch.no_grad():
         logprobs, entropies = response_logprobs(policy, groups, temperature)
         b = 0
@@ -291,53 +293,27 @@ def write_as_the_hub_serves(policy, directory) -> None:
         for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
     }
     config = {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        "eos_token_id": policy.tokenizer.eos_token_id,
-        "vision_start_token_id": ids["vision_start"],
-        "vision_end_token_id": ids["vision_end"],
-        "vision_token_id": ids["vision_pad"],
-        "image_token_id": ids["image_pad"],
-        "video_token_id": ids["video_pad"],
-        "hidden_act": "silu",
-        "hidden_size": text.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": text.intermediate_size,
-        "max_position_embeddings": 128000,
-        "max_window_layers": 70,
-        "model_type": "qwen2_5_vl",
-        "num_attention_heads": text.num_attention_heads,
-        "num_hidden_layers": text.num_hidden_layers,
-        "num_key_value_heads": text.num_key_value_heads,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": text.rope_parameters["rope_theta"],
-        "sliding_window": 32768,
-        "tie_word_embeddings": tied,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.49.0",
-        "use_cache": True,
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 0,
+        "eos_token_id": policy.tokenizer.eos_token_id, "vision_start_token_id": ids["vision_start"],
+        "vision_end_token_id": ids["vision_end"], "vision_token_id": ids["vision_pad"],
+        "image_token_id": ids["image_pad"], "video_token_id": ids["video_pad"], "hidden_act": "silu",
+        "hidden_size": text.hidden_size, "initializer_range": 0.02, "intermediate_size": text.intermediate_size,
+        "max_position_embeddings": 128000, "max_window_layers": 70, "model_type": "qwen2_5_vl",
+        "num_attention_heads": text.num_attention_heads, "num_hidden_layers": text.num_hidden_layers,
+        "num_key_value_heads": text.num_key_value_heads, "rms_norm_eps": 1e-06,
+        "rope_theta": text.rope_parameters["rope_theta"], "sliding_window": 32768, "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16", "transformers_version": "4.49.0", "use_cache": True,
         "use_sliding_window": False,
         "vision_config": {
-            "depth": vision.depth,
-            "hidden_act": "silu",
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "in_chans": 3,
-            "out_hidden_size": vision.out_hidden_size,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "window_size": 112,
-            "fullatt_block_indexes": list(vision.fullatt_block_indexes),
-            "tokens_per_second": 2,
-            "temporal_patch_size": 2,
-            "model_type": "qwen2_5_vl",
+            "depth": vision.depth, "hidden_act": "silu", "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size, "num_heads": vision.num_heads, "in_chans": 3,
+            "out_hidden_size": vision.out_hidden_size, "patch_size": 14, "spatial_merge_size": 2,
+            "spatial_patch_size": 14, "window_size": 112, "tokens_per_second": 2, "temporal_patch_size": 2,
+            "fullatt_block_indexes": list(vision.fullatt_block_indexes), "model_type": "qwen2_5_vl",
         },
         "rope_scaling": {"type": "mrope", "mrope_section": list(text.rope_parameters["mrope_section"])},
         "vocab_size": text.vocab_size,
-    }
+    }  # fmt: skip
     generation_config = {
         "bos_token_id": 0, "pad_token_id": 0, "do_sample": True, "eos_token_id": [2, 0],
         "repetition_penalty": 1.05, "temperature": 0.000001, "transformers_version": "4.49.0",
@@ -373,21 +349,30 @@ def write_as_the_hub_serves(policy, directory) -> None:
         (directory / name).write_text(json.dumps(content, indent=2))
 
 
-def test_the_layout_of_the_hub_loads_to_the_same_logits(any_policy, prompts, tmp_path):
-    write_as_the_hub_serves(any_policy, tmp_path)
-    loaded = load_policy(str(tmp_path))
-    assert loaded.model.dtype == torch.float32
-    for prompt in prompts:
-        again = encode(loaded, prompt.question, "bare")
-        assert torch.equal(again.input_ids, prompt.input_ids)
-        assert torch.equal(logits_of(loaded, prompt), logits_of(any_policy, prompt))
-        y = random_response(5, 0, any_policy)
-        with torch.no_grad():
-            got, _ = response_logprobs(loaded, [(again, [y])])
-            want = hf_logprobs(any_policy, prompt, y)
-        torch.testing.assert_close(got[0], want, atol=1e-5, rtol=0)
-    assert loaded.banned_ids == any_policy.banned_ids
-    assert loaded.eos_ids == [0, 2]
+def test_the_layout_of_the_hub_loads_to_the_same_logits_and_is_saved_so_that_it_loads_again(
+    any_policy, prompts, tmp_path
+):
+    (tmp_path / "hub").mkdir()
+    write_as_the_hub_serves(any_policy, tmp_path / "hub")
+    loaded = load_policy(str(tmp_path / "hub"))
+    save_policy(loaded, tmp_path / "saved")
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info
+    for again in (loaded, load_policy(str(tmp_path / "saved"))):
+        assert again.model.dtype == torch.float32
+        assert again.banned_ids == any_policy.banned_ids and again.eos_ids == [0, 2]
+        for prompt in prompts:
+            encoded = encode(again, prompt.question, "bare")
+            assert torch.equal(encoded.input_ids, prompt.input_ids)
+            assert torch.equal(logits_of(again, prompt), logits_of(any_policy, prompt))
+            y = random_response(5, 0, any_policy)
+            with torch.no_grad():
+                got, _ = response_logprobs(again, [(encoded, [y])])
+                want = hf_logprobs(any_policy, prompt, y)
+            torch.testing.assert_close(got[0], want, atol=1e-5, rtol=0)
+    (tmp_path / "hub/model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_policy(str(tmp_path / "hub"))
 
 
 def test_pixel_limits_are_the_checkpoints_unless_given(policy, tmp_path):

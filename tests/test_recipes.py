@@ -60,11 +60,14 @@ def launched(name: str, folder: Path, programs=tuple(PARSERS), **variables) -> l
 
 
 @pytest.mark.parametrize("name", sorted({*RECIPES} - {"toy_ablation"}))  # whose arms are a study
-def test_every_flag_is_explained(name, tmp_path):
+def test_every_line_that_a_recipe_launches_is_understood_and_every_flag_explained(name, tmp_path):
     text = (FOLDER / f"{name}.sh").read_text(encoding="utf-8")
     comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
     explained = set(re.findall(r"--\w+", comments))
-    for _, flags in launched(name, tmp_path):
+    lines = launched(name, tmp_path)
+    assert "train.py" in [script for script, _ in lines]
+    for script, flags in lines:
+        assert PARSERS[script](flags).out.startswith("runs/")
         used = {word for word in flags if word.startswith("--")}
         assert used <= explained, sorted(used - explained)
 
@@ -78,7 +81,7 @@ def test_the_stages_of_the_paper_follow_each_other(tmp_path):
 
 
 def test_the_study_launches_every_arm_with_every_seed(tmp_path):
-    runs = [config.parse(flags) for _, flags in launched("toy_ablation", tmp_path)]
+    runs = [PARSERS[script](flags) for script, flags in launched("toy_ablation", tmp_path)]
     seeds = {run.seed for run in runs}
     arms = {run.out.rpartition("-")[0] for run in runs}
     assert len({run.out for run in runs}) == len(runs) == len(arms) * len(seeds)

@@ -264,7 +264,7 @@ def test_a_resumed_run_writes_held_out_questions_once_and_answers_again(tmp_path
 def test_whatever_a_model_or_a_data_set_wrote_is_shown_as_text(tmp_path):
     marked = "\\boxed{" + HOSTILE + "} Wait, let's double check" + HOSTILE
     pieces = [[HOSTILE, False], [HOSTILE, True], [marked, False]]
-    row = group(0, text=HOSTILE, responses=[response(pieces)])
+    row = group(0, text=HOSTILE, responses=[response(pieces, not_kept=response(pieces))])
     row["question"] |= {"answer": HOSTILE, "images": [PIXEL + '"onload="alert(1)']}
     config = {"steps": 4, HOSTILE: HOSTILE}
     held = answers((HOSTILE, HOSTILE), question=lambda id_: question(HOSTILE, HOSTILE))

@@ -124,6 +124,13 @@ def test_a_huge_alpha_draws_the_largest_and_overflows_nowhere(alpha):
     assert set(buffer.draw(500)) == {kept[2], kept[3]}
 
 
+def test_tiny_advantages_do_not_underflow():
+    buffer, kept = filled(1e-200, -3e-200, alpha=2)
+    counts = Counter(buffer.draw(4000))
+    statistic, limit = chi_squared([counts[s] for s in kept], [0.1, 0.9])
+    assert statistic < limit
+
+
 def test_without_replacement_no_sample_comes_twice_and_a_short_buffer_gives_all_it_has():
     for alpha in (0, 1, 1000):
         buffer, kept = filled(0.5, -0.25, 0.125, 0.75, alpha=alpha, replacement=False)
