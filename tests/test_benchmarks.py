@@ -207,52 +207,66 @@ def test_numbers_are_ascii_exact_and_without_units():
         assert rules.value(text) is None, text
 
 
+# ---------------------------------------------------------------------------- marks
+
+WORDS = {"question_type": "multi_choice", "answer_type": "text"}
+OPEN = {"question_type": "open", "options": "[]"}
+AREA = {"question_type": "free-form", "question": "Find the area.", "question_for_eval": "Find the area."}
+FREE, NINE, TWELVE = {"options": []}, str([f"thing {i}" for i in range(9)]), str([f"o{i}" for i in range(12)])
+
+# (benchmark, what of its row is changed, boxes that are right, boxes that are wrong)
+MARKS = [
+    ("mathvista", {}, "3 | 3.0 | 3 years | x=3", "3.9 | 4 | three | \u0663"),  # never truncated
+    ("mathvista", {"answer": "1.5", "answer_type": "float", "precision": 1.0},
+     "1.54 | 1.55 | \\frac{3}{2}", "1.56"),
+    ("mathvista", {"answer": "1.53", "answer_type": "float", "precision": 2.0}, "1.534", "1.5"),
+    ("mathvista", WORDS | {"answer": "No", "choices": ["Yes", "No"]}, "B | (B) No | no", "A | Noo"),
+    ("mathvista", WORDS | {"answer": "5", "choices": ["5", "5", "6"]}, "A | B | 5 | (B) 5", "6"),
+    ("mathvista", {"answer": "[1, 2.5]", "answer_type": "list"}, "[1, 2.50] | [1.0,2.5]",
+     "[2.5, 1] | __import__('os').getcwd()"),
+    ("mathverse", {}, "B | 40^\\circ | B:40°", "20°"),
+    ("mathverse", {"answer": "(C)"}, "C", "B"),
+    ("mathverse", {"answer": "A\nC"}, "A, C | C and A", "A"),
+    ("mathverse", AREA | {"answer": "Area $= 25 \\pi \\mathrm{~cm}^2$"},
+     "25\\pi | A = 25\\pi | 25 \\pi \\text{ cm}^2", "25"),
+    ("mathverse", AREA | {"answer": "50掳"}, "50^\\circ | 50", "51"),
+    ("mathverse", AREA | {"answer": "x^2+y^2=25"}, "x^2 + y^2 = 25", "x + y = 25"),
+    ("mathvision", {"options": ["C", "A", "E", "B", "D"], "answer": "C"}, "C", "E"),  # a letter is a letter
+    ("mathvision", {}, "3", "5"),  # the value of option C
+    ("mathvision", {"options": ["1:4", "1:3", "1:2"], "answer": "B"}, "1/3", "1/2"),
+    ("mathvision", FREE | {"answer": "2.77"}, "\\frac{36}{13} | 2.774", "2.76"),
+    ("mathvision", FREE | {"answer": "\x0crac{36}{13}"}, "36/13", "13/36"),
+    ("mathvision", FREE | {"answer": "69{degrees} "}, "69^\\circ", "68"),
+    ("mathvision", FREE | {"answer": "$\\boxed{18}$"}, "18", "1"),
+    ("mathvision", FREE | {"answer": "3:4"}, "\\frac{3}{4} | 3:4", "4:3"),
+    ("mathvision", FREE | {"answer": "1"}, "1:1", "1:2"),
+    ("mathvision", FREE | {"answer": "C"}, "C", "B"),
+    # Two exact forms that round alike are two values.
+    ("mathvision", FREE | {"answer": "$\\frac{1}{60}$"}, "1/60", "\\frac{1}{55}"),
+    ("mathvision", FREE | {"answer": "$\\frac{7^3}{2^{12} 13^2}$"}, "\\frac{343}{692224}", "0"),
+    ("mmmu", {"options": NINE, "answer": "I"}, "I | thing 8", "A is I"),
+    ("mmmu", OPEN | {"answer": "['24/7', '3.429']"}, "24/7 | 3.43 | 3.4286", "3.45"),
+    ("mmmu", OPEN | {"answer": "250"}, "250.00", "251"),
+    ("mmmu", OPEN | {"answer": "['Tampa', 'Florida']"}, "florida", "Miami"),
+    ("mmmu", OPEN | {"answer": "C"}, "C", "B"),
+    ("mmmu_pro", {"options": TWELVE, "answer": "L"}, "L", "K"),
+    ("mmmu_pro", {"options": "['only']", "answer": "A"}, "A", "B"),
+    ("emma", {}, "14 | 14.0 | fourteen | 14.001", "15"),
+]  # fmt: skip
+ROWS = {"mathvista": mathvista_row, "mathverse": mathverse_row, "mathvision": mathvision_row,
+        "mmmu": mmmu_row, "mmmu_pro": mmmu_pro_row, "emma": emma_row}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes", "right", "wrong"), MARKS)
+def test_marks(name, changes, right, wrong):
+    row = ROWS[name](**changes)
+    for boxes, correct in ((right, True), (wrong, False)):
+        for box in boxes.split(" | "):
+            assert is_right(name, row, f"\\boxed{{{box}}}") == correct, box
+    assert not is_right(name, row, f"there are {wrong.split(' | ')[0]} of them, or not")
+
+
 # ---------------------------------------------------------------------------- MathVista
-
-
-def test_mathvista_integers_accept_the_value_and_are_not_truncated():
-    row = mathvista_row()
-    for response in ("\\boxed{3}", "\\boxed{3.0}", "Answer: 3", "\\boxed{3 years}", "\\boxed{x=3}"):
-        assert is_right("mathvista", row, response), response
-    for response in ("\\boxed{3.9}", "\\boxed{4}", "there are 3", "\\boxed{three}", "\\boxed{٣}"):
-        assert not is_right("mathvista", row, response), response
-
-
-def test_mathvista_decimals_are_compared_at_their_precision():
-    one = mathvista_row(answer="1.5", answer_type="float", precision=1.0)
-    assert is_right("mathvista", one, "\\boxed{1.54}")
-    assert is_right("mathvista", one, "\\boxed{1.55}")
-    assert is_right("mathvista", one, "\\boxed{\\frac{3}{2}}")
-    assert not is_right("mathvista", one, "\\boxed{1.56}")
-    two = mathvista_row(answer="1.53", answer_type="float", precision=2.0)
-    assert is_right("mathvista", two, "\\boxed{1.534}")
-    assert not is_right("mathvista", two, "\\boxed{1.5}")
-
-
-def test_mathvista_choices_are_texts_and_may_be_answered_by_letter_or_text():
-    row = mathvista_row(answer="No", choices=["Yes", "No"], question_type="multi_choice",
-                        answer_type="text")  # fmt: skip
-    for response in ("\\boxed{B}", "\\boxed{(B) No}", "\\boxed{no}", "The answer is (B)."):
-        assert is_right("mathvista", row, response), response
-    assert not is_right("mathvista", row, "\\boxed{A}")
-    assert not is_right("mathvista", row, "\\boxed{Noo}")
-
-
-def test_mathvista_a_text_that_two_options_have_is_right_and_so_are_both_letters():
-    row = mathvista_row(answer="5", choices=["5", "5", "6"], question_type="multi_choice",
-                        answer_type="text")  # fmt: skip
-    for response in ("\\boxed{A}", "\\boxed{B}", "\\boxed{5}", "(B) 5"):
-        assert is_right("mathvista", row, response), response
-    assert not is_right("mathvista", row, "\\boxed{6}")
-
-
-def test_mathvista_lists_are_read_and_compared_in_order():
-    row = mathvista_row(answer="[1, 2.5]", answer_type="list")
-    assert is_right("mathvista", row, "\\boxed{[1, 2.50]}")
-    assert is_right("mathvista", row, "\\boxed{[1.0,2.5]}")
-    assert is_right("mathvista", row, "Answer: $[1, 2.5]$")
-    assert not is_right("mathvista", row, "\\boxed{[2.5, 1]}")
-    assert not is_right("mathvista", row, "\\boxed{__import__('os').getcwd()}")
 
 
 def test_mathvista_asks_the_query_after_its_picture():
@@ -265,12 +279,6 @@ def test_mathvista_asks_the_query_after_its_picture():
 # ---------------------------------------------------------------------------- MathVerse
 
 
-def test_mathverse_options_are_parsed_from_the_question():
-    for response in ("\\boxed{B}", "\\boxed{40^\\circ}", "\\boxed{B:40°}"):
-        assert is_right("mathverse", mathverse_row(), response), response
-    assert not is_right("mathverse", mathverse_row(), "\\boxed{20°}")
-
-
 def test_mathverse_vision_only_has_no_question_and_is_still_asked_and_marked():
     row = mathverse_row(question="", problem_version="Vision Only",
                         query_cot="According to the question shown, reason.")  # fmt: skip
@@ -279,28 +287,6 @@ def test_mathverse_vision_only_has_no_question_and_is_still_asked_and_marked():
     assert is_right("mathverse", row, "\\boxed{40°}")
     bare = readers.mathverse(row | {"query_cot": ""})
     assert bare.question.text == "<image>Answer the question in the picture."
-
-
-def test_mathverse_odd_golds_are_understood():
-    assert is_right("mathverse", mathverse_row(answer="(C)"), "\\boxed{C}")
-    both = mathverse_row(answer="A\nC")
-    assert is_right("mathverse", both, "\\boxed{A, C}")
-    assert is_right("mathverse", both, "\\boxed{C and A}")
-    assert not is_right("mathverse", both, "\\boxed{A}")
-
-
-def test_mathverse_free_form_takes_the_right_hand_side_without_units():
-    area = mathverse_row(answer="Area $= 25 \\pi \\mathrm{~cm}^2$", question_type="free-form",
-                         question="Find the area.", question_for_eval="Find the area.")  # fmt: skip
-    for response in ("\\boxed{25\\pi}", "\\boxed{A = 25\\pi}", "\\boxed{25 \\pi \\text{ cm}^2}"):
-        assert is_right("mathverse", area, response), response
-    assert not is_right("mathverse", area, "\\boxed{25}")
-    degrees = area | {"answer": "50掳"}
-    assert is_right("mathverse", degrees, "\\boxed{50^\\circ}")
-    assert is_right("mathverse", degrees, "\\boxed{50}")
-    line = area | {"answer": "x^2+y^2=25"}
-    assert is_right("mathverse", line, "\\boxed{x^2 + y^2 = 25}")
-    assert not is_right("mathverse", line, "\\boxed{x + y = 25}")
 
 
 def test_mathverse_versions_of_a_problem_are_one_cluster():
@@ -328,32 +314,6 @@ def test_mathvision_prints_no_list_of_options_that_are_drawn():
     assert "Choices:\n(A) 1\n(B) 2" in listed.question.text
 
 
-def test_mathvision_a_letter_is_a_letter_even_where_it_is_another_options_value():
-    row = mathvision_row(options=["C", "A", "E", "B", "D"], answer="C")
-    assert is_right("mathvision", row, "\\boxed{C}")
-    assert not is_right("mathvision", row, "\\boxed{E}")
-    assert is_right("mathvision", mathvision_row(), "\\boxed{3}")  # the value of option C
-    assert not is_right("mathvision", mathvision_row(), "\\boxed{5}")
-
-
-def test_mathvision_free_answers_are_equal_to_two_decimals_and_golds_are_repaired():
-    free = mathvision_row(options=[], answer="2.77")
-    assert is_right("mathvision", free, "\\boxed{\\frac{36}{13}}")
-    assert is_right("mathvision", free, "\\boxed{2.774}")
-    assert not is_right("mathvision", free, "\\boxed{2.76}")
-    assert is_right("mathvision", free | {"answer": "\x0crac{36}{13}"}, "\\boxed{36/13}")
-    assert is_right("mathvision", free | {"answer": "69{degrees} "}, "\\boxed{69^\\circ}")
-    assert is_right("mathvision", free | {"answer": "$\\boxed{18}$"}, "\\boxed{18}")
-    assert is_right("mathvision", free | {"answer": "1:2"}, "\\boxed{1:2}")
-    assert is_right("mathvision", free | {"answer": "3:4"}, "\\boxed{\\frac{3}{4}}")
-    assert is_right("mathvision", free | {"answer": "1"}, "1:1")
-    assert is_right("mathvision", mathvision_row(options=["1:4", "1:3", "1:2"], answer="B"), "1/3")
-    # Two exact forms that round alike are two values.
-    assert not is_right("mathvision", free | {"answer": "$\\frac{1}{60}$"}, "\\boxed{\\frac{1}{55}}")
-    assert not is_right("mathvision", free | {"answer": "$\\frac{7^3}{2^{12} 13^2}$"}, "\\boxed{0}")
-    assert is_right("mathvision", free | {"answer": "C"}, "\\boxed{C}")
-
-
 # ---------------------------------------------------------------------------- MMMU
 
 
@@ -362,28 +322,6 @@ def test_mmmu_reads_printed_lists_and_names_its_pictures():
     assert item.question.choices == ["block P", "block Q", "both together", "neither"]
     assert item.question.text.startswith("<image><image>Is [Image 2] in [Image 1]?\nChoices:\n(A)")
     assert item.groups == ["multiple-choice", "Science", "Physics"]
-
-
-def test_mmmu_goes_up_to_nine_options_and_takes_letters_after_prose():
-    row = mmmu_row(options=str([f"thing {i}" for i in range(9)]), answer="I")
-    assert is_right("mmmu", row, "A long thought about A thing. The answer is (I).")
-    assert is_right("mmmu", row, "\\boxed{thing 8}")
-    assert not is_right("mmmu", row, "A is I")
-
-
-def test_mmmu_open_answers_match_an_alias_or_a_number():
-    row = mmmu_row(question_type="open", options="[]", answer="['24/7', '3.429']")
-    for response in ("\\boxed{24/7}", "\\boxed{3.43}", "3.4286"):
-        assert is_right("mmmu", row, response), response
-    assert not is_right("mmmu", row, "\\boxed{3.45}")
-    whole = mmmu_row(question_type="open", options="[]", answer="250")
-    assert is_right("mmmu", whole, "\\boxed{250.00}")
-    assert not is_right("mmmu", whole, "\\boxed{251}")
-    city = mmmu_row(question_type="open", options="[]", answer="['Tampa', 'Florida']")
-    assert is_right("mmmu", city, "\\boxed{florida}")
-    assert not is_right("mmmu", city, "\\boxed{Miami}")
-    letter = mmmu_row(question_type="open", options="[]", answer="C")
-    assert is_right("mmmu", letter, "\\boxed{C}")
 
 
 # ---------------------------------------------------------------------------- MMMU-Pro
@@ -407,12 +345,6 @@ def test_mmmu_pro_settings_share_ids_and_are_distinguished():
     assert "Choices" not in vision.question.text
 
 
-def test_mmmu_pro_has_from_one_to_twelve_options():
-    twelve = mmmu_pro_row(options=str([f"o{i}" for i in range(12)]), answer="L")
-    assert is_right("mmmu_pro", twelve, "Answer: L")
-    assert is_right("mmmu_pro", mmmu_pro_row(options="['only']", answer="A"), "\\boxed{A}")
-
-
 # ---------------------------------------------------------------------------- EMMA
 
 
@@ -424,12 +356,6 @@ def test_emma_types_are_read_in_any_case(kind):
     assert item.groups[:2] == ["multiple choice", "Chemistry"]
     for response in ("\\boxed{b}", "\\boxed{\\text{B}}", "\\boxed{x}"):
         assert is_right("emma", row, response), response
-
-
-def test_emma_open_answers_are_numbers_also_in_words():
-    for response in ("\\boxed{14}", "\\boxed{14.0}", "\\boxed{fourteen}", "\\boxed{14.001}"):
-        assert is_right("emma", emma_row(), response), response
-    assert not is_right("emma", emma_row(), "\\boxed{15}")
 
 
 def test_emma_context_comes_first_and_fifth_pictures_are_shown():
