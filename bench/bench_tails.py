@@ -1,7 +1,7 @@
 """Responses of very different lengths: refilled rows against HF generate and against an older commit.
 
     python bench/bench_tails.py                     a small model on a CPU
-    python bench/bench_tails.py --against e869fd3   also that commit, checked out in a temporary worktree
+    python bench/bench_tails.py --against e869fd3   also that commit, in a temporary folder
     python bench/bench_tails.py --group_size 1      an evaluation: one response per question
     python bench/bench_tails.py --quick             shapes that take seconds, to see that it runs
 
@@ -14,9 +14,11 @@ that waits while another runs; they take turns.
 
 import argparse
 import importlib
+import io
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -32,8 +34,19 @@ def make_policy(args):
     policy = benching.random_policy(shape)
     allowed = [i for i in range(policy.head_weight().shape[0]) if i not in policy.banned_ids]
     policy.eos_ids = allowed[:: args.mean]
-    prompts = [benching.random_prompt(policy, args.prompt, seed) for seed in range(args.questions)]
-    return policy, prompts
+    return policy, [text_prompt(policy, args.prompt, seed) for seed in range(args.questions)]
+
+
+def text_prompt(policy, length: int, seed: int):
+    """Made of what the older commits have as well."""
+    import benching
+    import torch
+    from data import Question
+    from model import Prompt
+
+    ids = benching.random_ids(policy, length, torch.Generator().manual_seed(seed))
+    grid, positions = torch.zeros(0, 3, dtype=torch.long), torch.arange(length).expand(3, -1)
+    return Prompt(Question(str(seed), "", [], ""), "bare", ids, positions, grid, None)
 
 
 def ours(args, policy, prompts) -> int:
@@ -46,14 +59,13 @@ def ours(args, policy, prompts) -> int:
 
 
 def hf_generate(args, policy, prompts) -> int:
-    import bench_rollout
     import torch
 
     per_batch, tokens = max(1, args.rows // args.group_size), 0
     ends = torch.tensor(policy.eos_ids)
     for i in range(0, len(prompts), per_batch):
         out = policy.model.generate(
-            **bench_rollout.hf_inputs(policy, prompts[i : i + per_batch]), do_sample=True,
+            input_ids=torch.stack([prompt.input_ids for prompt in prompts[i : i + per_batch]]), do_sample=True,
             max_new_tokens=4 * args.mean, top_k=0, top_p=1.0, eos_token_id=policy.eos_ids,
             num_return_sequences=args.group_size, suppress_tokens=policy.banned_ids,
         )[:, args.prompt :]  # fmt: skip
@@ -121,15 +133,11 @@ def main(argv: list[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         ways = {"HF generate": args.root, "refilled rows": args.root}
-        git = ["git", "-C", str(HERE), "worktree"]
         if args.against:
             ways[args.against] = folder
-            subprocess.run([*git, "add", "--detach", "-f", folder, args.against], check=True, capture_output=True)  # fmt: skip
-        try:
-            rates = measure(ways, argv, args.repeats)
-        finally:
-            if args.against:
-                subprocess.run([*git, "remove", "--force", folder], check=False)
+            commit = subprocess.check_output(["git", "-C", str(HERE.parent), "archive", args.against])
+            tarfile.open(fileobj=io.BytesIO(commit)).extractall(folder, filter="data")
+        rates = measure(ways, argv, args.repeats)
     rates = {way: statistics.median(seen) for way, seen in rates.items()}
     rows = [[way, rate, benching.times(rates["refilled rows"], rate)] for way, rate in rates.items()]
     print(benching.table(["way", "response tokens/s", "refilled rows are"], rows))
