@@ -41,6 +41,7 @@ def text_prompt(policy, length: int, seed: int):
     """Made of what the older commits have as well."""
     import benching
     import torch
+
     from data import Question
     from model import Prompt
 
@@ -136,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.against:
             ways[args.against] = folder
             commit = subprocess.check_output(["git", "-C", str(HERE.parent), "archive", args.against])
-            tarfile.open(fileobj=io.BytesIO(commit)).extractall(folder, filter="data")
+            with tarfile.open(fileobj=io.BytesIO(commit)) as archive:
+                archive.extractall(folder, filter="data")
         rates = measure(ways, argv, args.repeats)
     rates = {way: statistics.median(seen) for way, seen in rates.items()}
     rows = [[way, rate, benching.times(rates["refilled rows"], rate)] for way, rate in rates.items()]
