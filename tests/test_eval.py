@@ -361,7 +361,11 @@ def test_overthinking_counts_tokens_after_an_answer_that_was_right_already():
     item = readers.Item(readers.Question("q", "", [], "green"), lambda said: said == "green", [])
     for first, after, spent in (("green", "blue", 10), ("blue", "green", 0)):
         before = f"So \\boxed{{{first}}}."
-        text = before + "Wait, does it seem right?".ljust(len(before) - len(after) - 8, "?") + f"\\boxed{{{after}}}"
+        text = (
+            before
+            + "Wait, does it seem right?".ljust(len(before) - len(after) - 8, "?")
+            + f"\\boxed{{{after}}}"
+        )
         line = scores.mark(item, {"response": text, "tokens": 10 * len(text) / (len(text) - len(before))})
         numbers = scores.rethinking([item], [[line]])
         assert numbers["overthinking"] == spent and numbers["rethinks_helped"] == (-1 if spent else 1)

@@ -445,13 +445,14 @@ def test_on_a_gpu_recorded_steps_decode_and_sample_as_they_should(own_policy, pr
 class Scripted:
     """In place of a policy: how long a response gets is lognormal, by its luck; nothing is computed.
 
-    Counts decoding steps and the most tokens that the cache has had room for.
+    Counts decoding steps, the shapes that a GPU would record, and the most tokens that the cache has had room for.
     """
 
     device, eos_ids, training = torch.device("cpu"), [1], False
 
     def __init__(self, monkeypatch, mean: float, sigma: float, longest: int):
         self.mean, self.sigma, self.longest, self.steps, self.peak = mean, sigma, longest, 0, 0
+        self.shapes = set()
         for name in ("prefill", "decode_step", "sample_token"):
             monkeypatch.setattr(rollout, name, getattr(self, name))
         monkeypatch.setattr(rollout, "decode", lambda policy, tokens: "")
@@ -482,6 +483,7 @@ class Scripted:
 
     def decode_step(self, policy, cache, tokens, positions, at):
         self.steps += 1
+        self.shapes.add(cache.shapes)
         self.look_at(cache)
         return torch.zeros(len(tokens), 1)
 
@@ -533,6 +535,7 @@ def test_refilled_rows_take_few_steps_and_no_more_memory(
     assert policy.steps <= sum(lengths) / rows + max(lengths)
     assert policy.steps <= before / 2
     assert policy.peak <= peak_before
+    assert len(policy.shapes) <= 24
 
 
 # ---------------------------------------------------------------------------- forced tokens
