@@ -292,9 +292,11 @@ def paged_attention(q, prompts, responses, parts, owner) -> torch.Tensor:
 def attend_page(q, k, v, bias) -> tuple[torch.Tensor, torch.Tensor]:
     """(attention within a page [M, H, r, d], log sum exp of its scores [M, H, r]) of r queries, in fp32."""
     scores = product(q, k.mT).add_(bias)
-    weights = scores.softmax(-1)
-    log_sum = scores.amax(-1) - weights.amax(-1).log()  # of the highest: weight = exp(score - log_sum)
-    return product(weights.to(v.dtype), v), log_sum
+    top = scores.amax(-1, keepdim=True)
+    # What lies 80 below adds nothing in float64 either; where exp underflows it is slow on a CPU.
+    weights = scores.sub_(top).clamp_(min=-80).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return product(weights.to(v.dtype), v).div_(total), (top + total.log())[..., 0]
 
 
 def recordable(policy: Policy) -> bool:
