@@ -318,7 +318,7 @@ def test_a_checkpoint_loads_by_transformers_with_no_key_missing_or_left(whole):
             assert torch.equal(parameter, state.get_tensor(f"param/model.{name}"))
 
 
-def test_a_checkpoint_is_a_model_to_train_on(base, whole, tmp_path):
+def test_a_checkpoint_is_a_model_to_train_on(whole, tmp_path):
     run_training(whole / "checkpoint-8", tmp_path, steps=1, batch_size=32)
     assert heldout_of(tmp_path)[0]["heldout_accuracy"] == heldout_of(whole)[-1]["heldout_accuracy"]
 

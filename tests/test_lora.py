@@ -64,7 +64,7 @@ def groups_of(prompts, policy):
 # ---------------------------------------------------------------------------- the equation
 
 
-def test_every_projection_of_the_decoder_has_one_and_nothing_else_trains(pair, policy):
+def test_every_projection_of_the_decoder_has_one_and_nothing_else_trains(pair):
     adapted, _ = pair
     names = {name.split("layers.")[1] for name in lora.adapted(adapted)}
     attention = {f"self_attn.{x}_proj" for x in "qkvo"}

@@ -321,13 +321,6 @@ def test_a_run_that_has_hardly_begun_has_a_page(tmp_path, text):
     assert page_of(tmp_path).count("None were written") == 2
 
 
-def test_the_same_files_give_the_same_page_and_leave_nothing_beside_it(tmp_path):
-    folder = write_run(tmp_path / "run")
-    before = sorted(path.name for path in folder.iterdir())
-    assert page_of(folder) == page_of(folder)
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*before, "report.html"])
-
-
 # ---------------------------------------------------------------------------- in a browser
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

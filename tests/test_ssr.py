@@ -52,13 +52,6 @@ def test_more_effective_samples_than_the_batch_holds_are_all_trained():
     assert replay_batch(fresh, ReplayBuffer(), size=2) == fresh
 
 
-def test_the_batch_size_is_constant_once_anything_was_effective():
-    buffer = ReplayBuffer()
-    for fresh in ([0.5, 0, 0, 0], [0, 0, 0, 0], [0.1, -0.1, 0.1, -0.1], [0, 0, 0, -1]):
-        assert len(replay_batch(samples(*fresh), buffer, size=4)) == 4
-    assert len(buffer) == 6
-
-
 @pytest.mark.parametrize("alpha", [0, 1, 1000])
 @pytest.mark.parametrize("replacement", [True, False])
 def test_nothing_effective_and_nothing_stored_is_legal_and_ends(alpha, replacement):

@@ -326,14 +326,6 @@ def test_without_replay_and_rethinking_their_flags_change_nothing(base, tmp_path
     assert not same_tensors(plain, weights_of(base))
 
 
-def test_plain_grpo_trains_each_fresh_response_once(base, tmp_path, monkeypatch):
-    seen = spy_on_updates(monkeypatch)
-    run_training(base, tmp_path, ssr="off", steps=2, heldout=0)
-    trained = [b for _, branches, _ in seen for b in branches]
-    assert len(trained) == 32 and len({id(b.sample) for b in trained}) == 32
-    assert all(b.draws == 1 and b.fresh and not b.imitate for b in trained)
-
-
 def test_replay_keeps_the_batch_full_and_filter_does_not(base, tmp_path, monkeypatch):
     let_be_right(monkeypatch, lambda s: lucky(s) and s.prompt.question.id.endswith("/0"))
     sizes = {}

@@ -58,26 +58,6 @@ def test_trees_of_different_lengths_are_laid_out_as_by_hand():
     assert trees.pixel_values is None and trees.image_grid_thw is None
 
 
-def test_every_response_starts_one_past_the_largest_position_of_its_prompt(policy, prompts):
-    # 3 x 2 tokens of a picture take 3 positions: the largest position is not the prompt's length.
-    prompt = next(p for p in prompts if p.question.id == "one")
-    trees = build_trees([(prompt, [ids(11, 12), ids(21, 22, 23)])])
-    first = int(prompt.position_ids.max()) + 1
-    assert first < len(prompt.input_ids)
-    P = len(prompt.input_ids)
-    want = [first, first + 1, first, first + 1, first + 2]
-    assert trees.position_ids[:, 0, P:].tolist() == [want] * 3
-    assert torch.equal(trees.position_ids[:, 0, :P], prompt.position_ids)
-
-
-def test_pictures_keep_the_order_of_the_trees_and_text_only_trees_add_none(prompts):
-    text, one, wide, two = prompts
-    trees = build_trees([(two, [ids(11)]), (text, [ids(12)]), (one, [ids(13)]), (wide, [ids(14)])])
-    pictured = [two, one, wide]
-    assert torch.equal(trees.pixel_values, torch.cat([p.pixel_values for p in pictured]))
-    assert torch.equal(trees.image_grid_thw, torch.cat([p.image_grid_thw for p in pictured]))
-
-
 @pytest.mark.parametrize("short", [64, 1], ids=["one_call", "by_length"])
 @pytest.mark.parametrize("seed", range(4))
 def test_attention_on_trees_does_what_the_mask_says(seed, short, monkeypatch):
@@ -275,7 +255,7 @@ def test_a_group_longer_than_the_budget_is_cut_into_few_trees(lengths, trees):
     assert sorted(sorted(tree) for micro in micro_batches for tree in micro) == trees
 
 
-def test_the_plan_depends_on_lengths_alone(policy, prompts):
+def test_the_plan_depends_on_lengths_alone():
     """Every rank computes it for itself and must find the same one."""
     branches = random_branches(random.Random(3))
     renamed = [("z" + question, p, r) for question, p, r in branches]
