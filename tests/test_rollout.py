@@ -501,7 +501,7 @@ def in_fixed_batches(groups, rows: int, P: int, longest: int) -> tuple[int, int]
     [
         (128, 8, 256, 500, 0.5, 2048, 400),
         (128, 8, 256, 500, 0.9, 2048, 400),
-        (128, 1, 32, 1000, 0.7, 8192, 400),
+        (256, 1, 64, 1000, 0.7, 8192, 400),
     ],
 )  # fmt: skip
 def test_refilled_rows_take_few_steps_and_no_more_memory(
