@@ -37,6 +37,7 @@ import toy
 from data import UserError, read_json
 from model import Policy, Prompt, Sample, encode, find_checkpoint, is_finite, save_settings, save_some_weights
 
+RUINED = "lower --lr, and go on from an earlier checkpoint"  # what to do where weights are not finite
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SUMS = "SHA256SUMS"
 # A file of the hub's copy: what a rank holds in the host's memory while it writes.
@@ -73,10 +74,8 @@ def unpack_sample(row: dict, prompts: dict) -> Sample:
     row = dict(row)
     prompt = prompts[row.pop("qid")]
     if row.pop("prompt") != checksum(prompt):
-        raise UserError(
-            f"qid {prompt.question.id}: its question, pictures or --template changed within an episode; "
-            "resume with the data and the same flags as before"
-        )
+        changed = f"qid {prompt.question.id}: its question, pictures or --template changed within an episode"
+        raise UserError(f"{changed}; resume with the data and the flags as before")
     for name, dtype in (("tokens", torch.long), ("logprobs", torch.float32), ("mask", torch.bool)):
         row[name] = torch.tensor(row[name], dtype=dtype)
     if not 0 < len(row["tokens"]) == len(row["logprobs"]) == len(row["mask"]):
@@ -94,7 +93,7 @@ def load_samples(directory: Path, run) -> list[list[Sample]]:
             known[qid] = toy.question_by_id(toy.LEVELS[run.config.toy_level], qid)
         if qid not in known:
             raise UserError(
-                f"no question {qid} any more, on which the episode trains; give the flags as before"
+                f"qid {qid}: gone within an episode; resume with the data and the flags as before"
             )
         prompt = encode(run.policy, known[qid], run.config.template)
         # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.
@@ -109,10 +108,7 @@ def save_run(run) -> None:
     """Write OUT/checkpoint-STEP, on all ranks together. Raises UserError where weights are not finite."""
     names = [n for n, p in run.policy.named_parameters() if not is_finite(parallel.local(p))]
     if ruined := parallel.gather(names):
-        raise UserError(
-            f"step {run.step}: {ruined[0]} is not finite, and not saved; lower --lr, and "
-            f"go on from an earlier checkpoint in {run.out}"
-        )
+        raise UserError(f"step {run.step}: {ruined[0]} is not finite, and not saved; {RUINED} in {run.out}")
     # While gradients are not finite, what may be ruined soon does not push out what was sound.
     keep = run.config.keep_last + (run.not_finite > 0)
     trainer = {name: getattr(run, name) for name in COUNTERS}
@@ -291,20 +287,15 @@ def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer
     names, parameters = set(files[0].keys()), dict(trained(policy))
     saved = {name.removeprefix("param/") for name in names if name.startswith("param/")}
     if different := sorted(saved ^ parameters.keys()):
-        where = "only in the checkpoint" if different[0] in saved else "not in the checkpoint"
-        raise UserError(
-            f"{directory}: a checkpoint of another model, or that trained other weights ({different[0]} is "
-            f"{where}); give --model, --lora_rank and --train_vision as before"
-        )
+        what = f"a checkpoint of another model, or that trained other weights, such as {different[0]}"
+        raise UserError(f"{directory}: {what}; give --model, --lora_rank and --train_vision as before")
     for name, parameter in parameters.items():
         rows = parallel.rows_of(parameter)
         shapes = [file.get_slice(f"param/{name}").get_shape() for file in files]
         found = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
         if found != list(parameter.shape):
-            raise UserError(
-                f"{directory}: {name} has shape {found}, not {list(parameter.shape)}; give --model and "
-                "--lora_rank as before"
-            )
+            shapes = f"{name} has shape {found}, not {list(parameter.shape)}"
+            raise UserError(f"{directory}: {shapes}; give --model and --lora_rank as before")
         parallel.local(parameter).copy_(rows_from(files, f"param/{name}", *rows))
         if f"step/{name}" not in names:
             continue
@@ -422,10 +413,8 @@ def check_same_run(run, directory: Path, trainer: dict) -> None:
     if bool(reward := before.get("reward")) != bool(now["reward"]):  # its file may have moved
         reasons.append(f"was made with --reward {reward}" if reward else "was made without --reward")
     if reasons:
-        raise UserError(
-            f"{directory}: {reasons[0]}; resume with the same ones, or start a new run from it: "
-            f"--model {directory}"
-        )
+        how = f"resume with the same ones, or start a new run from it: --model {directory}"
+        raise UserError(f"{directory}: {reasons[0]}; {how}")
     if trainer["step"] > run.total_steps:
         raise UserError(f"--steps {run.total_steps}: {directory} is further already; raise it")
     changed = [k for k, v in before.items() if k not in HARMLESS and v != now.get(k, v)]

@@ -161,15 +161,18 @@ def parse(argv: list[str]) -> Config:
         given = {"preset": "own"} | given
     config = Config(**(PRESETS[given.get("preset", "toy")] | given))
     if config.data != "toy" and config.model == "toy" and "model" not in given:
-        raise UserError(
-            f"--data {config.data}: give --model, such as Qwen/Qwen2.5-VL-3B-Instruct; or --model toy, "
-            "which learns little from it but tries the file on any machine"
-        )
+        how = "such as Qwen/Qwen2.5-VL-3B-Instruct; or --model toy, to try the file on any machine"
+        raise UserError(f"--data {config.data}: give --model, {how}")
     if given.get("train_vision") and config.lora_rank:
+        raise UserError("--train_vision true: --lora_rank trains the decoder's adapters alone; drop one")
+    if config.steps == 0 and config.data == "toy":
+        raise UserError("--steps 0 passes over a data file: give --data FILE, or --steps N")
+    responses = config.episode_queries * config.group_size
+    if responses % config.batch_size:
+        of = f"(--episode_queries {config.episode_queries} x --group_size {config.group_size})"
         raise UserError(
-            "--train_vision true: --lora_rank trains adapters of the decoder alone; drop one of them"
+            f"--batch_size {config.batch_size} does not divide the {responses} responses of an episode {of}"
         )
-    check(config)
     return config
 
 
@@ -230,15 +233,3 @@ def read_bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
     return text.lower() == "true"
-
-
-def check(config: Config) -> None:
-    """Raise UserError where values do not fit together."""
-    if config.steps == 0 and config.data == "toy":
-        raise UserError("--steps 0 passes over a data file: give --data FILE, or --steps N")
-    responses = config.episode_queries * config.group_size
-    if responses % config.batch_size:
-        raise UserError(
-            f"--batch_size {config.batch_size} does not divide the {responses} responses of an episode "
-            f"(--episode_queries {config.episode_queries} x --group_size {config.group_size})"
-        )

@@ -154,10 +154,8 @@ def check_images(questions: list[Question], seen: bool = True, progress=iter) ->
                     it.verify()
             except FileNotFoundError:
                 if seen:
-                    raise UserError(
-                        f"{where}: {name} does not exist; put the pictures where the row says, "
-                        "relative to the data file (an archive of them must be unpacked)"
-                    ) from None
+                    how = "put it where the row says, relative to the data file (unpack an archive)"
+                    raise UserError(f"{where}: {name} does not exist; {how}") from None
             except BROKEN_IMAGE as error:
                 reason = re.sub(r"<.*>", "unknown format", str(error))
                 raise UserError(f"{where}: {name} cannot be read ({reason}); replace the picture") from None
@@ -257,10 +255,8 @@ def read_jsonl(path: Path, shape=None, growing: bool = False) -> Iterator[tuple[
             place = f"{path}:{number}"
             row = parse_json(line, place, shape)
             if "line_crc32" in row and row.pop("line_crc32") != zlib.crc32(json.dumps(row).encode()):
-                raise UserError(
-                    f"{place}: changed since it was written; remove the line, or its "
-                    "line_crc32 if that was meant"
-                )
+                how = "remove the line, or its line_crc32 if that was meant"
+                raise UserError(f"{place}: changed since it was written; {how}")
             yield place, row
 
 
@@ -314,9 +310,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
             for row in rows:
                 place = f"{path}:{rows.line_num}"
                 if None in row:
-                    raise UserError(
-                        f"{place}: more cells than columns; put a cell that holds a comma in quotes"
-                    )
+                    raise UserError(f"{place}: more cells than columns; put a cell with a comma in quotes")
                 row = {name: cell or None for name, cell in row.items()}
                 for name in (*IMAGE_COLUMNS, *CHOICE_COLUMNS):
                     if "|" in (row.get(name) or ""):
@@ -415,10 +409,8 @@ def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> l
     if not places:
         raise UserError(f"{path}: the file is empty")
     if not questions:
-        raise UserError(
-            f"{path}: none of {len(places)} rows has {pass_rate[0]} in the range asked for; widen "
-            "--pass_rate_min and --pass_rate_max"
-        )
+        none = f"none of {len(places)} rows has {pass_rate[0]} in the range asked for"
+        raise UserError(f"{path}: {none}; widen --pass_rate_min and --pass_rate_max")
     return questions
 
 

@@ -333,10 +333,8 @@ def encode(policy: Policy, question: Question, template: str = "plain") -> Promp
     pieces = chat_text(policy, question, template).split(IMAGE_PAD)
     counts = (grid.prod(-1) // policy.image_processor.merge_size**2).tolist()
     if len(pieces) != len(counts) + 1:
-        raise UserError(
-            f"qid {question.id}: the chat template wrote {len(pieces) - 1} pictures, not "
-            f"{len(counts)}; is it the template of a Qwen-VL?"
-        )
+        wrote = f"the chat template wrote {len(pieces) - 1} pictures, not {len(counts)}"
+        raise UserError(f"qid {question.id}: {wrote}; is it the template of a Qwen-VL?")
     text = pieces[0] + "".join(IMAGE_PAD * n + piece for n, piece in zip(counts, pieces[1:]))
     input_ids = policy.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
     positions = mrope_positions(policy, input_ids, grid)
@@ -415,10 +413,8 @@ def bound_pictures(processor, bounds: dict[str, int]) -> None:
         size[edge] = area or size[edge]
     if size["shortest_edge"] > size["longest_edge"]:
         given = ", ".join(f"--{name} {value}" for name, value in bounds.items() if value)
-        raise UserError(
-            f"{given}: a picture would have at least {size['shortest_edge'] // side**2} visual tokens and at "
-            f"most {size['longest_edge'] // side**2}; change one"
-        )
+        low, high = (size[edge] // side**2 for edge in ("shortest_edge", "longest_edge"))
+        raise UserError(f"{given}: pictures of at least {low} visual tokens and at most {high}; change one")
 
 
 def read_policy(directory: Path, dtype: torch.dtype, empty: bool) -> Policy:
@@ -429,10 +425,8 @@ def read_policy(directory: Path, dtype: torch.dtype, empty: bool) -> Policy:
     config = AutoConfig.from_pretrained(directory, **code)
     known = f"this code trains {', '.join(FAMILIES)}"
     if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        raise UserError(
-            f"a {config.model_type!r} model; its linear attention carries one state along a row, which the "
-            f"responses of a tree cannot share; {known}"
-        )
+        why = "its linear attention has one state per row, which the responses of a tree cannot share"
+        raise UserError(f"a {config.model_type!r} model; {why}; {known}")
     if config.model_type not in FAMILIES:
         raise UserError(f"a {config.model_type!r} model; {known}")
     tokenizer = AutoTokenizer.from_pretrained(directory, **code)

@@ -286,7 +286,7 @@ def slices(policy: Policy, parts: int) -> Slices | None:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local_ranks % parts:
         raise UserError(
-            f"--tensor {parts} does not divide the {local_ranks} ranks of a node; give a number that does"
+            f"--tensor {parts}: does not divide the {local_ranks} ranks of a node; give one that does"
         )
     if parts == 1:
         return None
@@ -294,10 +294,8 @@ def slices(policy: Policy, parts: int) -> Slices | None:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     columns = getattr(config, "moe_intermediate_size", config.intermediate_size)
     if heads % parts or columns % parts or (kv_heads % parts and parts % kv_heads):
-        raise UserError(
-            f"--tensor {parts}: {heads} heads on {kv_heads} of keys and values, and {columns} MLP columns, "
-            "cannot be cut into so many equal slices; give another number"
-        )
+        sizes = f"{heads} heads on {kv_heads} of keys and values, and {columns} MLP columns"
+        raise UserError(f"--tensor {parts}: {sizes} have no {parts} equal slices; give another number")
     device, shape = "cuda" if torch.cuda.is_available() else "cpu", (world() // parts, parts)
     mesh = dist.init_device_mesh(device, shape, mesh_dim_names=("groups", "slices"))["slices"]
     return Slices(mesh.get_group(), mesh.get_local_rank(), parts)

@@ -132,10 +132,8 @@ def own_reward(config: Config, grade: Grade | None) -> Grade | None:
             value = float(grade(text, question))
         except (Exception, SystemExit) as error:  # whatever the user's function does wrong
             at = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(
-                f"--reward {config.reward}: {type(error).__name__}: {error} ({at.filename}:{at.lineno}, "
-                f"question {question.id})"
-            ) from error
+            where = f"{at.filename}:{at.lineno}, question {question.id}"
+            raise UserError(f"--reward {config.reward}: {type(error).__name__}: {error} ({where})") from error
         if not abs(value) <= SIZE:  # nan too; and squares of gradients must fit float32
             raise UserError(f"--reward {config.reward}: {value} for question {question.id}; make it finite")
         return value
@@ -163,13 +161,10 @@ def check_room(out: Path, policy: Policy, checkpoints: int) -> None:
     """Raise UserError where the disk cannot hold them: fp32 weights that train, moments, the hub's copy."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     copy = policy.compute_dtype.itemsize * sum(p.numel() for p in policy.parameters())
-    needed = (12 * trained + copy) * checkpoints
-    free = shutil.disk_usage(out).free
+    needed, free = (12 * trained + copy) * checkpoints, shutil.disk_usage(out).free
     if free < needed:
-        raise UserError(
-            f"--out {out}: {free >> 20} MiB free, {checkpoints} checkpoints need "
-            f"{needed >> 20} MiB; make room or lower --keep_last"
-        )
+        sizes = f"{free >> 20} MiB free, {checkpoints} checkpoints need {needed >> 20} MiB"
+        raise UserError(f"--out {out}: {sizes}; make room or lower --keep_last")
 
 
 def is_taken(out: Path) -> bool:
@@ -229,10 +224,8 @@ def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:
         selected = parallel.agree(lambda: load_questions(config.data, wanted))
     training = [q for q in selected if q.id not in kept_out]
     if not training:
-        raise UserError(
-            f"--heldout {config.heldout}: {config.data} has {len(selected)} questions to train on; "
-            "lower it, or 0 for none"
-        )
+        none = f"leaves none of the {len(selected)} questions of {config.data} to train on"
+        raise UserError(f"--heldout {config.heldout}: {none}; lower it, or 0 for none")
     return training, [q for q in everything if q.id in kept_out]
 
 
@@ -243,10 +236,8 @@ def data_checksum(questions: list[Question]) -> int:
 
 def check_share(config: Config) -> None:
     if config.episode_queries < parallel.world():
-        raise UserError(
-            f"--episode_queries {config.episode_queries} cannot be shared by {parallel.world()} ranks; "
-            "give each at least one question"
-        )
+        shared = f"--episode_queries {config.episode_queries} cannot be shared by {parallel.world()} ranks"
+        raise UserError(f"{shared}; give each at least one question")
 
 
 def fit_sizes(config: Config, n: int) -> None:
@@ -292,9 +283,7 @@ def drop_long_prompts(config: Config, policy: Policy, questions: list[Question],
         counts = f"{len(too_long)} of {len(questions)}"
         say(f"dropped {counts} questions: prompts over --max_prompt_tokens {limit}")
     if questions and len(too_long) == len(questions):
-        raise UserError(
-            f"--max_prompt_tokens {limit}: every prompt is longer; raise it or lower --max_image_tokens"
-        )
+        raise UserError(f"--max_prompt_tokens {limit}: all are longer; raise it or lower --max_image_tokens")
     return [q for q in questions if q.id not in too_long]
 
 

@@ -39,9 +39,8 @@ def lock_folder(folder: Path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(
-            f"{folder}: in use by {file.read(200)}; wait for it, end it, or give another --out"
-        ) from None
+        how = "wait for it, end it, or give another --out"
+        raise UserError(f"{folder}: in use by {file.read(200)}; {how}") from None
     except OSError:
         return file  # a file system that knows no locks
     file.truncate(0)

@@ -67,13 +67,10 @@ def episode_questions(run: Run) -> list[Question]:
     c, Q = run.config, run.config.episode_queries
     if run.questions is None:
         return toy.toy_questions(toy.LEVELS[c.toy_level], Q, f"{c.seed}-{run.episode}")
-    n, chosen, orders = len(run.questions), [], {}
-    for place in range(run.episode * Q, (run.episode + 1) * Q):
-        number = place // n  # of the pass
-        if number not in orders:
-            orders[number] = random.Random(f"order {c.seed} {number}").sample(range(n), n)
-        chosen.append(run.questions[orders[number][place % n]])
-    return chosen
+    n, places = len(run.questions), range(run.episode * Q, (run.episode + 1) * Q)
+    passes = {place // n for place in places}
+    orders = {p: random.Random(f"order {c.seed} {p}").sample(range(n), n) for p in passes}
+    return [run.questions[orders[place // n][place % n]] for place in places]
 
 
 def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
@@ -207,14 +204,11 @@ def check_mismatch(run: Run, mismatch: float) -> None:
     episode = f"episode {run.episode + 1}"
     if not math.isfinite(mismatch):
         raise UserError(
-            f"{episode}: log-probabilities are not finite, so the weights are not; lower --lr, and go on "
-            f"from an earlier checkpoint in {run.out}"
+            f"{episode}: log-probabilities are not finite, nor are the weights; {checkpoint.RUINED}"
         )
     if mismatch > MISMATCH_LIMIT:
-        say(
-            f"warning: {episode}: sampling and training differ by {mismatch:.3f} nats per token (above "
-            f"{MISMATCH_LIMIT}); see logp_mismatch in docs/metrics.md"
-        )
+        differ = f"differ by {mismatch:.3f} nats per token (above {MISMATCH_LIMIT})"
+        say(f"warning: {episode}: sampling and training {differ}; see logp_mismatch in docs/metrics.md")
 
 
 # ---------------------------------------------------------------------------- update
@@ -495,10 +489,8 @@ def train(run: Run, record: Recorder) -> None:
             if stop or run.step == run.total_steps or (run.not_finite == 0 and run.step % c.save_every == 0):
                 checkpoint.save_run(run)
             if run.not_finite >= STOP_AFTER:
-                raise UserError(
-                    f"step {run.step}: {STOP_AFTER} gradients in a row were not finite; lower --lr, and "
-                    f"go on from an earlier checkpoint in {run.out}"
-                )
+                what = f"step {run.step}: {STOP_AFTER} gradients in a row were not finite"
+                raise UserError(f"{what}; {checkpoint.RUINED}")
             if stop:
                 return
             if measurement_due(run):
