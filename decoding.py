@@ -29,7 +29,8 @@ import torch
 from torch.nn import functional as F
 
 from data import UserError
-from model import NEVER, Policy, Prompt, masked_logits, product
+from grpo import NEVER, masked_logits, product
+from model import Policy, Prompt
 from tree import join_pictures
 
 PROMPT_PAGE, RESPONSE_PAGE = 256, 32  # tokens, at most

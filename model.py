@@ -4,10 +4,6 @@ G responses to one question share a prompt that is mostly image tokens, so one r
 tree (tree.py): the vision tower and the prompt run once per group, forward and backward, and the
 log-probabilities are those of G separate rows (tests/test_model.py holds them to 1e-5).
 
-The vocabulary projection is the largest tensor of such training: [T, 151936] floats. Here it is
-computed only where a response token is predicted, a chunk at a time, and again in the backward pass,
-so that full logits never exist.
-
 What we do differently from the released code: image, video and vision ids are banned, in sampling
 and in the log-probabilities, since a response that holds `<|image_pad|>` breaks the next forward
 pass; prompts are never cut; torchvision is not needed.
@@ -18,7 +14,7 @@ R response tokens, T tokens of a packed row, K response tokens of a batch, V voc
 
 import copy
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +30,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from config import FAMILIES
 from data import BROKEN_IMAGE, MARKER, MIN_SIDE, Question, UserError, open_image, prompt_text, read_json
+from grpo import token_logprobs
 from rethink import second_start
 from tree import Trees, build_trees, pack_pictures, pad_rows, tree_attention, vision_layout
 
@@ -41,10 +38,6 @@ from tree import Trees, build_trees, pack_pictures, pad_rows, tree_attention, vi
 transformers.utils.logging.disable_progress_bar()
 
 IMAGE_PAD = "<|image_pad|>"
-# Finite, so that 0 * NEVER is 0 and not nan in the entropy.
-NEVER = -1e30
-# Rows of the vocabulary projection computed at once: 512 x 151,936 floats are 311 MB.
-CHUNK = 512
 # Flags that bound a picture's size after resizing, by its area or by its visual tokens.
 BOUNDS = ("min_pixels", "max_pixels", "min_image_tokens", "max_image_tokens")
 
@@ -207,80 +200,6 @@ class Policy(nn.Module):
 
 def rms_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [..., m, k] @ b [..., k, n], summed and kept in fp32 (float64 stays) where a and b are bf16.
-
-    Qwen's keys carry biases of hundreds: scores rounded to bf16 lose what tells two keys apart. So do
-    logits of 16 to 32, which bf16 knows to an eighth.
-    """
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if not a.is_cuda:  # no such kernel there
-        return a.float() @ b.float()
-    if b.dim() == 2:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    flat = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
-    return flat.unflatten(0, a.shape[:-2])
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) at the targets, a chunk of tokens at a time.
-
-    Written out because torch has no derivative for a product of bf16 with an fp32 result, and because
-    autograd would round the weight's gradient to bf16 at every chunk: here it is summed in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, banned_ids, temperature):
-        """hidden [K, D], weight [V, D], targets [K] -> log-probability [K], entropy [K] in fp32."""
-        logprobs, entropies, log_zs = [], [], []
-        for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK)):
-            logits = masked_logits(h, weight, banned_ids).div_(temperature)  # [K, V]
-            log_z = logits.logsumexp(-1)
-            logits.sub_(log_z[:, None])
-            logprobs.append(logits.gather(-1, t[:, None])[:, 0])
-            entropies.append(-(logits.exp() * logits).sum(-1))
-            log_zs.append(log_z)
-        logprob, entropy = torch.cat(logprobs), torch.cat(entropies)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(log_zs))
-        ctx.banned_ids, ctx.temperature = banned_ids, temperature
-        ctx.mark_non_differentiable(entropy)
-        return logprob, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, targets, log_z = ctx.saved_tensors
-        grad_hidden, grad_weight = [], None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
-        parts = (x.split(CHUNK) for x in (hidden, targets, log_z, grad / ctx.temperature))
-        for h, t, z, g in zip(*parts):
-            logits = masked_logits(h, weight, ctx.banned_ids).div_(ctx.temperature)
-            d = logits.sub_(z[:, None]).exp_().mul_(-g[:, None])  # [K, V]: minus what is expected
-            d = d.scatter_add_(1, t[:, None], g[:, None]).to(h.dtype)  # and plus what was said
-            grad_hidden.append(d @ weight)
-            if grad_weight is not None:
-                # In slices: another [V, D] in fp32 is a gigabyte and more.
-                for rows, columns in zip(grad_weight.chunk(8), d.chunk(8, dim=1)):
-                    rows += product(columns.T, h)
-        return torch.cat(grad_hidden), grad_weight, None, None, None
-
-
-token_logprobs = TokenLogprobs.apply
-
-
-def masked_logits(hidden, weight, banned_ids):
-    """The vocabulary projection [K, V] in fp32, with NEVER at the banned ids."""
-    logits = product(hidden, weight.T)
-    return logits.index_fill_(-1, id_tensor(tuple(banned_ids), logits.device), NEVER)
-
-
-@lru_cache
-def id_tensor(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Made once: copied to a GPU at every token, it would make the host wait at every token."""
-    return torch.tensor(ids, device=device)
 
 
 def response_logprobs(policy: Policy, groups, temperature: float = 1.0):

@@ -35,7 +35,7 @@ import torch
 from torch.nn import functional as F
 
 import model
-from model import NEVER, token_logprobs
+from grpo import NEVER, token_logprobs
 from tree import build_trees
 
 # Dense bf16 FLOP/s, from the makers' data sheets.

@@ -21,7 +21,7 @@ import plan
 import lora
 import parallel
 from config import Config
-from model import CHUNK
+from grpo import CHUNK
 
 CARDS = (24, 48, 80, 141)  # GB
 PROMPT = 1300  # tokens, most of them a picture's

@@ -23,7 +23,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import parallel
 from config import PRESETS, Config
-from model import CHUNK, Policy
+from grpo import CHUNK
+from model import Policy
 from toy import toy_tokenizer
 
 # As published: hidden, layers, heads, key-value heads, intermediate, vocabulary.

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
+import grpo
 import model
 import toy
 from data import Question, UserError
@@ -128,7 +129,7 @@ def test_in_bf16_logits_stay_in_fp32_and_so_does_the_sum_of_the_head_s_gradient(
 
     With logits in bf16 and the gradient summed in bf16, the errors are 0.15 and 1 % here.
     """
-    monkeypatch.setattr(model, "CHUNK", 8)
+    monkeypatch.setattr(grpo, "CHUNK", 8)
     generator = torch.Generator().manual_seed(0)
     K, V, D = 43 * 8, 96, 64
     hidden, weight = (torch.randn(n, D, generator=generator) for n in (K, V))
