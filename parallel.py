@@ -205,10 +205,8 @@ def shard(
         for parameter in policy.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(half)
-    options = {
-        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None),
-        "mesh": mesh_over(device.type, over),
-    }
+    mixed = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
+    options = {"mp_policy": mixed, "mesh": mesh_over(device.type, over)}
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     fully_shard(policy.model.model.visual, **options)
@@ -285,9 +283,7 @@ def slices(policy: Policy, parts: int) -> Slices | None:
     """Groups of `parts` ranks of a node; None for 1. Raises UserError where the model cannot be cut so."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local_ranks % parts:
-        raise UserError(
-            f"--tensor {parts}: does not divide the {local_ranks} ranks of a node; give one that does"
-        )
+        raise UserError(f"--tensor {parts} does not divide the {local_ranks} ranks of a node; lower it")
     if parts == 1:
         return None
     config = policy.text_model.config

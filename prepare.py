@@ -283,7 +283,8 @@ def drop_long_prompts(config: Config, policy: Policy, questions: list[Question],
         counts = f"{len(too_long)} of {len(questions)}"
         say(f"dropped {counts} questions: prompts over --max_prompt_tokens {limit}")
     if questions and len(too_long) == len(questions):
-        raise UserError(f"--max_prompt_tokens {limit}: all are longer; raise it or lower --max_image_tokens")
+        how = "raise it or lower --max_image_tokens"
+        raise UserError(f"--max_prompt_tokens {limit}: every prompt is longer; {how}")
     return [q for q in questions if q.id not in too_long]
 
 

@@ -236,30 +236,19 @@ def toy_config(family: str, tokenizer, hidden: int, layers: int, heads: int) -> 
     half = hidden // heads if third else hidden // heads // 2
     rows = half // 3 if third else (half - half // 4) // 2
     text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2,
-        "max_position_embeddings": 4096,
-        "initializer_range": INITIALIZER_RANGE,
-        "rms_norm_eps": 1e-6,
-        "bos_token_id": ids["endoftext"],
-        "eos_token_id": ids["im_end"],
-        "pad_token_id": ids["endoftext"],
+        "vocab_size": len(tokenizer), "max_position_embeddings": 4096,
+        "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": heads // 2,
+        "initializer_range": INITIALIZER_RANGE, "rms_norm_eps": 1e-6,
+        "bos_token_id": ids["endoftext"], "eos_token_id": ids["im_end"], "pad_token_id": ids["endoftext"],
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [half - 2 * rows, rows, rows],
         },
     }  # fmt: skip
     vision = {
-        "depth": 2,
-        "hidden_size": hidden // 2,
-        "intermediate_size": hidden,
-        "num_heads": heads,
-        "out_hidden_size": hidden,
-        "initializer_range": INITIALIZER_RANGE,
-    }
+        "depth": 2, "hidden_size": hidden // 2, "intermediate_size": hidden, "num_heads": heads,
+        "out_hidden_size": hidden, "initializer_range": INITIALIZER_RANGE,
+    }  # fmt: skip
     if family == "qwen2_vl":
         vision |= {"embed_dim": hidden // 2, "hidden_size": hidden, "mlp_ratio": 2}
         del vision["intermediate_size"], vision["out_hidden_size"]
@@ -271,14 +260,10 @@ def toy_config(family: str, tokenizer, hidden: int, layers: int, heads: int) -> 
     if family == "qwen3_vl_moe":
         text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 2 * hidden}
     return {
-        "text_config": text,
-        "vision_config": vision,
-        "tie_word_embeddings": True,
-        "image_token_id": ids["image_pad"],
-        "video_token_id": ids["video_pad"],
-        "vision_start_token_id": ids["vision_start"],
-        "vision_end_token_id": ids["vision_end"],
-    }
+        "text_config": text, "vision_config": vision, "tie_word_embeddings": True,
+        "image_token_id": ids["image_pad"], "video_token_id": ids["video_pad"],
+        "vision_start_token_id": ids["vision_start"], "vision_end_token_id": ids["vision_end"],
+    }  # fmt: skip
 
 
 def new_policy(

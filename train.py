@@ -80,13 +80,8 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
     keys = question_keys(questions, c.seed, run.step)[first::stride]
     numbers = range(first, len(questions), stride)
     prompts = parallel.agree(lambda: [encode(run.policy, questions[i], c.template) for i in numbers])
-    bar = tqdm(
-        desc=f"sampling episode {run.episode + 1}",
-        total=len(prompts) * c.group_size,
-        unit="response",
-        leave=False,
-        disable=parallel.rank() > 0,
-    )
+    where, size = f"sampling episode {run.episode + 1}", len(prompts) * c.group_size
+    bar = tqdm(desc=where, total=size, unit="response", leave=False, disable=parallel.rank() > 0)
     with parallel.weights_to_sample(run.policy), bar:
         groups = sample_groups(run, prompts, keys, lambda *_: bar.update())
         counts = count_responses(groups)
@@ -203,9 +198,7 @@ def check_mismatch(run: Run, mismatch: float) -> None:
     """Warn where the policy that samples is not the one that learns; stop where it is ruined."""
     episode = f"episode {run.episode + 1}"
     if not math.isfinite(mismatch):
-        raise UserError(
-            f"{episode}: log-probabilities are not finite, nor are the weights; {checkpoint.RUINED}"
-        )
+        raise UserError(f"{episode}: log-probabilities are not finite; {checkpoint.RUINED}")
     if mismatch > MISMATCH_LIMIT:
         differ = f"differ by {mismatch:.3f} nats per token (above {MISMATCH_LIMIT})"
         say(f"warning: {episode}: sampling and training {differ}; see logp_mismatch in docs/metrics.md")
@@ -467,10 +460,8 @@ def begin_episode(run: Run, record: Recorder) -> None:
 def train(run: Run, record: Recorder) -> None:
     """Episodes until the last step, measuring and saving on the way."""
     c, sampling_seconds = run.config, 0.0
-    bar = tqdm(
-        desc="training", unit="step", total=run.total_steps, initial=run.step, disable=parallel.rank() > 0
-    )
-    with bar:
+    sizes = {"total": run.total_steps, "initial": run.step}
+    with tqdm(desc="training", unit="step", disable=parallel.rank() > 0, **sizes) as bar:
         if measurement_due(run):  # before the first step; or where an interruption came between
             record.heldout(run.heldout, *measure(run))
         while run.step < run.total_steps:

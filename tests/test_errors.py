@@ -59,6 +59,7 @@ FLAGS = {
     "--group_size 1": "--group_size 1.*at least 2",
     "--rethink_fraction 1.5": "--rethink_fraction 1.5.*at most 1",
     "--temperature 0": "--temperature 0.*at least 0.01",
+    "--lora_rank 4 --train_vision true": "--train_vision true.*--lora_rank",
     "--save_every 0": "--save_every 0.*at least 1",
     "--heldout 2147483648": "--heldout",
     "--group_size 2147483648": "--group_size",

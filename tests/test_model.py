@@ -389,5 +389,6 @@ def test_pixel_limits_are_the_checkpoints_unless_given(policy, tmp_path):
     assert visual_tokens(min_pixels=200 * 28 * 28) >= 200
     assert visual_tokens(max_image_tokens=18) == 18 and visual_tokens(min_image_tokens=200) >= 200
     assert visual_tokens(max_pixels=18 * 28 * 28, max_image_tokens=32) == 18
-    with pytest.raises(UserError, match="min_pixels"):
-        load_policy(str(tmp_path), min_pixels=10**6, max_pixels=10**5)
+    for name, high, low in (("pixels", 10**6, 10**5), ("image_tokens", 20, 10)):
+        with pytest.raises(UserError, match=f"--min_{name} {high}, --max_{name} {low}: "):
+            load_policy(str(tmp_path), **{f"min_{name}": high, f"max_{name}": low})

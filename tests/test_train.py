@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -108,6 +109,8 @@ def test_without_out_runs_are_numbered_and_resume_takes_the_newest(base, tmp_pat
     command = flags(base, "", steps=1, heldout=0)
     del command[command.index("--out") : command.index("--out") + 2]
     assert train.main(command) == train.main(command) == 0
+    shutil.copytree(tmp_path / "runs/toy", tmp_path / "runs/toy-3")  # of other data
+    (tmp_path / "runs/toy-3/config.json").write_text('{"data": "mine.jsonl"}')
     assert train.main([*command, "--steps", "2", "--resume"]) == 0
     assert [len(steps_of(tmp_path / "runs" / name)) for name in ("toy", "toy-2")] == [1, 2]
 
