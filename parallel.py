@@ -29,13 +29,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 
 from data import UserError
@@ -205,16 +199,16 @@ def shard(
         for parameter in policy.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(half)
-    mixed = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
+    mixed = fsdp.MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
     options = {"mp_policy": mixed, "mesh": mesh_over(device.type, over)}
     if offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    fully_shard(policy.model.model.visual, **options)
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    fsdp.fully_shard(policy.model.model.visual, **options)
     for layer in policy.text_model.layers:
-        fully_shard(layer, **options)
+        fsdp.fully_shard(layer, **options)
     # The root stays whole after its forward: its head is used in chunks, again in the backward pass.
-    fully_shard(policy, reshard_after_forward=False, **options)
-    register_fsdp_forward_method(policy, "prefill")
+    fsdp.fully_shard(policy, reshard_after_forward=False, **options)
+    fsdp.register_fsdp_forward_method(policy, "prefill")
     if any(p.is_meta for p in policy.parameters()):
         policy.to_empty(device="cpu" if offload else device)
         fill_buffers(policy, device)
@@ -389,7 +383,7 @@ def weights_to_sample(policy: Policy):
     """Inside, forward passes need no gradient and weights are there to be used directly: gathered once,
     whole or in slices."""
     in_turn = set(policy.text_model.layers) if policy.slices else set()
-    units = [m for m in policy.modules() if isinstance(m, FSDPModule) and m not in in_turn]
+    units = [m for m in policy.modules() if isinstance(m, fsdp.FSDPModule) and m not in in_turn]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
