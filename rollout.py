@@ -41,7 +41,7 @@ from rethink import Continuation
 PACK_BELOW = {"cpu": 0.75, "cuda": 0.5}
 # Looking at `done` makes the host wait for a GPU; a row that has ended decodes on until then.
 CHECK_EVERY = {"cpu": 2, "cuda": 16}
-PREFILL_TOKENS = 1 << 14  # run at once, padding included: of a 7B they hold 1.3 GB of activations
+PREFILL_TOKENS = 1 << 13  # run at once, padding included: a 7B takes up to 2.2 GB for them
 
 # (index of the prompt, index in the group, the finished response) -> how it goes on, or None
 Extend = Callable[[int, int, Sample], Continuation | None]

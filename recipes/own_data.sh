@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Own data, worked through: minutes on two CPU cores with the toy policy, which tries everything out:
 #     bash recipes/own_data.sh [OUT]
-# With a real model, on a GPU:
+# With a real model, on a GPU of 80 GB:
 #     MODEL=Qwen/Qwen2.5-VL-3B-Instruct bash recipes/own_data.sh [OUT]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -3,68 +3,53 @@
 The worked example of own data is then run for real, with a policy of a few thousand parameters.
 """
 
-import os
 import re
 import runpy
 import shutil
-import subprocess
+import weakref
 from pathlib import Path
 
+import memory
+import plan
 import pytest
 import tiny
+import torch
+from conftest import noise_image, random_response
+from launches import calls, training
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import config
 import eval
+import lora
+import parallel
 import report
 import train
+from config import Config
 from data import Question
+from decoding import prefill
+from model import encode, response_logprobs
 from recipes import toy_ablation
+from rollout import Sampler
+from tree import build_trees
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.sh"))
 PARSERS = {"train.py": config.parse, "eval.py": eval.parse}
 
-# Notes its arguments, one line a call, and leaves a checkpoint where a run would.
-STUB = r"""#!/bin/sh
-(IFS=$(printf '\t'); printf '%s\n' "$*" | tr '\n' ' '; echo) >>"$CALLS"
-while [ $# -gt 1 ]; do
-  [ "$1" = --out ] && mkdir -p "$2/checkpoint-1"
-  shift
-done
-exit 0
-"""
 
-
-def launched(name: str, folder: Path, programs=tuple(PARSERS), **variables) -> list[tuple[str, list[str]]]:
+def launched(name: str, programs=tuple(PARSERS), **variables) -> list[tuple[str, list[str]]]:
     """[(script, its flags), ...] as the shell itself puts them together."""
-    shutil.copytree(FOLDER, folder / "recipes")
-    (folder / "bin").mkdir()
-    for program in ("python", "torchrun"):
-        (folder / "bin" / program).write_text(STUB)
-        (folder / "bin" / program).chmod(0o755)
-    # One job at a time: lines of two would mix.
-    env = os.environ | {
-        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(folder / "calls"),
-        "HEAD": "node0", "JOBS": "1",
-    } | variables  # fmt: skip
-    command = ["bash", str(folder / "recipes" / f"{name}.sh")]
-    command += [] if "toy" in name or name == "own_data" else ["data.parquet", "runs/x"]
-    subprocess.run(command, env=env, check=True, capture_output=True, timeout=60)
-    lines = []
-    for line in (folder / "calls").read_text(encoding="utf-8").splitlines():
-        call = line.rstrip().split("\t")
-        script = next((word for word in call if word in programs), None)
-        if script:
-            lines.append((script, call[call.index(script) + 1 :]))
-    return lines
+    found = [(next((w for w in call if w in programs), None), call) for call in calls(name, **variables)]
+    return [(script, call[call.index(script) + 1 :]) for script, call in found if script]
 
 
 @pytest.mark.parametrize("name", sorted({*RECIPES} - {"toy_ablation"}))  # whose arms are a study
-def test_every_line_that_a_recipe_launches_is_understood_and_every_flag_explained(name, tmp_path):
+def test_every_line_that_a_recipe_launches_is_understood_and_every_flag_explained(name):
     text = (FOLDER / f"{name}.sh").read_text(encoding="utf-8")
     comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
     explained = set(re.findall(r"--\w+", comments))
-    lines = launched(name, tmp_path)
+    lines = launched(name)
     assert "train.py" in [script for script, _ in lines]
     for script, flags in lines:
         assert PARSERS[script](flags).out.startswith("runs/")
@@ -72,16 +57,16 @@ def test_every_line_that_a_recipe_launches_is_understood_and_every_flag_explaine
         assert used <= explained, sorted(used - explained)
 
 
-def test_the_stages_of_the_paper_follow_each_other(tmp_path):
-    lines = launched("eight_gpus_7b", tmp_path)
+def test_the_stages_of_the_paper_follow_each_other():
+    lines = launched("eight_gpus_7b")
     first, second = (config.parse(flags) for script, flags in lines if script == "train.py")
     assert (first.template, first.ssr, first.rethink_fraction) == ("plain", "replay", 0)
     assert second.model == f"{first.out}/checkpoint-1"
     assert second.template == "rethink" and second.rethink_fraction > 0
 
 
-def test_the_study_launches_every_arm_with_every_seed(tmp_path):
-    runs = [PARSERS[script](flags) for script, flags in launched("toy_ablation", tmp_path)]
+def test_the_study_launches_every_arm_with_every_seed():
+    runs = [PARSERS[script](flags) for script, flags in launched("toy_ablation")]
     seeds = {run.seed for run in runs}
     arms = {run.out.rpartition("-")[0] for run in runs}
     assert len({run.out for run in runs}) == len(runs) == len(arms) * len(seeds)
@@ -91,7 +76,7 @@ def test_the_study_launches_every_arm_with_every_seed(tmp_path):
 def test_the_example_of_own_data_trains_reports_and_evaluates(tmp_path, monkeypatch):
     programs = {"train.py": train.main, "report.py": report.main, "eval.py": eval.main}
     settings = {"MODEL": str(tiny.make_base()), "STEPS": "1"}
-    lines = launched("own_data", tmp_path / "stub", tuple(programs), **settings)
+    lines = launched("own_data", tuple(programs), **settings)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(FOLDER, "recipes")
     out = Path("runs/own-data")
@@ -123,11 +108,84 @@ def test_the_figure_of_the_study_is_drawn_from_its_numbers(tmp_path):
     assert (tmp_path / "ablation.svg").read_text() == (results / "ablation.svg").read_text()
 
 
-@pytest.mark.parametrize(("name", "gpus"), [("one_gpu_3b", 1), ("eight_gpus_7b", 8), ("qwen72b", 32)])
-def test_a_recipe_fits_its_cards_of_80_gb_with_a_tenth_to_spare(name, gpus, tmp_path):
-    from recipes.memory import peaks
+@pytest.mark.parametrize("name", [name for name in RECIPES if "toy" not in name])
+def test_a_recipe_fits_its_cards_with_a_tenth_to_spare(name):
+    lines = training(name)
+    assert lines
+    for size, gpus, card, settings in lines:
+        found = memory.peaks(plan.build(size), gpus, settings)
+        assert max(found.values()) < 0.9e9 * card, found
 
-    flags = next(flags for script, flags in launched(name, tmp_path) if script == "train.py")
-    size = name.rpartition("_")[2].removeprefix("qwen")
-    found = peaks(size, gpus, config.parse(flags))
-    assert max(found.values()) < 0.9 * 80e9, found
+
+@pytest.mark.parametrize(("rank", "G"), [(0, 2), (4, 1)])
+def test_what_memory_py_counts_is_what_a_step_holds(rank, G, alone, own_policy, prompts):
+    policy, c = own_policy, Config(rollout_rows=4 * G, max_new_tokens=70)
+    policy.eos_ids = []  # every response is as long as it may be
+    if rank:
+        lora.adapt(policy, rank, c.lora_alpha)
+    parallel.shard(policy, torch.device("cpu"), precision="bf16")
+    lora.initialise(policy, 0)
+    optimizer = parallel.optimizer(policy, 1e-3, 0.0)
+    with torch.no_grad(), parallel.weights_to_sample(policy):
+        sampler = Sampler(policy, prompts, G, c.max_new_tokens, 1.0, None, None, c.rollout_rows)
+        groups = sampler.run(lambda *_: None)
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    counted, *most = memory.most_pages(policy, c, G, c.rollout_rows, longest)
+    for name, bound in zip(("prompts", "responses"), most):
+        real, empty = getattr(sampler.cache, name), getattr(counted, name)
+        assert [x[0].nbytes for x in real.k] == [x[0].nbytes for x in empty.k]
+        assert bound / 2 < len(real) <= bound
+
+    trees = [(prompt, [sample.tokens for sample in group]) for prompt, group in zip(prompts, groups)]
+    response_logprobs(policy, trees)[0].sum().backward()
+    optimizer.step()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    weights = sum(parallel.local(x).nbytes for x in (*policy.parameters(), *moments))
+    gradients = sum(parallel.local(p.grad).nbytes for p in trained)
+    assert memory.held(policy) == (weights, gradients)
+
+
+class Live(TorchDispatchMode):
+    """`peak`: the most bytes of tensors made since it was entered that were there at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        storages = [
+            [x.untyped_storage() for x in tree_leaves(xs) if isinstance(x, torch.Tensor)]
+            for xs in (out, (args, kwargs))
+        ]
+        given = {x._cdata for x in storages[1]}
+        for storage in storages[0]:
+            if storage._cdata not in given and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+
+def test_activations_stay_below_what_memory_py_says(alone, own_policy):
+    policy, R = own_policy, 600
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    parallel.shard(policy, torch.device("cpu"), precision="bf16").train()
+    text = policy.text_model.config
+    question = Question("wide", "<image>What is shown?", [noise_image(560, 560)], "noise")
+    prompt = encode(policy, question, "bare")
+
+    with torch.no_grad(), parallel.weights_to_sample(policy), Live() as live:
+        _, keys, values = prefill(policy, [prompt] * 8)
+    tokens = 8 * len(prompt.input_ids)
+    said = max(memory.block(text, tokens), memory.tower_block(policy, tokens))
+    said += sum(x.nbytes for x in (*keys, *values))
+    assert said / 2 < live.peak < said
+
+    trees = build_trees([(prompt, [random_response(R, i, policy) for i in range(8)])])
+    for _ in range(2):  # the second time, gradients are there
+        with Live() as live:
+            policy(trees)[0].sum().backward()
+    said = memory.updating(policy, Config(micro_batch_tokens=trees.input_ids.numel()))
+    assert said / 2 < live.peak < said
