@@ -56,7 +56,7 @@ def peaks(policy: Policy, gpus: int, c: Config) -> dict[str, float]:
     return {
         "sampling": state + gathered + sampling(policy, c, c.group_size, c.rollout_rows),
         "measuring": state + gathered + sampling(policy, c, 1, math.ceil(heldout * c.tensor / gpus)),
-        "updating": state + gradients + update,
+        "updating": state + gradients + max(update.values()),
     }
 
 
@@ -131,8 +131,8 @@ def tower_block(policy: Policy, tokens: int, trains: bool = False) -> int:
     return block(config, patches, trains=trains) + 6 * patches * pixels
 
 
-def updating(policy: Policy, c: Config) -> int:
-    """Bytes beside weights, moments and gradients that are reduced: at the worst of four moments."""
+def updating(policy: Policy, c: Config) -> dict[str, int]:
+    """Bytes beside weights, moments and reduced gradients, while the head, layers, tower or root are run back."""
     text, tower, T = policy.text_model.config, policy.model.model.visual, c.micro_batch_tokens
     layer, layer_trains = numbers(policy.text_model.layers[0].parameters())
     root, root_trains = numbers(root_of(policy))
@@ -142,13 +142,16 @@ def updating(policy: Policy, c: Config) -> int:
     pictures = 2 * patches * tower.config.hidden_size * tower.config.depth * (seen_trains > 0)
     both = pictures + 2 * T * text.hidden_size * text.num_hidden_layers  # inputs of layers
     # A weight takes 2 bytes, and its gradient 2 more and then 4, in which it is reduced.
-    moments = (
-        both + 6 * head + 3 * 4 * CHUNK * text.vocab_size,
-        both + 2 * head + 2 * 2 * layer + 6 * layer_trains + block(text, T, trains=True),
-        pictures + 2 * head + 2 * seen + 6 * seen_trains + tower_block(policy, T // 2, seen_trains > 0),
-        6 * root_trains,
-    )
-    return 2 * root + max(moments)
+    moments = {
+        "head": both + 6 * head + 3 * 4 * CHUNK * text.vocab_size,
+        "layers": both + 2 * head + 2 * 2 * layer + 6 * layer_trains + block(text, T, trains=True),
+        "tower": pictures
+        + 2 * (head + seen)
+        + 6 * seen_trains
+        + tower_block(policy, T // 2, seen_trains > 0),
+        "root": 6 * root_trains,
+    }
+    return {moment: 2 * root + size for moment, size in moments.items()}
 
 
 # ---------------------------------------------------------------------------- the tables

@@ -19,7 +19,7 @@ out=$2
 # --shard world   weights, gradients and Adam split over all 32 GPUs: 8 would not hold them.
 #                 (For a model that fits on a node, "node" keeps the gathers inside it.)
 # --tensor 8      while sampling, the 8 GPUs of a node hold an eighth of every layer each
-# --rollout_rows 112, --micro_batch_tokens 8192   what fits 80 GB with a tenth to spare (recipes/memory.py)
+# --rollout_rows 128, --micro_batch_tokens 8192   what fits 80 GB with a tenth to spare (recipes/memory.py)
 # --gradient_checkpointing true   keep one tensor a layer, compute the rest again
 # --template plain, --ssr replay, --rethink_fraction 0, --passes 2   stage 1; stage 2 follows as in
 #                 eight_gpus_7b.sh: --model, --template rethink, --rethink_fraction 0.25, --passes 1
@@ -28,6 +28,6 @@ out=$2
 torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint "$HEAD:29500" \
   --rdzv_id vl-rethinker-72b \
   train.py --preset 72b --data "$data" --shard world --tensor 8 \
-  --rollout_rows 112 --micro_batch_tokens 8192 \
+  --rollout_rows 128 --micro_batch_tokens 8192 \
   --gradient_checkpointing true --template plain --ssr replay --rethink_fraction 0 --passes 2 \
   --save_every 16 --keep_last 1 --out "$out" --resume

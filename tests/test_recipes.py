@@ -134,7 +134,7 @@ def test_what_memory_py_counts_is_what_a_step_holds(rank, G, alone, own_policy, 
     for name, bound in zip(("prompts", "responses"), most):
         real, empty = getattr(sampler.cache, name), getattr(counted, name)
         assert [x[0].nbytes for x in real.k] == [x[0].nbytes for x in empty.k]
-        assert bound / 2 < len(real) <= bound
+        assert bound / 2 <= len(real) <= bound
 
     trees = [(prompt, [sample.tokens for sample in group]) for prompt, group in zip(prompts, groups)]
     response_logprobs(policy, trees)[0].sum().backward()
@@ -169,7 +169,7 @@ class Live(TorchDispatchMode):
 
 
 def test_activations_stay_below_what_memory_py_says(alone, own_policy):
-    policy, R = own_policy, 600
+    policy = own_policy
     policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     parallel.shard(policy, torch.device("cpu"), precision="bf16").train()
     text = policy.text_model.config
@@ -183,9 +183,10 @@ def test_activations_stay_below_what_memory_py_says(alone, own_policy):
     said += sum(x.nbytes for x in (*keys, *values))
     assert said / 2 < live.peak < said
 
-    trees = build_trees([(prompt, [random_response(R, i, policy) for i in range(8)])])
+    prompt = encode(policy, Question("text", "What is shown?", [], "noise"), "bare")
+    trees = build_trees([(prompt, [random_response(100, i, policy) for i in range(8)])] * 6)
     for _ in range(2):  # the second time, gradients are there
         with Live() as live:
             policy(trees)[0].sum().backward()
     said = memory.updating(policy, Config(micro_batch_tokens=trees.input_ids.numel()))
-    assert said / 2 < live.peak < said
+    assert said["layers"] / 2 < live.peak < said["layers"]
