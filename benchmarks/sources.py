@@ -20,7 +20,7 @@ SPLITS = {"train", "dev", "validation", "val", "test", "testmini"}
 # What marking and counting rely on, in an Item and its Question.
 ITEM = {
     "text": str, "answer": str, "category": str, "choices": (list, type(None)),
-    "groups": [str], "cluster": (str, int), "stratum": str,
+    "images": [(str, bytes, type(None))], "groups": [str], "cluster": (str, int), "stratum": str,
 }  # fmt: skip
 
 

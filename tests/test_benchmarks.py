@@ -515,6 +515,7 @@ def test_several_benchmarks_have_a_folder_each(tmp_path):
         (mathvista_row(answer=""), "row 2.*no answer"),
         ({"pid": "1"}, "row 2.*no column 'answer'"),
         ({"pid": "1", "answer": "4"}, "row 2.*no column 'answer_type'"),
+        (mathvista_row("1", image=[["a.png"]]), "row 2.*'images' must be str"),
         (mathvista_row(answer="Maybe", choices=["Yes", "No"]), "row 2.*none of the choices"),
         (mathvista_row(), "row 2: duplicate id '2001', first at .*row 1"),
     ],
