@@ -3,6 +3,7 @@
     python tests/mutate.py files 1000        damage a file that a command reads, and run the command
     python tests/mutate.py flags 500         give a flag a value that nobody should
     python tests/mutate.py kills 200         SIGKILL at a random moment, then the same line again
+    python tests/mutate.py soak 2000         one long run with a kill every 100 steps
 
 Every trial runs in a process of its own (forked, so that torch is there already). What may become of it:
 
@@ -411,7 +412,48 @@ def kills(root: Path, count: int, seed: int) -> Counter:
     return counts
 
 
-TASKS = {"files": damaged_files, "flags": absurd_flags, "kills": kills}
+def soak(root: Path, length: int, seed: int) -> Counter:
+    """`length` steps of the tiny policy with a kill every 100: what the process holds on to must stay flat."""
+    base, out, counts = make_base(), root / "soak", Counter()
+    rng = random.Random(seed)
+
+    def action():
+        return training(base, steps=length, save_every=20, eval_every=200, heldout=4, resume="true",
+                        keep_last=2)(out)  # fmt: skip
+
+    def done() -> int:
+        path = out / "run/metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return max((json.loads(x)["step"] for x in lines[-3:] if x.endswith(b"}")), default=0)
+
+    def held(pid: int) -> tuple[int, int, int]:
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        return int(status["VmRSS"].split()[0]) // 1024, files, int(status["Threads"])
+
+    while True:
+        pid = start(action, root / "log")
+        goal = min(length, (done() // 100 + 1) * 100 + rng.randrange(15))
+        early = None
+        while done() < goal and os.waitpid(pid, os.WNOHANG) == (0, 0):
+            time.sleep(0.2)
+            early = early or (held(pid) if done() > goal - 70 else None)
+        late = held(pid)
+        if goal >= length:
+            code = wait(pid, 60)
+            break
+        print(f"step {done()}: MiB, files, threads {early} -> {late}", flush=True)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        counts["kills"] += 1
+    rows = [row["step"] for row in steps(out / "run") if "heldout_accuracy" not in row]
+    counts["steps"] = len(rows)
+    counts["wrong"] += rows != list(range(1, length + 1)) or code != 0
+    counts["report"] += report.main([str(out / "run")]) == 0
+    return counts
+
+
+TASKS = {"files": damaged_files, "flags": absurd_flags, "kills": kills, "soak": soak}
 
 
 def main(argv: list[str]) -> int:

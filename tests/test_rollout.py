@@ -500,6 +500,8 @@ def in_fixed_batches(groups, rows: int, P: int, longest: int) -> tuple[int, int]
     ("questions", "group_size", "rows", "mean", "sigma", "longest", "P"),
     [
         (128, 8, 256, 500, 0.5, 2048, 400),
+        (128, 8, 256, 500, 0.7, 2048, 400),
+        (128, 8, 256, 500, 0.7, 2048, 400),
         (128, 8, 256, 500, 0.9, 2048, 400),
         (256, 1, 64, 1000, 0.7, 8192, 400),
     ],
@@ -507,7 +509,7 @@ def in_fixed_batches(groups, rows: int, P: int, longest: int) -> tuple[int, int]
 def test_refilled_rows_take_few_steps_and_no_more_memory(
     prompts, monkeypatch, questions, group_size, rows, mean, sigma, longest, P
 ):
-    """Training's shape at two spreads of length, and evaluation's."""
+    """Training's shape at three spreads of length, and evaluation's."""
     policy = Scripted(monkeypatch, mean, sigma, longest)
     one = replace(prompts[0], input_ids=torch.zeros(P, dtype=torch.long))
     groups = generate(policy, [one] * questions, group_size, longest, max_rows=rows)
