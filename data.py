@@ -264,14 +264,13 @@ def find_file(path: Path) -> Path:
     """The file itself, or the only file of questions in a folder."""
     if not os.path.isdir(path):
         check_file(path)
-    found = [path]
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in FORMATS)
-    if len(found) == 1 and found[0].suffix.lower() in FORMATS:
+    found = sorted(p for p in (path.iterdir() if path.is_dir() else [path]) if p.suffix.lower() in FORMATS)
+    if len(found) == 1:
         return found[0]
-    names = ", ".join(file.name for file in found) or "no such file"
-    formats = ", ".join(FORMATS)
-    raise UserError(f"{path}: expected one file of {formats}, here is {names}; name the file")
+    if found:
+        raise UserError(f"{path}: holds {', '.join(file.name for file in found)}; name one of them")
+    holds = "holds no" if path.is_dir() else "is no"
+    raise UserError(f"{path}: {holds} {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file; give one")
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -302,24 +301,23 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     """Rows under a header line; an empty cell is None, "a.png|b.png" a list."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, strict=True)
-        try:
-            if twice := [x for x, n in Counter(rows.fieldnames or []).items() if n > 1]:
-                raise UserError(f"{path}: two columns {twice[0]!r}; keep one")
-            for row in rows:
-                place = f"{path}:{rows.line_num}"
-                if None in row:
-                    raise UserError(f"{place}: more cells than columns; put a cell with a comma in quotes")
-                row = {name: cell or None for name, cell in row.items()}
-                for name in (*IMAGE_COLUMNS, *CHOICE_COLUMNS):
-                    if "|" in (row.get(name) or ""):
-                        row[name] = [part.strip() for part in row[name].split("|")]
-                yield place, row
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
-        except csv.Error as error:
-            raise UserError(f"{path}:{rows.reader.line_num}: invalid CSV ({error})") from None
+    try:
+        rows = csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
+        if twice := [x for x, n in Counter(rows.fieldnames or []).items() if n > 1]:
+            raise UserError(f"{path}: two columns {twice[0]!r}; keep one")
+        for row in rows:
+            place = f"{path}:{rows.line_num}"
+            if None in row:
+                raise UserError(f"{place}: more cells than columns; put a cell with a comma in quotes")
+            row = {name: cell or None for name, cell in row.items()}
+            for name in (*IMAGE_COLUMNS, *CHOICE_COLUMNS):
+                if "|" in (row.get(name) or ""):
+                    row[name] = [part.strip() for part in row[name].split("|")]
+            yield place, row
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path}:{rows.reader.line_num}: invalid CSV ({error})") from None
 
 
 def _column(row: dict, names: tuple):

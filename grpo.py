@@ -28,25 +28,20 @@ from functools import lru_cache
 import torch
 
 
-def group_advantages(rewards: torch.Tensor, scale: str = "mean") -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor, scale: str = "mean", baseline=None) -> torch.Tensor:
     """rewards [N, G] -> advantages [N, G]: how much better than its siblings each response was.
+
+    baseline  [N, K] the rewards to compare with, where they are not the same ones
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
     tensor([[ 0.5000, -0.5000, -0.5000,  0.5000],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    >>> group_advantages(torch.tensor([[1.0, 0.0]]), "std", torch.tensor([[0.0, 0.0, 0.0]]))
+    tensor([[1., 0.]])
     """
     if scale not in ("mean", "std"):
         raise ValueError(f"scale must be 'mean' or 'std', not {scale!r}")
-    return advantages_against(rewards, rewards, scale)
-
-
-def advantages_against(rewards: torch.Tensor, group: torch.Tensor, scale: str) -> torch.Tensor:
-    """rewards [N, K] of any responses, against groups' rewards [N, G] -> advantages [N, K].
-
-    >>> advantages_against(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0, 0.0]]), "std")
-    tensor([[1., 0.]])
-    """
-    rewards, group = rewards.float(), group.float()
+    rewards, group = rewards.float(), (rewards if baseline is None else baseline).float()
     equal = (group == group[:, :1]).all(-1, keepdim=True)
     # Equal rewards must give exactly 0, whatever the rounding of their mean; nor is there a deviation.
     mean = torch.where(equal, group[:, :1], group.mean(-1, keepdim=True))

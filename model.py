@@ -51,7 +51,7 @@ class Prompt:
     input_ids: torch.Tensor  # [P]
     position_ids: torch.Tensor  # [3, P]: temporal, height, width (M-RoPE)
     image_grid_thw: torch.Tensor  # [images, 3], in patches
-    pixel_values: torch.Tensor | None  # [patches, channels * 2 * 14 * 14]
+    pixel_values: torch.Tensor | None  # [patches, channels * temporal_patch * patch * patch]
 
     @property
     def next_position(self) -> int:
@@ -75,6 +75,7 @@ class Sample:
     advantage: float = 0.0
     step: int = 0  # optimiser step at which it was sampled
     rethought: str | None = None  # the kind of trigger that was forced, if one was
+    first_right: bool = False  # of a second look: whether y1 was right
     second_look: "Sample | None" = None  # this response, continued after a forced trigger
 
 

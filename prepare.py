@@ -148,10 +148,14 @@ def load_reward(place: str) -> Grade | None:
     path, _, name = place.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
         raise UserError(f"--reward {place}: must be FILE.py:NAME")
+    folder = str(Path(path).parent)
+    sys.path.insert(0, folder)  # for what the file imports
     try:
         grade = runpy.run_path(path).get(name)
-    except Exception as error:  # noqa: BLE001, whatever the user's file does wrong
+    except (Exception, SystemExit) as error:  # noqa: BLE001, whatever the user's file does wrong
         raise UserError(f"--reward {place}: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.remove(folder)
     if not callable(grade):
         raise UserError(f"--reward {place}: {path} has no function {name}")
     return grade
@@ -195,7 +199,7 @@ def run_folder(config: Config) -> tuple[Path, TextIO | None]:
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(out)
-            if not is_taken(out):  # else when it has been resumed: that may fail
+            if not is_taken(out):  # a resumed run's is written once resuming has succeeded
                 record.write_config(out, config)
         except OSError as error:
             raise checkpoint.explain_os_error(error, out) from None
@@ -258,9 +262,7 @@ def model_path(config: Config) -> str:
     if config.model != "toy":
         return config.model
     recipe = replace(toy.LEVELS[config.toy_level], family=config.toy_family)
-    if parallel.rank() == 0:
-        toy.toy_policy_dir(recipe)
-    parallel.barrier()
+    parallel.agree(lambda: parallel.rank() == 0 and toy.toy_policy_dir(recipe))
     return str(toy.toy_policy_dir(recipe))
 
 

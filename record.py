@@ -171,7 +171,7 @@ def step_metrics(run, branches: list, numbers: Counter) -> dict:
         "clip_fraction": clipped / tokens,
         "clip_fraction_fresh": (clipped - clipped_replayed) / max(1, tokens - replayed_tokens),
         "clip_fraction_replayed": clipped_replayed / max(1, replayed_tokens),
-        "entropy": numbers["entropy"] / max(1, numbers["trained_tokens"]),
+        "entropy": numbers["entropy"] / trained if (trained := numbers["trained_tokens"]) else None,
         "prompt_share": numbers["prompt_tokens"] / max(1, numbers["row_tokens"]),
         "logp_mismatch": counts["mismatch"] / max(1, counts["mismatch_tokens"]),
         "logp_mismatch_max": counts["mismatch_max"],
@@ -182,7 +182,7 @@ def step_metrics(run, branches: list, numbers: Counter) -> dict:
         "rethinks": counts["rethinks"] / responses, "rethinks_helped": counts["rethinks_helped"] / responses,
         "overthinking": counts["overthinking"] / responses, "rethought": counts["kept"] / responses,
         **{f"rethink_{name}": counts[name] for name in ("attempted", "kept", "tokens", *OUTCOMES)},
-        "lr": numbers["lr"],
+        "lr": numbers.get("lr"),  # null where nothing was trained
         "skipped": not numbers or not finite,
     }  # fmt: skip
 
@@ -232,7 +232,7 @@ def describe(sample, tokenizer) -> dict:
     mask, tokens = sample.mask.tolist(), iter(sample.tokens.tolist())
     runs = [(sampled, len([*run])) for sampled, run in itertools.groupby(mask)]
     pieces = [[tokenizer.decode([*itertools.islice(tokens, n)]), not sampled] for sampled, n in runs]
-    names = ("text", "right", "reward", "advantage", "finish", "rethought")
+    names = ("text", "right", "reward", "advantage", "finish", "rethought", "first_right")
     row = {name: getattr(sample, name) for name in names} | {"pieces": pieces, "tokens": len(mask)}
     if sample.second_look:
         row["not_kept"] = describe(sample.second_look, tokenizer)

@@ -142,6 +142,7 @@ def merge_rethought(settings: Rethinking, groups: list[list]) -> tuple[list[list
         room = settings.quota
         for g, first in enumerate(group):
             if again := first.second_look:
+                again.first_right = first.right
                 counts[outcome(first.right, again.answered, again.right)] += 1
                 counts.update(attempted=1, tokens=second_length(again))
                 if room and is_kept(settings, again):
@@ -170,3 +171,8 @@ def before_rethinking(text: str) -> str:
     """
     starts = [text.find(trigger.strip()) for trigger in TRIGGERS.values()]
     return text[: min((start for start in starts if start >= 0), default=len(text))]
+
+
+def share_rethinking(text: str) -> float:
+    """What follows of a response that looks again: a share of its letters, so of its tokens."""
+    return 1 - len(before_rethinking(text)) / len(text)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import MARKER, TEMPLATES, Question
+from data import MARKER, TEMPLATES, Question, UserError
 from model import Policy, encode, load_policy, response_logprobs, save_policy
 from rethink import TRIGGERS, rethinks
 
@@ -326,16 +326,15 @@ def toy_policy_dir(recipe: Recipe, progress=tqdm) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vl-rethinker"
     directory = root / f"toy-{key}"
     if not directory.exists():
-        root.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
-        with tempfile.TemporaryDirectory(dir=root, prefix="unfinished-") as unfinished:
-            made = Path(unfinished) / "policy"
-            save_policy(warm_start(recipe, progress), made)
-            try:
+        try:
+            root.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
+            with tempfile.TemporaryDirectory(dir=root, prefix="unfinished-") as unfinished:
+                made = Path(unfinished) / "policy"
+                save_policy(warm_start(recipe, progress), made)
                 made.rename(directory)
-            except OSError:
-                if not directory.exists():
-                    raise
-                # Another process was faster.
+        except OSError as error:
+            if not directory.exists():  # else another process was faster
+                raise UserError(f"the toy's cache {root}: {error.strerror}; change XDG_CACHE_HOME") from None
     return directory
 
 

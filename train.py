@@ -10,7 +10,7 @@ then take Q G / B optimiser steps on them.
     grade     reward.py          1 if the last \\boxed{} holds the answer, else 0
     compare   grpo.py            advantage = reward - mean of the group
     rethink   rethink.py         a forced second look that ends right replaces its first look
-    replay    ssr.py             samples without advantage make room for some that have one
+    replay    ssr.py             samples without advantage are replaced by earlier ones that have one
     update    tree.py, grpo.py   clipped loss on trees of responses, AdamW
     measure                      accuracy on held-out questions
 
@@ -44,12 +44,12 @@ import parallel
 import toy
 from config import Config, parse
 from data import Question, UserError, printable
-from grpo import advantages_against, is_clipped, policy_loss, token_weights
+from grpo import group_advantages, is_clipped, policy_loss, token_weights
 from model import Prompt, Sample, answering_text, encode, response_logprobs, with_pixels
 from pages.walk import explain
 from prepare import Grade, Run, gentle_stop, prepare, rethink_settings, say
 from record import Recorder, heldout_metrics, step_metrics
-from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks
+from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks, share_rethinking
 from reward import extract_answer, reward
 from rollout import generate, question_keys
 from ssr import is_effective, replay_batch
@@ -139,7 +139,7 @@ def compare(groups: list[list[Sample]], scale: str) -> None:
     for group in groups:
         looks = [*group, *(sample.second_look for sample in group if sample.second_look)]
         rewards = torch.tensor([[look.reward for look in looks]])  # [1, G and more]
-        advantages = advantages_against(rewards, rewards[:, : len(group)], scale)[0].tolist()
+        advantages = group_advantages(rewards, scale, rewards[:, : len(group)])[0].tolist()
         for look, advantage in zip(looks, advantages):
             look.advantage = advantage
 
@@ -166,10 +166,8 @@ def unforced_look(sample: Sample, right: bool) -> dict:
     the tokens it took where the first answer was right already."""
     if not rethinks(sample.text):
         return {}
-    before = before_rethinking(sample.text)
-    first = is_right(sample, before)
-    after = 1 - len(before) / len(sample.text)  # a share of its letters, so of its tokens
-    spent = first * after * len(sample.tokens)
+    first = is_right(sample, before_rethinking(sample.text))
+    spent = first * share_rethinking(sample.text) * len(sample.tokens)
     return {"rethinks": 1, "rethinks_helped": right - first, "overthinking": spent}
 
 
@@ -190,7 +188,7 @@ def compare_logprobs(run: Run, groups: list[list[Sample]]) -> torch.Tensor:
             row = row[: len(sample.tokens)]
             differences.append((row - sample.logprobs)[sample.mask])
             if c.recompute_logprobs:
-                sample.logprobs = row
+                sample.logprobs = row.clone()  # a view would be pickled with its whole storage
     return torch.cat(differences).double()
 
 
@@ -236,7 +234,7 @@ class Terms:
     sft_loss: torch.Tensor  # a number: the share of the mean NLL of the kept second looks
 
     @property
-    def policy_loss(self) -> torch.Tensor:
+    def loss(self) -> torch.Tensor:
         return (self.losses * self.weights).sum()
 
     @property
@@ -337,7 +335,7 @@ def token_sums(branches: list[Branch], trees: Trees, t: Terms) -> dict[str, floa
     draws = t.mask * column([b.draws for b in branches], t.mask.device)  # [B, R]
     replays = t.mask * column([b.replays for b in branches], t.mask.device)
     sums = {
-        "loss": t.policy_loss, "sft_loss": t.sft_loss,
+        "loss": t.loss, "sft_loss": t.sft_loss,
         "entropy": (t.entropy * draws).sum(), "trained_tokens": draws.sum(),
         "clipped": (t.clipped * draws).sum(), "clipped_replayed": (t.clipped * replays).sum(),
         "replayed_tokens": replays.sum(),
@@ -360,7 +358,7 @@ def update(run: Run, branches: list[Branch]) -> Counter:
     totals, sums = batch_totals(c, branches), Counter()
     for rows, trees in micro_batches(run, trained):
         terms = token_terms(run, rows, trees, totals)
-        loss = terms.policy_loss + c.rethink_sft_coef * terms.sft_loss
+        loss = terms.loss + c.rethink_sft_coef * terms.sft_loss
         # FSDP averages gradients over ranks; the loss is already divided by all ranks' tokens.
         (loss * parallel.world()).backward()
         sums.update(token_sums(rows, trees, terms))
@@ -472,8 +470,9 @@ def train(run: Run, record: Recorder) -> None:
                 sampling_seconds = (time.perf_counter() - start) / steps
             row = train_step(run, sampling_seconds)
             record.metrics(row)
+            shown = {"effective_queries": "effective", "response_length": "length"}
             names = ("reward", "effective_queries", "replayed", "response_length")
-            bar.set_postfix({name.partition("_")[0]: f"{row[name]:.3g}" for name in names}, refresh=False)
+            bar.set_postfix({shown.get(x, x): f"{row[x]:.3g}" for x in names}, refresh=False)
             bar.update()
             stop = any(parallel.gather([run.interrupted])) or run.not_finite >= STOP_AFTER
             # Before measuring: should that fail, nothing computed is lost.

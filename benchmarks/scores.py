@@ -19,7 +19,7 @@ from benchmarks.rules import extract
 from data import NUMBER, UserError, printable, read_jsonl
 from grading.choices import choose
 from grading.spelling import compact, tidy
-from rethink import before_rethinking, outcome, rethinks
+from rethink import before_rethinking, outcome, rethinks, share_rethinking
 
 MODELS = [f"{name}-{size}" for size in ("7B", "32B", "72B") for name in ("Qwen2.5-VL", "VL-Rethinker")]
 PUBLISHED = {  # the paper's greedy accuracy in %, one column per model
@@ -216,8 +216,7 @@ def rethinking(items: list[Item], by_item: list[list[dict]]) -> dict:
     helped, spent = 0.0, 0.0
     for (_, line), first in zip(own, before, strict=True):
         helped += credit(line) - credit(first)
-        after = 1 - len(first["response"]) / len(line["response"])  # a share of its letters, so of its tokens
-        spent += first["correct"] * after * (line["tokens"] or 0)
+        spent += first["correct"] * share_rethinking(line["response"]) * (line["tokens"] or 0)
     rates = {"rethinks": len(own) / len(pairs), "overthinking": spent / len(pairs)}
     summary = {"rethinks_helped": helped} | {key: round(value, 6) for key, value in rates.items()}
     forced = [(line, line["again"]) for _, line in pairs if "again" in line]
@@ -331,7 +330,7 @@ def compare(path_a: str, path_b: str) -> str:
     differences = [b[id_][0] - a[id_][0] for id_ in shared]
     mean, half = paired(differences, [a[id_][1] for id_ in shared])
     wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    rows = [("", "accuracy", "n")]
+    rows = [("", "mean over shared questions", "n")]
     for name, path, result in (("A", path_a, a), ("B", path_b, b)):
         rows.append((f"{name}  {path}", percent(sum(result[id_][0] for id_ in shared) / n), str(n)))
     told = (

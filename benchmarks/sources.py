@@ -114,7 +114,7 @@ def load(name: str, data: str) -> list[Item]:
             except (ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{place}: not a row of {name} ({error})") from None
             question, item.question.place = item.question, place
-            question.id = str(question.id)
+            question.id, item.cluster = str(question.id), str(item.cluster)
             if question.id in places:
                 first = places[question.id]
                 raise UserError(

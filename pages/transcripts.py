@@ -179,18 +179,18 @@ def second_look(response: dict, question: dict) -> str:
     A forced look counts by an answer of its own; an unforced one by the last answer.
 
     >>> second_look({"pieces": [["5.", False], ["Wait, so?", True], ["7", False]], "text": "",
-    ...              "right": False}, {"text": "?", "answer": "7"})
+    ...              "right": False, "first_right": False}, {"text": "?", "answer": "7"})
     'no answer'
     """
-    texts = [text for text, _ in response["pieces"]]
     forced = [i for i, (_, is_forced) in enumerate(response["pieces"]) if is_forced]
     if not forced and not rethinks(response["text"]):
         return ""
-    before, answered = before_rethinking(response["text"]), True
     if forced:
-        before = "".join(texts[: forced[0]])
-        answered = extract_answer("".join(texts[forced[-1] + 1 :])) is not None
-    first = reward(before, question["answer"], parse_choices(question["text"])) > 0
+        first, y2 = response["first_right"], response["pieces"][forced[-1] + 1 :]
+        answered = extract_answer("".join(text for text, _ in y2)) is not None
+    else:
+        before, choices = before_rethinking(response["text"]), parse_choices(question["text"])
+        first, answered = reward(before, question["answer"], choices) > 0, True
     return OUTCOMES[outcome(first, answered, response["right"])]
 
 

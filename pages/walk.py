@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import parallel
 import toy
 from checkpoint import explain_os_error
 from config import Config
@@ -41,7 +42,7 @@ COLOURS = ("#8b929a", "#2459d6", "#c2510a", "#157a3e", "#b0179a", "#0e7490", "#a
 
 def explain(c: Config, steps) -> None:
     """Print the lesson; with --out, draw its pictures too."""
-    if c.model != "toy":
+    if (c.model, c.data) != ("toy", "toy"):
         raise UserError("--explain follows a question of the toy world: leave out --model and --data")
     run = new_run(c, toy.load_toy(replace(toy.LEVELS[c.toy_level], family=c.toy_family)))
     group, idle = find_questions(run, steps)
@@ -54,7 +55,7 @@ def explain(c: Config, steps) -> None:
 def new_run(c: Config, policy) -> Run:
     """A run of one step without warm-up, whose batch is the responses to two questions."""
     c = replace(c, warmup=0.0, batch_size=2 * c.group_size, ssr="replay")
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=c.weight_decay)
+    optimizer = parallel.optimizer(policy, c.lr, c.weight_decay)
     buffer = ReplayBuffer(c.ssr_alpha, c.seed, c.ssr_replacement)
     return Run(c, Path(c.out), policy, optimizer, None, [], 1, buffer)
 
@@ -129,7 +130,7 @@ def tell(run: Run, group: list, responses: str, merged: list, i: int, counts, id
         idle=quoted(idle[0].prompt), idle_reward=idle[0].reward, size=size, effective=effective,
         places_left=size - effective, replay=replay_rows(merged, run.buffer, draws), separate=G * P + T - P,
         clip=(1 - c.clip_low, 1 + c.clip_high), loss=loss_rows(policy, y, i, before, after),
-        total=before.policy_loss + c.rethink_sft_coef * before.sft_loss,
+        total=before.loss + c.rethink_sft_coef * before.sft_loss,
         step=step_rows(merged, draws, before, after), clipped=int(after.clipped.sum()),
         chosen=int(after.mask.sum()),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a GPU of a large run must hold and send: the arithmetic of README, checked on real shards.
+"""What a GPU of a large run must hold and send: the arithmetic of docs/memory.md, checked on real shards.
 
     python recipes/plan.py                      72B on 4 nodes x 8 GPUs; a minute on a CPU, no GPU
     python recipes/plan.py --gpus 8 --link 3e11

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 # torchrun kills its processes 30 s after Ctrl-C; a step, and the saving after it, takes longer.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600
 data=${1:?DATA/39Krelease.parquet}
-out=$2
+out=${2:?OUT, on a shared file system}
 
 # torchrun: --nnodes, --nproc_per_node   how many machines, and GPUs of each
 #           --rdzv_backend, --rdzv_endpoint, --rdzv_id   where the nodes meet, and under which name

@@ -279,7 +279,7 @@ def test_a_csv_and_a_folder_say_the_same_as_jsonl(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     assert load_questions(tmp_path, ("PassRate_7BBase", 0, 1)) == want
     (tmp_path / "other.CSV").write_text("")
-    with pytest.raises(UserError, match="data.csv, other.CSV; name the file"):
+    with pytest.raises(UserError, match="data.csv, other.CSV; name one"):
         load_questions(tmp_path)
 
 

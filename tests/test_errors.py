@@ -141,7 +141,7 @@ FILES = [
     ("data.jsonl", b"\n\n", "data.jsonl: the file is empty"),
     ("data.jsonl", GOOD + b'\n{"question": "caf\xe9"}\n', "data.jsonl:2: not UTF-8"),
     ("data.jsonl", b"\n" + GOOD + b'\n  \n{"question": "?"}', "data.jsonl:4: no answer"),  # blank lines count
-    ("data.tsv", b"question\tanswer\n", "data.tsv: .*.parquet, .jsonl, .csv"),
+    ("data.tsv", b"question\tanswer\n", "data.tsv: is no .parquet, .jsonl or .csv file"),
     ("data.parquet", b"PAR1 is how it starts, but", "data.parquet: not a readable parquet file"),
     ("data.csv", b"question,answer\na?,1\nWhich, then?,1\n", "data.csv:3: more cells.*quotes"),
     ("data.csv", b"question,answer\na?,1\nb?,\n", "data.csv:3: no answer"),
@@ -149,7 +149,7 @@ FILES = [
     ("data.csv", b"question;answer\na?;1\n", "data.csv:2: no question.*has question;answer"),
     ("data.csv", b"question,answer\ncaf\xe9?,1\n", "data.csv: not UTF-8"),
     ("data.csv", b"question,answer\n", "data.csv: the file is empty"),
-    ("", b"", "here is no such file"),  # a folder
+    ("", b"", "holds no .parquet, .jsonl or .csv file"),  # a folder
     ("none.jsonl", None, "none.jsonl: no such file"),
 ]
 
@@ -160,6 +160,20 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(name, content, messag
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         load_questions(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.csv"])
+def test_a_file_without_permission_is_named(name, tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / name).write_bytes(GOOD)
+    with monkeypatch.context() as patch:  # root may read everything
+        patch.setattr("builtins.open", refuse)
+        patch.setattr("io.open", refuse)
+        with pytest.raises(UserError, match=f"{name}: cannot be read .Permission denied") as error:
+            load_questions(tmp_path / name)
     assert "\n" not in str(error.value)
 
 

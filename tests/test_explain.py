@@ -129,6 +129,7 @@ def test_a_policy_that_never_finds_an_answer_ends_in_one_line(policy, monkeypatc
         walk.find_questions(walk.new_run(c, policy), train)
 
 
-def test_another_model_is_refused():
+@pytest.mark.parametrize("model", ["some/model", "toy"])
+def test_another_model_and_other_questions_are_refused(model):
     with pytest.raises(UserError, match="toy world"):
-        walk.explain(parse(["--model", "some/model", "--data", "x.parquet"]), train)
+        walk.explain(parse(["--model", model, "--data", "x.parquet"]), train)

@@ -128,6 +128,8 @@ def rewards(tmp_path_factory):
     path = tmp_path_factory.mktemp("rewards") / "mine.py"
     path.write_text(REWARDS)
     path.with_name("broken.py").write_text("def length(:\n")
+    path.with_name("leaves.py").write_text("import sys\nsys.exit('no data')\n")
+    path.with_name("borrows.py").write_text("from mine import crash\n")
     return path
 
 
@@ -138,6 +140,8 @@ def rewards(tmp_path_factory):
         ("mine.py:no-name", "must be FILE.py:NAME"),
         ("gone.py:length", "FileNotFoundError"),
         ("broken.py:length", "SyntaxError.*line 1"),
+        ("leaves.py:length", "SystemExit: no data"),
+        ("borrows.py:crash", r"IndexError.*mine.py:6, question q"),  # of a file beside it
         ("mine.py:missing", "has no function missing"),
         ("mine.py:number", "has no function number"),
         ("mine.py:crash", r"IndexError.*mine.py:6, question q"),

@@ -38,7 +38,7 @@ def response(pieces: list, **changes) -> dict:
     text = "".join(text for text, _ in pieces)
     return {
         "text": text, "pieces": pieces, "right": True, "reward": 1.0, "advantage": 0.5,
-        "finish": "stop", "tokens": 9, "rethought": None,
+        "finish": "stop", "tokens": 9, "rethought": None, "first_right": False,
     } | changes  # fmt: skip
 
 
@@ -161,8 +161,9 @@ def test_rethinking_that_nobody_forced_is_marked_as_such(tmp_path):
 
 def test_groups_tell_what_their_forced_looks_did_and_the_first_that_has_one_is_open(tmp_path):
     plain = [response([["\\boxed{5}", False]])] * 2
-    lost = response([["\\boxed{5}", False], ["Wait,", True], ["\\boxed{7}", False]], right=False,
-                    reward=0.0, rethought="self_correction")  # fmt: skip
+    # Its first look was cut back before its answer, which was right.
+    lost = response([["It is", False], ["Wait,", True], ["\\boxed{7}", False]], right=False,
+                    reward=0.0, rethought="self_correction", first_right=True)  # fmt: skip
     kept = response([["\\boxed{5}", False]], not_kept=lost)
     samples = [group(0, responses=plain), group(2, responses=[*plain, kept]), group(4)]
     page = page_of(write_run(tmp_path / "run", samples=samples))
@@ -228,7 +229,7 @@ def test_what_the_recorder_writes_is_what_the_report_reads(tmp_path):
     second = SimpleNamespace(
         prompt=SimpleNamespace(question=asked), tokens=torch.tensor([1, 2, 3]), text="a b c",
         mask=torch.tensor([True, False, True]), right=True, reward=1.0, advantage=0.5,
-        finish="stop", rethought="self_correction", second_look=None,
+        finish="stop", rethought="self_correction", first_right=False, second_look=None,
     )  # fmt: skip
     first = SimpleNamespace(**vars(second) | {"mask": second.mask | True, "second_look": second})
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join("?abc"[i] for i in ids))

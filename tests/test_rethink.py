@@ -231,6 +231,7 @@ def test_every_attempt_is_counted_by_what_became_of_it():
         (4, again(second=6, reward=1.0, finish="length")),
     ])  # fmt: skip
     _, counts = merge_rethought(EVERY, [first, group(0.0, 1.0)])
+    assert [s.second_look.first_right for s in first[:5]] == [False, False, True, True, False]
     assert counts == {
         "attempted": 5, "kept": 2, "tokens": 20,
         "wrong_right": 2, "wrong_wrong": 1, "right_right": 1, "right_wrong": 1,

@@ -11,6 +11,7 @@ import torch
 from conftest import chi_squared
 
 import toy
+from data import UserError
 from model import encode, load_policy, response_logprobs
 from rethink import TRIGGERS
 from toy import (
@@ -357,6 +358,6 @@ def test_of_two_processes_that_make_it_at_once_the_first_one_s_stays(cache, warm
 def test_a_cache_that_cannot_be_written_is_found_before_the_work(monkeypatch, tmp_path, warm_starts):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="cache .*/file/vl-rethinker: .*XDG_CACHE_HOME"):
         toy_policy_dir(TINY, silent)
     assert warm_starts == []

@@ -226,7 +226,16 @@ def test_recomputed_log_probabilities_take_the_place_of_the_sampled(base, tmp_pa
                 one.logprobs = one.logprobs + 1.0
         return groups
 
+    compare = train.compare_logprobs
+
+    def compact(run, groups):
+        differences = compare(run, groups)
+        for sample in (s for group in groups for s in group):  # a view would travel with its whole row
+            assert sample.logprobs.untyped_storage().nbytes() == 4 * len(sample.tokens)
+        return differences
+
     monkeypatch.setattr(train, "generate", wrong)
+    monkeypatch.setattr(train, "compare_logprobs", compact)
     settings = {"steps": 1, "heldout": 0, "rethink_fraction": 0.5, "batch_size": 32}
     clipped = []
     for recompute in ("false", "true"):
@@ -359,6 +368,7 @@ def test_a_step_without_anything_effective_is_skipped_and_counted(base, tmp_path
     rows = steps_of(run_training(base, tmp_path, ssr=ssr, heldout=0))
     assert [row["skipped"] for row in rows] == [True] * 4
     assert all(row["reward"] == 1 and row["effective_queries"] == 0 for row in rows)
+    assert all(row["lr"] is row["entropy"] is None for row in rows)
     assert same_tensors(weights_of(tmp_path / "checkpoint-4"), weights_of(base))
 
 
