@@ -28,7 +28,7 @@ import parallel
 import record
 import toy
 from config import SIZE, Config, sources
-from data import Question, UserError, check_images, load_questions, read_json
+from data import Question, UserError, check_images, load_questions, printable, read_json
 from model import BOUNDS, Policy, Sample, find_checkpoint, load_policy, prompt_length
 from record import lock_folder
 from rethink import Rethinking
@@ -114,7 +114,7 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
 def say(line: str) -> None:
     """Print it once, whatever the number of ranks."""
     if parallel.rank() == 0:
-        tqdm.write(line)
+        tqdm.write(printable(line))
 
 
 def own_reward(config: Config, grade: Grade | None) -> Grade | None:

@@ -69,6 +69,7 @@ FLAGS = {
     "--episode_queries 3 --group_size 8 --batch_size 16": "--batch_size 16.*24 responses.*_queries 3.*_size 8",
     "--batch_size 512": "--batch_size 512.*256 responses",
     "--data file.jsonl": "file.jsonl.*--model",
+    "--model \udcff": "udcff",  # a name that is not UTF-8
     "eval --benchmark mmlu": "no such benchmark; there are toy, own, mathvista",
     "eval --benchmark mmmu --data no/such/place --model x": "no such file",
     "eval --samples 0": "--samples 0: must be at least 1",
