@@ -20,7 +20,7 @@ MOST = {
     "min_image_tokens": 1 << 17, "max_image_tokens": 1 << 17,
     "min_pixels": 178_956_970, "max_pixels": 178_956_970,  # PIL refuses larger pictures
     "temperature": 100,  # sampling is uniform long before
-    "keep_last": 1_000_000, "passes": 1_000_000,
+    "keep_last": 1_000_000, "passes": 1_000_000, "steps": 10_000_000,  # years
 }  # fmt: skip
 SIZE = (1 << 31) - 1  # any other number: sizes of tensors, seeds, and well within float32
 
