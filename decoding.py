@@ -12,8 +12,8 @@ has been said, not the longest response. Attention is one softmax, computed page
 
     out_p = sum_j softmax_j(s_pj) v_pj       l_p = log sum_j exp(s_pj)       out = sum_p softmax_p(l_p) out_p
 
-A page read by G rows has G *parts*; `Cache.table` says which parts a row adds up. A step looks at no value
-and writes in place, so that a GPU can replay it as a whole (`as_cuda_graph`). rollout.py
+A page read by G rows has G *parts*; the `table` of `Cache.lay_out` says which parts a row adds up. A step
+looks at no value and writes in place, so that a GPU can replay it as a whole (`as_cuda_graph`). rollout.py
 decides which rows are decoded, and when they end.
 
 Letters: N prompts, B rows, M pages, L tokens of a page, C parts of a row, H key-value heads, g query heads

@@ -56,6 +56,10 @@ from ssr import is_effective, replay_batch
 from tree import Trees, build_trees, pad_rows, plan_micro_batches
 
 STOP_AFTER = 5  # non-finite steps in a row
+# What the bar shows of a line of metrics.jsonl.
+SHOWN = {
+    "reward": "reward", "effective": "effective_queries", "replayed": "replayed", "length": "response_length",
+}  # fmt: skip
 MISMATCH_LIMIT = 0.02  # nats per token between sampling and training; above it, the user is warned
 
 
@@ -470,9 +474,7 @@ def train(run: Run, record: Recorder) -> None:
                 sampling_seconds = (time.perf_counter() - start) / steps
             row = train_step(run, sampling_seconds)
             record.metrics(row)
-            shown = {"effective_queries": "effective", "response_length": "length"}
-            names = ("reward", "effective_queries", "replayed", "response_length")
-            bar.set_postfix({shown.get(x, x): f"{row[x]:.3g}" for x in names}, refresh=False)
+            bar.set_postfix({label: f"{row[name]:.3g}" for label, name in SHOWN.items()}, refresh=False)
             bar.update()
             stop = any(parallel.gather([run.interrupted])) or run.not_finite >= STOP_AFTER
             # Before measuring: should that fail, nothing computed is lost.
