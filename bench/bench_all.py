@@ -25,8 +25,9 @@ HERE = Path(__file__).resolve().parent
 def benches(quick: bool) -> list[list[str]]:
     """The commands, without the interpreter."""
     if torch.cuda.is_available():
-        # A picture's prompt of 1300 tokens and responses of 512: each ratio more takes minutes.
-        timed = [["bench_rollout.py"], ["bench_train.py"], ["bench_train.py", "--gradient_checkpointing"]]
+        # A picture's prompt of 1300 tokens alone, and short responses for HF generate: each more takes minutes.
+        timed = [["bench_rollout.py", "--response", "128"], ["bench_train.py"]]
+        timed += [["bench_train.py", "--gradient_checkpointing"]]
         timed = [[*command, "--lengths", "1"] for command in timed]
     else:
         names = ("rollout", "tails", "train", "ranks", "trl")

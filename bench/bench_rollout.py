@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3, help="measured turns of each rung")
     parser.add_argument("--lengths", type=int, help="only the first so many prompt : response")
+    parser.add_argument("--response", type=int, help="tokens, in place of the shape's own")
     parser.add_argument("--no_memory", action="store_true", help="measure time alone")
     args = parser.parse_args(argv)
     if args.shape == "3b" and not cuda:
@@ -150,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     bandwidth = copy_bandwidth() if cuda else None
     rows = []
     for P, R in shape.lengths[: args.lengths]:
+        R = args.response or R
         ways = make_ways(policy, N, P, R, G)
         seconds = benching.alternate(ways, repeats)
         memory, first = dict.fromkeys(WAYS), {}

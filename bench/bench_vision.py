@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--quick", action="store_true", help="a tiny tower, a small picture")
-    parser.add_argument("--pictures", type=int, default=8 if cuda else 1, help="in one batch")
+    parser.add_argument("--pictures", type=int, default=2 if cuda else 1, help="in one batch")
     parser.add_argument("--repeats", type=int, default=3, help="measured turns of each way")
     args = parser.parse_args(argv)
     name = "quick" if args.quick else "3b" if cuda else "small"
