@@ -90,7 +90,7 @@ def load_samples(directory: Path, run) -> list[list[Sample]]:
     prompts = {}
     for qid in {row["qid"] for part in packed.values() for row in part}:
         if run.questions is None:
-            known[qid] = toy.question_by_id(toy.LEVELS[run.config.toy_level], qid)
+            known[qid] = toy.question_by_id(toy.level(run.config.toy_level), qid)
         if qid not in known:
             raise UserError(
                 f"qid {qid}: gone within an episode; resume with the data and the flags as before"

@@ -39,7 +39,7 @@ class Config:
     )
     model: str = flag("toy", "toy, a directory, or a hub id of a Qwen-VL: 2, 2.5 or 3")
     data: str = flag("toy", "toy, or a .parquet, .jsonl or .csv file, laid out as in data.py")
-    toy_level: str = flag("easy", "difficulty of the toy world", ("easy", "hard"))
+    toy_level: str = flag("easy", "easy, hard, or chances of chains of 1, 2, ... steps, such as 8,0,0,0,1")
     toy_family: str = flag("qwen2_5_vl", "architecture of the toy policy", FAMILIES)
     pass_rate_column: str = flag("", "select questions by this column, such as PassRate_7BBase")
     pass_rate_min: float = flag(0.01, "lowest pass rate kept [P: non-zero pass@8]")
@@ -104,7 +104,6 @@ class Config:
         "replay", "fill up by replay, drop zero advantages, or neither", ("replay", "filter", "off")
     )
     ssr_alpha: float = flag(1.0, "draw in proportion to |A|^alpha [P: not given] [C: 1]", low=0)
-    ssr_replacement: bool = flag(True, "draw with replacement [P: not said] [C: true]")
 
     rethink_fraction: float = flag(
         0.25, "share of responses forced to look again, q [C: 0.65]", low=0, high=1

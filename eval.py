@@ -123,7 +123,7 @@ def read_items(name: str, config: Config) -> list[Item]:
 
         level = trainer_config(config.model).get("toy_level", "easy")
         # The same questions as training measures on.
-        questions = toy.toy_questions(toy.LEVELS[level], 128, 0, heldout=True)
+        questions = toy.toy_questions(toy.level(level), 128, 0, heldout=True)
 
     def rule(question):
         return lambda text: is_correct(text, question.answer, question.choices)

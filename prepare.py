@@ -69,7 +69,7 @@ def rethink_settings(c: Config) -> Rethinking:
 # ---------------------------------------------------------------------------- set up
 
 
-def prepare(config: Config, grade: Grade | None = None) -> Run:
+def prepare(config: Config, grade: Grade | None = None, buffer: ReplayBuffer | None = None) -> Run:
     """Load, check and shard everything. Raises UserError, on all ranks alike, for what cannot work."""
     device = parallel.start(config.precision)
     check_share(config)
@@ -107,7 +107,7 @@ def prepare(config: Config, grade: Grade | None = None) -> Run:
     total = config.steps or config.passes * len(questions) * config.group_size // config.batch_size
     if parallel.rank() == 0 and not checkpoint.list_checkpoints(out):
         record.write_config(out, config)  # with the sizes that fit
-    buffer = ReplayBuffer(config.ssr_alpha, config.seed, config.ssr_replacement)
+    buffer = ReplayBuffer(config.ssr_alpha, config.seed) if buffer is None else buffer
     return Run(config, out, policy, optimizer, questions, heldout, total, buffer, grade, checksum, lock)
 
 
@@ -213,7 +213,7 @@ def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:
     """(training questions, held-out questions); None for the toy world, which makes new ones."""
     if config.data == "toy":
         config.heldout = 128 if config.heldout is None else config.heldout
-        recipe = toy.LEVELS[config.toy_level]
+        recipe = toy.level(config.toy_level)
         return None, toy.toy_questions(recipe, config.heldout, 0, heldout=True)
     everything = parallel.agree(lambda: load_questions(config.data))
     if config.heldout is None:
@@ -261,7 +261,7 @@ def model_path(config: Config) -> str:
     """The directory or hub id to load. Rank 0 makes the toy's base while the others wait."""
     if config.model != "toy":
         return config.model
-    recipe = replace(toy.LEVELS[config.toy_level], family=config.toy_family)
+    recipe = replace(toy.level(config.toy_level), family=config.toy_family)
     parallel.agree(lambda: parallel.rank() == 0 and toy.toy_policy_dir(recipe))
     return str(toy.toy_policy_dir(recipe))
 

@@ -164,7 +164,7 @@ def step_metrics(run, branches: list, numbers: Counter) -> dict:
         "reward": counts["rewards"] / responses,
         "effective_queries": counts["effective"] / c.episode_queries,
         "replayed": replayed / max(1, draws), "replay_age": age / max(1, replayed),
-        "replay_ess": effective_sample_size(run.buffer.weights()) if len(run.buffer) else 0.0,
+        "replay_ess": effective_sample_size([b.replays for b in branches]),
         "batch_responses": draws,
         "loss": numbers["loss"], "sft_loss": numbers["sft_loss"],
         "grad_norm": numbers["grad_norm"] if finite else None,

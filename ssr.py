@@ -13,13 +13,16 @@ paper's 72B: from 40 % to below 20 % in 256 steps). SSR keeps the batch full of 
 The unit is one sample, with the log-probabilities of the policy that sampled it: the clipped ratio
 corrects for its age. The buffer lives for one episode, then it is cleared.
 
-What we do differently: the paper says neither alpha nor whether a draw is put back; we take alpha =
-1, as the released code effectively does, and draw with replacement; both are flags. The released replay is
+What we do differently: the paper says neither alpha nor whether a sample may be drawn twice; we take
+alpha = 1, as the released code effectively does, and draw with replacement. The released replay is
 unreachable, trains on half the batch, never clears its buffer, and loops forever where nothing is
 effective. Here an empty buffer draws nothing.
 
 A draw is a function of (seed, how many draws came before it): resuming needs the buffer's samples
 and one number. No model and no tensors: a sample is anything with an `.advantage`.
+
+Your own rule of replay: `train.main(argv, buffer=...)` takes any object with `begin`, `add`, `draw` and
+a length, whose `samples` and `draws` a checkpoint can keep; recipes/buffers.py has three.
 
 Next: rethink.py, how a policy that never looks twice can learn to.
 """
@@ -36,20 +39,23 @@ def is_effective(sample) -> bool:
 class ReplayBuffer:
     """Effective samples of one episode, drawn in proportion to |A|^alpha.
 
-    alpha        0 draws uniformly; large values draw only the largest |A|
-    seed         of the draws
-    replacement  put each draw back; otherwise a draw holds a sample at most once
+    alpha  0 draws uniformly; large values draw only the largest |A|
+    seed   of the draws
     """
 
-    def __init__(self, alpha: float = 1.0, seed: int = 0, replacement: bool = True):
+    def __init__(self, alpha: float = 1.0, seed: int = 0):
         if not alpha >= 0:
             raise ValueError(f"alpha must be at least 0, not {alpha}")
-        self.alpha, self.seed, self.replacement = alpha, seed, replacement
+        self.alpha, self.seed = alpha, seed
         self.samples = []
         self.draws = 0  # calls of draw() so far
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def begin(self, samples) -> None:
+        """A new episode, of these samples. This buffer takes them batch by batch, as `add` brings them."""
+        self.clear()
 
     def add(self, samples) -> None:
         """Keep the effective ones: with alpha = 0 even a zero advantage would have weight 0^0 = 1."""
@@ -65,19 +71,10 @@ class ReplayBuffer:
         return [(size / largest) ** self.alpha for size in sizes]
 
     def draw(self, n: int) -> list:
-        """n samples; fewer where the buffer is empty, or where draws are not put back and it is short."""
+        """n samples, with replacement; none where the buffer is empty."""
         rng = random.Random(f"{self.seed} {self.draws}")
         self.draws += 1
-        if n <= 0 or not self.samples:
-            return []
-        weights = self.weights()
-        if self.replacement:
-            return rng.choices(self.samples, weights, k=n)
-        # Efraimidis and Spirakis: the n largest of log(u) / w are a weighted draw without replacement.
-        # A weight that underflowed to 0 comes last, but comes.
-        keys = [math.log(1 - rng.random()) / max(w, 1e-300) for w in weights]
-        best = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)[:n]
-        return [self.samples[i] for i in best]
+        return rng.choices(self.samples, self.weights(), k=n) if self.samples and n > 0 else []
 
 
 def replay_batch(fresh: list, buffer: ReplayBuffer, size: int) -> list:
@@ -95,9 +92,9 @@ def replay_batch(fresh: list, buffer: ReplayBuffer, size: int) -> list:
 
 
 def effective_sample_size(weights: list[float]) -> float:
-    """How many equally likely samples the draw amounts to: (sum w)^2 / sum w^2.
+    """How many equal weights these amount to: (sum w)^2 / sum w^2.
 
-    >>> effective_sample_size([1.0, 1.0, 1.0, 0.0])
+    >>> effective_sample_size([1, 1, 1, 0])
     3.0
     """
     squares = sum(w * w for w in weights)

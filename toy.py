@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import tempfile
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -72,6 +73,19 @@ LEVELS = {
     # longer than any it has seen. This is where advantages vanish.
     "hard": Recipe(chances=(8, 0, 0, 0, 1, 0, 1)),
 }
+
+
+def level(name: str) -> Recipe:
+    """What --toy_level names: one of LEVELS, or easy with other chances of chains of 1, 2, ... steps.
+
+    >>> level("8,0,0,0,1,0,1") == LEVELS["hard"]
+    True
+    """
+    if name in LEVELS:
+        return LEVELS[name]
+    if not re.fullmatch(r"\d{1,6}(,\d{1,6}){0,99}", name) or not re.search("[1-9]", name):
+        raise UserError(f"--toy_level {name}: give {', '.join(LEVELS)}, or chances such as 8,0,0,0,1")
+    return Recipe(chances=tuple(map(int, name.split(","))))
 
 
 # ---------------------------------------------------------------------------- the world

@@ -52,7 +52,7 @@ from record import Recorder, heldout_metrics, step_metrics
 from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks, share_rethinking
 from reward import extract_answer, reward
 from rollout import generate, question_keys
-from ssr import is_effective, replay_batch
+from ssr import ReplayBuffer, is_effective, replay_batch
 from tree import Trees, build_trees, pad_rows, plan_micro_batches
 
 STOP_AFTER = 5  # non-finite steps in a row
@@ -70,7 +70,7 @@ def episode_questions(run: Run) -> list[Question]:
     """The questions of the next episode, the same on every rank: a slice of one shuffle per pass."""
     c, Q = run.config, run.config.episode_queries
     if run.questions is None:
-        return toy.toy_questions(toy.LEVELS[c.toy_level], Q, f"{c.seed}-{run.episode}")
+        return toy.toy_questions(toy.level(c.toy_level), Q, f"{c.seed}-{run.episode}")
     n, places = len(run.questions), range(run.episode * Q, (run.episode + 1) * Q)
     passes = {place // n for place in places}
     orders = {p: random.Random(f"order {c.seed} {p}").sample(range(n), n) for p in passes}
@@ -451,7 +451,7 @@ def begin_episode(run: Run, record: Recorder) -> None:
     """Sample the responses that the next steps train on."""
     groups, run.counts = sample_episode(run)
     run.fresh = list(chain(*groups))
-    run.buffer.clear()
+    run.buffer.begin(run.fresh)
     run.episode += 1
     # Under the first step that trains on them: a run resumed before it writes them again.
     record.samples(run.step + 1, groups[:2], run.policy.tokenizer)
@@ -489,10 +489,11 @@ def train(run: Run, record: Recorder) -> None:
                 record.heldout(run.heldout, *measure(run))
 
 
-def main(argv: list[str], grade: Grade | None = None) -> int:
+def main(argv: list[str], grade: Grade | None = None, buffer: ReplayBuffer | None = None) -> int:
     """The command line: 0 when all went well, 2 for something the user can put right.
 
-    grade  your own reward, in place of --reward: (text of the response, Question) -> a number
+    grade   your own reward, in place of --reward: (text of the response, Question) -> a number
+    buffer  what to replay from in place of a ReplayBuffer: see ssr.py
     """
     run = None
     try:
@@ -500,7 +501,7 @@ def main(argv: list[str], grade: Grade | None = None) -> int:
         if config.explain:
             explain(config, sys.modules[__name__])
             return 0
-        run = prepare(config, grade)
+        run = prepare(config, grade, buffer)
         step = run.step if config.resume and checkpoint.resume_run(run) else None
         record = parallel.agree(lambda: Recorder(run.out, parallel.rank() == 0, step))
         record.start(run.step, argv, parallel.world())

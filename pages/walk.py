@@ -44,7 +44,7 @@ def explain(c: Config, steps) -> None:
     """Print the lesson; with --out, draw its pictures too."""
     if (c.model, c.data) != ("toy", "toy"):
         raise UserError("--explain follows a question of the toy world: leave out --model and --data")
-    run = new_run(c, toy.load_toy(replace(toy.LEVELS[c.toy_level], family=c.toy_family)))
+    run = new_run(c, toy.load_toy(replace(toy.level(c.toy_level), family=c.toy_family)))
     group, idle = find_questions(run, steps)
     told, trees = follow(run, steps, group, idle)
     if c.out:
@@ -56,7 +56,7 @@ def new_run(c: Config, policy) -> Run:
     """A run of one step without warm-up, whose batch is the responses to two questions."""
     c = replace(c, warmup=0.0, batch_size=2 * c.group_size, ssr="replay")
     optimizer = parallel.optimizer(policy, c.lr, c.weight_decay)
-    buffer = ReplayBuffer(c.ssr_alpha, c.seed, c.ssr_replacement)
+    buffer = ReplayBuffer(c.ssr_alpha, c.seed)
     return Run(c, Path(c.out), policy, optimizer, None, [], 1, buffer)
 
 

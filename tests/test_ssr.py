@@ -6,6 +6,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from buffers import BUFFERS
 from conftest import chi_squared
 
 from ssr import ReplayBuffer, effective_sample_size, is_effective, replay_batch
@@ -53,9 +54,8 @@ def test_more_effective_samples_than_the_batch_holds_are_all_trained():
 
 
 @pytest.mark.parametrize("alpha", [0, 1, 1000])
-@pytest.mark.parametrize("replacement", [True, False])
-def test_nothing_effective_and_nothing_stored_is_legal_and_ends(alpha, replacement):
-    buffer = ReplayBuffer(alpha, replacement=replacement)
+def test_nothing_effective_and_nothing_stored_is_legal_and_ends(alpha):
+    buffer = ReplayBuffer(alpha)
     assert buffer.draw(5) == []
     assert replay_batch(samples(0.0, 0.0), buffer, size=2) == []
     assert replay_batch([], buffer, size=2) == []
@@ -79,25 +79,10 @@ def test_draw_frequencies_follow_the_power_of_the_advantage(alpha):
     assert statistic > limit
 
 
-@pytest.mark.parametrize("alpha", [0, 1])
-def test_draws_without_replacement_are_weighted_too(alpha):
-    """One draw follows the same law; two follow it one after the other, without the first."""
-    advantages = [0.125, 0.25, 0.5, 0.875]
-    buffer, kept = filled(*advantages, alpha=alpha, seed=2, replacement=False)
-    p = [abs(a) ** alpha for a in advantages]
-    p = [x / sum(p) for x in p]
-    pairs = Counter(tuple(buffer.draw(2)) for _ in range(6000))
-    places = [(i, j) for i in range(4) for j in range(4) if i != j]
-    want = [p[i] * p[j] / (1 - p[i]) for i, j in places]
-    statistic, limit = chi_squared([pairs[kept[i], kept[j]] for i, j in places], want)
-    assert statistic < limit
-
-
 @pytest.mark.parametrize("alpha", [0, 0.01, 1, 2])
-@pytest.mark.parametrize("replacement", [True, False])
-def test_a_zero_advantage_is_never_stored_nor_drawn(alpha, replacement):
+def test_a_zero_advantage_is_never_stored_nor_drawn(alpha):
     """With alpha = 0 its weight would be 0^0 = 1."""
-    buffer, kept = filled(0.0, 0.5, -0.0, -0.5, 0.0, alpha=alpha, replacement=replacement)
+    buffer, kept = filled(0.0, 0.5, -0.0, -0.5, 0.0, alpha=alpha)
     assert len(buffer) == 2
     drawn = [s for _ in range(200) for s in buffer.draw(3)]
     assert set(drawn) == {kept[1], kept[3]}
@@ -122,16 +107,6 @@ def test_tiny_advantages_do_not_underflow():
     counts = Counter(buffer.draw(4000))
     statistic, limit = chi_squared([counts[s] for s in kept], [0.1, 0.9])
     assert statistic < limit
-
-
-def test_without_replacement_no_sample_comes_twice_and_a_short_buffer_gives_all_it_has():
-    for alpha in (0, 1, 1000):
-        buffer, kept = filled(0.5, -0.25, 0.125, 0.75, alpha=alpha, replacement=False)
-        for n in (1, 3, 4):
-            drawn = buffer.draw(n)
-            assert len(drawn) == len(set(drawn)) == n
-        assert set(buffer.draw(9)) == set(kept) and len(buffer) == 4
-        assert len(replay_batch(samples(0.0) * 9, buffer, size=9)) == 4
 
 
 def test_effective_sample_size_by_hand():
@@ -161,16 +136,67 @@ def test_draws_are_a_function_of_the_seed():
     assert len({tuple(d) for d in first}) == 3, "each call draws anew"
 
 
-@pytest.mark.parametrize("replacement", [True, False])
-def test_the_samples_and_one_number_are_the_whole_state(replacement):
+def test_the_samples_and_one_number_are_the_whole_state():
     """A buffer made from them goes on as the first one would have."""
-    buffer, _ = filled(*range(1, 30), alpha=2, seed=7, replacement=replacement)
+    buffer, _ = filled(*range(1, 30), alpha=2, seed=7)
     for n in (3, 0, 5):
         buffer.draw(n)
     buffer.clear()
     fresh = samples(*range(1, 20))
     buffer.add(fresh)
-    again = ReplayBuffer(alpha=2, seed=7, replacement=replacement)
+    again = ReplayBuffer(alpha=2, seed=7)
     again.samples, again.draws = copy.copy(buffer.samples), buffer.draws
     for n in (4, 9):
         assert again.draw(n) == buffer.draw(n)
+
+
+# ---------------------------------------------------------------------------- other buffers
+
+
+EPISODES = [samples(0.5, 0.0, -0.5, 0.25), samples(0.0, 0.75, 0.0, 0.0), samples(0.0, 0.0, 0.5, 0.0)]
+
+
+def within_reach(buffer) -> list:
+    """Before each draw for a batch of two, what could be drawn, by (episode, place)."""
+    places = {s: (e, i) for e, episode in enumerate(EPISODES) for i, s in enumerate(episode)}
+    found = []
+    for episode in EPISODES:
+        buffer.begin(episode)
+        for fresh in (episode[:2], episode[2:]):
+            batch = replay_batch(fresh, buffer, size=2)
+            found.append([places[s] for s in buffer.samples])
+            assert len(batch) == 2 if buffer.samples else batch == []
+            assert all(is_effective(s) for s in batch)
+    return found
+
+
+def test_what_each_buffer_draws_from_worked_by_hand():
+    a, b, c, d, e = (0, 0), (0, 2), (0, 3), (1, 1), (2, 2)  # the effective ones
+    assert within_reach(ReplayBuffer()) == [[a], [a, b, c], [d], [d], [], [e]]
+    assert within_reach(BUFFERS["whole"](seed=0)) == [[a, b, c], [a, b, c], [d], [d], [e], [e]]
+    assert within_reach(BUFFERS["two"](seed=0)) == [[a], [a, b, c], [a, b, c, d], [a, b, c, d], [d], [d, e]]
+
+
+def test_no_sample_is_drawn_more_often_than_allowed():
+    buffer, (a, b) = BUFFERS["most4"](seed=0), samples(0.5, 1e-9)
+    buffer.begin([a, b])
+    buffer.add([a])
+    assert buffer.draw(3) == [a] * 3
+    buffer.add([b])
+    assert Counter(buffer.draw(9)) == {a: 1, b: 4}  # a batch that cannot be filled
+    assert len(buffer) == 0 and buffer.draw(2) == []
+    buffer.begin([a])
+    buffer.add([a])
+    assert buffer.draw(9) == [a] * 4  # allowed again
+
+
+@pytest.mark.parametrize("name", ["whole", "two", "most4"])
+def test_each_buffer_draws_in_proportion_to_the_advantage(name):
+    counts, kept = Counter(), samples(0.125, -0.25, 0.5, -0.75)
+    for seed in range(1500):
+        buffer = BUFFERS[name](seed)
+        buffer.begin(kept)
+        buffer.add(kept)
+        counts.update(buffer.draw(2))
+    statistic, limit = chi_squared([counts[s] for s in kept], [1 / 13, 2 / 13, 4 / 13, 6 / 13])
+    assert statistic < limit

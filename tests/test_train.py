@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from buffers import BUFFERS
 from conftest import hf_logprobs
 from tiny import (
     flags,
@@ -330,8 +331,7 @@ def test_without_replay_and_rethinking_their_flags_change_nothing(base, tmp_path
     run_training(base, tmp_path / "plain", ssr="off", heldout=0, steps=2)
     run_training(base, tmp_path / "flags", ssr="off", heldout=0, steps=2, rethink_fraction=0, rethink_quota=1,
                  rethink_sft_coef=1.0, rethink_sft_on="second", rethink_trigger="oracle",
-                 rethink_cutback=1.0, rethink_min_tokens=5, rethink_baseline="after", ssr_alpha=3,
-                 ssr_replacement="false")  # fmt: skip
+                 rethink_cutback=1.0, rethink_min_tokens=5, rethink_baseline="after", ssr_alpha=3)  # fmt: skip
     assert steps_of(tmp_path / "plain") == steps_of(tmp_path / "flags")
     plain, other = (weights_of(tmp_path / name / "checkpoint-2") for name in ("plain", "flags"))
     assert same_tensors(plain, other)
@@ -360,6 +360,13 @@ def test_nothing_is_replayed_from_an_earlier_episode(base, tmp_path, monkeypatch
         assert rows[step]["replayed"] == draws / 16
         assert rows[step]["replay_age"] == (step % 2 if draws else 0)
     assert replayed > 0
+
+
+def test_what_is_replayed_is_an_argument(base, tmp_path, monkeypatch):
+    seen = spy_on_updates(monkeypatch)
+    assert train.main(flags(base, tmp_path, steps=6, heldout=0), buffer=BUFFERS["two"](seed=2)) == 0
+    episodes = [{(step - b.sample.step) // 2 for b in branches} for step, (_, branches, _) in enumerate(seen)]
+    assert {0, 1} in episodes and max(map(max, episodes)) == 1
 
 
 @pytest.mark.parametrize("ssr", ["filter", "replay"])
@@ -417,8 +424,8 @@ def test_five_steps_in_a_row_that_are_not_finite_stop_the_run(base, tmp_path, mo
 def test_a_broken_weight_stops_the_run(base, tmp_path, monkeypatch, capsys, ssr):
     real = train.prepare
 
-    def ruined(config, grade):
-        prepared = real(config, grade)
+    def ruined(*args):
+        prepared = real(*args)
         with torch.no_grad():
             prepared.policy.text_model.norm.weight[0] = math.nan
         return prepared

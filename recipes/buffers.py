@@ -1,0 +1,97 @@
+"""Three other replay buffers, for the study in results/: what may be drawn, and how often.
+
+    python recipes/buffers.py whole|two|most4 [the flags of train.py]
+
+Each is what `train.main(argv, buffer=...)` takes, whole as it stands; all draw in proportion to |A|.
+A run with one of them is not resumed within an episode: a checkpoint keeps `samples` and `draws` only.
+"""
+
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import config
+import parallel
+import train
+from ssr import is_effective
+
+
+class WholeEpisode:
+    """All effective samples of an episode are there from its first batch on: their advantages are known."""
+
+    def __init__(self, seed: int):
+        self.seed, self.samples, self.draws = seed, [], 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def begin(self, samples) -> None:
+        self.samples = [s for s in samples if is_effective(s)]
+
+    def add(self, samples) -> None:
+        pass  # they have been there since the episode began
+
+    def draw(self, n: int) -> list:
+        return weighted_draws(self, n)
+
+
+class TwoEpisodes:
+    """A sample may be drawn until the episode after its own has ended."""
+
+    def __init__(self, seed: int):
+        self.seed, self.samples, self.draws = seed, [], 0
+        self.old = 0  # samples[:old] are the last episode's
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def begin(self, samples) -> None:
+        self.samples = self.samples[self.old :]
+        self.old = len(self.samples)
+
+    def add(self, samples) -> None:
+        self.samples += [s for s in samples if is_effective(s)]
+
+    def draw(self, n: int) -> list:
+        return weighted_draws(self, n)
+
+
+class AtMost:
+    """A sample is drawn at most `most` times; then it leaves. The batch is smaller where none is left."""
+
+    def __init__(self, seed: int, most: int):
+        self.seed, self.most, self.samples, self.draws = seed, most, [], 0
+        self.drawn = Counter()  # by identity
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def begin(self, samples) -> None:
+        self.samples, self.drawn = [], Counter()
+
+    def add(self, samples) -> None:
+        self.samples += [s for s in samples if is_effective(s)]
+
+    def draw(self, n: int) -> list:
+        drawn = []
+        while len(drawn) < n and self.samples:
+            drawn += weighted_draws(self, 1)
+            self.drawn[id(drawn[-1])] += 1
+            self.samples = [s for s in self.samples if self.drawn[id(s)] < self.most]
+        return drawn
+
+
+def weighted_draws(buffer, n: int) -> list:
+    rng = random.Random(f"{buffer.seed} {buffer.draws}")
+    buffer.draws += 1
+    sizes = [abs(s.advantage) for s in buffer.samples]
+    return rng.choices(buffer.samples, sizes, k=n) if sizes and n > 0 else []
+
+
+BUFFERS = {"whole": WholeEpisode, "two": TwoEpisodes, "most4": lambda seed: AtMost(seed, most=4)}
+
+if __name__ == "__main__":
+    name, *argv = sys.argv[1:]
+    parallel.leave(train.main(argv, buffer=BUFFERS[name](config.parse(argv).seed)))

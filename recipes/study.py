@@ -1,0 +1,193 @@
+"""The study of results/: which runs it is made of, and how to run them.
+
+    python recipes/study.py plan                                    the runs, and the core-hours they take
+    python recipes/study.py run main [--jobs 2] [--seeds 0-19] [--out runs/study]       those still missing
+
+A run is a folder OUT/ARM-SEED, and done when its metrics.jsonl has reached the last step. Each is one
+process of one thread. Runs are started seed by seed, so that whenever it ends all arms have the same seeds;
+the same command goes on where it ended. `run map` runs map_60_4, map_60_16 and so on.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# 16 episodes of 64 questions x 8 responses, each 16 optimiser steps: as many as in the paper.
+LONG_EPISODES = (
+    "--episode_queries 64 --batch_size 32 --steps 256 --max_new_tokens 72 "
+    "--heldout 512 --eval_every 64 --save_every 256 --keep_last 1"
+)
+# The same 16 episodes, each 4 optimiser steps.
+SHORT_EPISODES = (
+    "--episode_queries 64 --batch_size 128 --steps 64 --max_new_tokens 72 "
+    "--heldout 512 --eval_every 16 --save_every 64 --keep_last 1"
+)
+UPDATES = {4: SHORT_EPISODES, 16: LONG_EPISODES}
+HARD = f"--toy_level hard {LONG_EPISODES}"
+PLAIN = {"plain": "--ssr off", "filter": "--ssr filter", "ssr": "--ssr replay"}
+# Worlds by the share of questions, in per cent, that are effective late in training.
+WORLDS = {60: "1,0,0,0,2,0,2", 30: "3,0,0,0,1,0,1", 15: "hard", 5: "30,0,0,0,1,0,1"}
+
+
+@dataclass
+class Experiment:
+    asks: str
+    arms: dict[str, str]  # name -> what follows `python`, without --seed and --out
+    seeds: int  # 0, 1, ..., seeds - 1
+    against: str = "plain"  # the arm that the others are compared with: of this experiment, or of another
+    minutes: float = 1.7  # per run, on one core
+
+
+EXPERIMENTS = {
+    "main": Experiment(
+        "Do replay and Forced Rethinking help?",
+        {arm: f"train.py {HARD} {flags} --rethink_fraction 0" for arm, flags in PLAIN.items()}
+        | {
+            "ssr_rethink": f"train.py {HARD} --ssr replay --rethink_fraction 0.3",
+            "rethink": f"train.py {HARD} --ssr off --rethink_fraction 0.3",
+        },
+        seeds=20,
+    ),
+    "replay": Experiment(
+        "Which samples should be replayed, and how often?",
+        {
+            "ssr_alpha0": f"train.py {HARD} --ssr_alpha 0 --rethink_fraction 0",
+            "ssr_alpha2": f"train.py {HARD} --ssr_alpha 2 --rethink_fraction 0",
+            "ssr_whole": f"recipes/buffers.py whole {HARD} --rethink_fraction 0",
+            "ssr_most4": f"recipes/buffers.py most4 {HARD} --rethink_fraction 0",
+            "ssr_two": f"recipes/buffers.py two {HARD} --rethink_fraction 0",
+        },
+        seeds=10,
+        against="ssr",
+    ),
+}
+for share, level in WORLDS.items():
+    for updates, common in UPDATES.items():
+        if (share, updates) != (15, 16):  # that is main
+            cell = f"{share}_{updates}"
+            EXPERIMENTS[f"map_{cell}"] = Experiment(
+                f"When does replay help? {share} % effective, {updates} updates per episode",
+                {
+                    f"{arm}_{cell}": f"train.py --toy_level {level} {common} {flags} --rethink_fraction 0"
+                    for arm, flags in PLAIN.items()
+                },
+                seeds=5,
+                against=f"plain_{cell}",
+            )
+
+
+def chosen(name: str) -> dict[str, Experiment]:
+    """The experiments of this name, or of names that begin with it and "_"."""
+    found = {k: e for k, e in EXPERIMENTS.items() if k == name or k.startswith(f"{name}_")}
+    if not found:
+        sys.exit(f"error: no experiment {name}; there are {', '.join(EXPERIMENTS)}")
+    return found
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a run has been measured after its last step."""
+    try:
+        steps = json.loads((folder / "config.json").read_text())["steps"]
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    except (OSError, IndexError, json.JSONDecodeError):  # not begun, or its last line is half written
+        return False
+    return last["step"] == steps and "heldout_accuracy" in last
+
+
+def plan() -> None:
+    total = 0
+    for name, e in EXPERIMENTS.items():
+        hours = len(e.arms) * e.seeds * e.minutes / 60
+        total += hours
+        print(f"{name:12} {e.seeds:2} seeds, {hours:4.1f} core-hours: {', '.join(e.arms)}")
+    print(f"{total:.1f} core-hours in all")
+
+
+def run(name: str, jobs: int, seeds: range | None, out: Path) -> int:
+    """Make the runs that are missing, `jobs` at a time. Returns how many failed."""
+    import config
+    import prepare
+    import record
+
+    experiments = chosen(name).values()
+    wanted = [
+        (out / f"{arm}-{seed}", [*command.split(), "--seed", str(seed)])
+        for seed in seeds or range(max(e.seeds for e in experiments))
+        for e in experiments
+        for arm, command in e.arms.items()
+        if seeds or seed < e.seeds
+    ]
+    todo = [(folder, command) for folder, command in wanted if not is_done(folder)]
+    print(f"{len(wanted)} runs, {len(wanted) - len(todo)} done before", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = record.lock_folder(out)  # another call would delete what this one has begun
+    for level in {b for _, command in todo for a, b in pairwise(command) if a == "--toy_level"}:
+        prepare.model_path(config.parse(["--toy_level", level]))  # made once, and not by all runs at once
+    processes, failed = [], []
+
+    def make(item: tuple[Path, list[str]]) -> Path:
+        folder, command = item
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier call has begun it
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        command = [sys.executable, *command, "--out", str(folder.absolute())]
+        with open(f"{folder}.log", "w") as log:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+            processes[-1].wait()
+        return folder
+
+    def stop(*_):
+        for process in processes:
+            process.kill()
+        os._exit(1)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    with ThreadPool(jobs) as pool:
+        for n, folder in enumerate(pool.imap_unordered(make, todo), 1):
+            if not is_done(folder):
+                failed.append(folder)
+            print(f"{n} of {len(todo)}: {folder}{' failed' * (not is_done(folder))}", flush=True)
+    for folder in failed:
+        print(f"failed: {folder.name}, see {folder}.log", file=sys.stderr)
+    lock.close()
+    return len(failed)
+
+
+def read_seeds(text: str) -> range:
+    """
+    >>> read_seeds("0-19"), read_seeds("7")
+    (range(0, 20), range(7, 8))
+    """
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("study.py", description=__doc__.partition("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("plan", help="print the runs and what they take")
+    make = verbs.add_parser("run", help="make the runs of an experiment that are missing")
+    make.add_argument("experiment")
+    make.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    make.add_argument("--seeds", type=read_seeds, help="such as 0-4, in place of all")
+    make.add_argument("--out", type=Path, default=Path("runs/study"))
+    args = parser.parse_args(argv)
+    if args.verb == "plan":
+        plan()
+        return 0
+    return min(1, run(args.experiment, args.jobs, args.seeds, args.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
