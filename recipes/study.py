@@ -2,6 +2,7 @@
 
     python recipes/study.py plan                                    the runs, and the core-hours they take
     python recipes/study.py run main [--jobs 2] [--seeds 0-19] [--out runs/study]       those still missing
+    python recipes/study.py report results --runs runs/study        tables and figures of the finished ones
 
 A run is a folder OUT/ARM-SEED, and done when its metrics.jsonl has reached the last step. Each is one
 process of one thread. Runs are started seed by seed, so that whenever it ends all arms have the same seeds;
@@ -182,11 +183,20 @@ def main(argv: list[str]) -> int:
     make.add_argument("--jobs", type=int, default=2, help="runs at a time")
     make.add_argument("--seeds", type=read_seeds, help="such as 0-4, in place of all")
     make.add_argument("--out", type=Path, default=Path("runs/study"))
+    report = verbs.add_parser("report", help="tables and figures of the runs that are done")
+    report.add_argument("results", type=Path)
+    report.add_argument("--runs", type=Path, action="append", default=[],
+                        help="a folder of runs, may be given again; without, the CSV files in RESULTS are read")  # fmt: skip
     args = parser.parse_args(argv)
     if args.verb == "plan":
         plan()
         return 0
-    return min(1, run(args.experiment, args.jobs, args.seeds, args.out))
+    if args.verb == "run":
+        return min(1, run(args.experiment, args.jobs, args.seeds, args.out))
+    from study_tables import write
+
+    write(args.runs, args.results)
+    return 0
 
 
 if __name__ == "__main__":
