@@ -5,7 +5,6 @@
     python eval.py --model DIR --data FILE.jsonl               own questions, laid out as in data.py
     python eval.py --benchmark mmmu --data FOLDER --responses FILE.jsonl      no model
     python eval.py --compare A/mmmu.jsonl B/mmmu.jsonl                        paired test
-    python eval.py --compare A/mmmu.jsonl B/mmmu.jsonl --page                 and the answers, as a page
 
 The paper's protocol (Section 4.2) is the default: greedy, one sample, up to 8192 new tokens,
 pictures of 256 to 1280 visual tokens, the plain prompt. Written to --out:
@@ -30,28 +29,16 @@ import itertools
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 
-import report
 from benchmarks import scores
 from benchmarks.asking import RANK, answers_from_model, made_with, trainer_config
 from benchmarks.readers import BENCHMARKS, Item
 from benchmarks.sources import find_files, load
 from config import flag, read_flags
-from data import (
-    TEMPLATES,
-    UserError,
-    check_images,
-    load_questions,
-    printable,
-    read_json,
-    read_jsonl,
-    read_rows,
-)
-from pages.transcripts import heldout
-from record import lock_folder, seal, thumbnail, write_atomically
+from data import TEMPLATES, UserError, check_images, load_questions, printable, read_json, read_rows
+from record import lock_folder, seal, write_atomically
 from reward import extract_answer, is_correct
 
 NAMES = ("toy", "own", *BENCHMARKS)
@@ -66,7 +53,6 @@ class Config:
     responses: str = flag("", 'mark this .jsonl of {"id", "response"} instead of running a model')
     compare: tuple = flag(None, "compare two OUT/NAME.jsonl question by question")
     show: bool = flag(False, "print ten responses in which no answer was found, and why")
-    page: bool = flag(False, "with --compare: write the answers side by side, as a page beside B")
     limit: int = flag(0, "only the first so many questions; 0: all", low=0)
     samples: int = flag(1, "responses per question: adds pass@k and maj@k [P: 1]", low=1)
     template: str = flag("", "default: plain [P; 72B card: rethink], own: as in training", tuple(TEMPLATES))
@@ -251,42 +237,6 @@ def read_summary(out: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-# What the page counts on in a line of OUT/NAME.jsonl.
-RESULT = dict.fromkeys(("response", "extracted"), (str, type(None))) | {"tokens": (int, type(None))}
-
-
-def write_comparison(config: Config, told: str) -> Path:
-    """A page of two results side by side, question by question, in B's folder. Returns where.
-
-    told  what `scores.compare` says of them
-    """
-    name, folder = Path(config.compare[1]).stem, Path(config.compare[1]).parent
-    made = read_json(folder / "summary.json", {name: {"settings": dict}})[name]["settings"]
-    again = replace(config, benchmark=name, data=config.data or made["data"], model=made.get("model", ""))
-
-    def answers(path: str) -> dict[str, dict]:
-        rows = (row for _, row in read_jsonl(Path(path), RESULT) if not row.get("sample"))
-        return {
-            row["id"]: {"text": row["response"] or "", "found": row["extracted"], "right": scores.credit(row),
-                        "tokens": row["tokens"]}
-            for row in rows
-        }  # fmt: skip
-
-    columns = [(path, answers(path)) for path in config.compare]
-    items = read_items(name, again)
-    questions = [vars(item.question) for item in items if item.question.id in columns[1][1]]
-
-    def finish(question: dict) -> dict:
-        return question | {"images": [thumbnail(source) for source in question["images"]]}
-
-    sections = [
-        report.section("summary", "Comparison", f"<pre>{escape(told)}</pre>"),
-        report.section("answers", "Answers", heldout(questions, columns, finish)),
-    ]
-    path = folder / f"{name}-compared.html"
-    return report.write_page(path, name, " → ".join(config.compare), sections)
-
-
 def results_file(place: str) -> str:
     """OUT/NAME.jsonl, which --compare may also be given as OUT where it holds the only one."""
     found = sorted(Path(place).glob("*.jsonl")) if Path(place).is_dir() else [Path(place)]
@@ -299,10 +249,7 @@ def run(config: Config) -> None:
     """What the flags ask for: a comparison, or an evaluation."""
     if config.compare:
         config.compare = tuple(map(results_file, config.compare))
-        told = scores.compare(*config.compare)
-        print(told)
-        if config.page:
-            print(write_comparison(config, told))
+        print(scores.compare(*config.compare))
         return
     if config.responses and RANK > 0:
         return

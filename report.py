@@ -7,17 +7,14 @@ The page needs nothing but itself: no network, no library. Curves show whether t
 held-out answers and rollouts show what it learns. Only together do they tell a policy that thinks
 from one that exploits the reward. The page can be written while the run is going.
 
-Whatever a model wrote is escaped. Should that fail, the page's content security policy still allows
-only its own script, named by hash, and nothing is fetched.
+Whatever a model wrote is escaped. Should that fail, the page's content security policy still lets no
+script run and nothing be fetched.
 
 How the page looks is in pages/report.html; pages/curves.py draws charts, pages/transcripts.py
 shows answers and rollouts.
 """
 
 import argparse
-import base64
-import hashlib
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -219,23 +216,6 @@ def section(name: str, title: str, body: str) -> str:
     return f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(title)}</h2>{body}</section>'
 
 
-def write_page(path: Path, title: str, subtitle: str, sections: list[str]) -> Path:
-    """Write a whole page; returns where. The same arguments give the same page."""
-    template = PAGE.read_text(encoding="utf-8")
-    script = re.search("<script>(.*)</script>", template, re.DOTALL)[1]
-    html = Template(template).substitute(
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        title=escape(title),
-        subtitle=escape(subtitle),
-        sections="\n".join(sections),
-    )
-    try:
-        write_atomically(path, html)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    return path
-
-
 def write_report(folders: list[Path]) -> Path:
     """Write the page about the first run into its folder; returns where."""
     names = [folder.resolve().name for folder in folders]
@@ -252,7 +232,7 @@ def write_report(folders: list[Path]) -> Path:
     for chart in charts(first):
         drawn[len(chart.keys) > 1] += draw(chart, names, metrics, last_step(runs))
     curves = (
-        '<p class="note">Point at a chart or touch it to read its values. Below a title: the first value and '
+        '<p class="note">Point at a chart to read its values. Below a title: the first value and '
         "the last. Where a run has more than 200 points, each drawn is a mean of neighbours."
         f'</p><div class="charts wide">{drawn[True]}</div><div class="charts">{drawn[False]}</div>'
     )
@@ -262,7 +242,7 @@ def write_report(folders: list[Path]) -> Path:
     )
     answers = '<p class="soft">None were written.</p>'
     if first.questions and first.answers:
-        answers = heldout(first.questions, [(f"step {x:,}", first.answers[x]) for x in sorted(first.answers)])
+        answers = heldout(first.questions, first.answers)
     beside = f", beside {' and '.join(names[1:])}" if len(runs) > 1 else ""
     sections = [
         section("summary", "Summary", summary),
@@ -271,7 +251,14 @@ def write_report(folders: list[Path]) -> Path:
         section("rollouts", f"Rollouts of {first.name}", rollouts(first.samples)),
         section("settings", f"Settings of {first.name}", f'<ul class="settings">{settings}</ul>'),
     ]
-    return write_page(folders[0] / "report.html", first.name, f"{steps_of(first)} steps{beside}", sections)
+    title, subtitle = escape(first.name), escape(f"{steps_of(first)} steps{beside}")
+    template, path = Template(PAGE.read_text(encoding="utf-8")), folders[0] / "report.html"
+    page = template.substitute(title=title, subtitle=subtitle, sections="\n".join(sections))
+    try:
+        write_atomically(path, page)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    return path
 
 
 def main(argv: list[str]) -> int:

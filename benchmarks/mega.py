@@ -41,10 +41,6 @@ def extract(response: str, info: dict) -> str | None:
     """The answer in a response: the last object for JSON tasks, else as in rules.extract.
 
     Answers of several lines are common here, so everything after the last 'Answer:' belongs to it.
-
-    >>> one_field = {"response_parse_function": "answer_string"}
-    >>> extract("I see two.\\nAnswer: [1,\\n2]", one_field), extract("I see two.", one_field)
-    ('[1,\\n2]', None)
     """
     final = response.rpartition("</think>")[2]
     parser = info.get("response_parse_function")
@@ -93,14 +89,7 @@ def unsupported(info: dict, answer: dict) -> set[str]:
 
 
 def score(found: str, answer: dict, info: dict) -> float:
-    """The score of an extracted answer.
-
-    >>> info = {"field_score_function": {"who": "simple_str_match", "n": "positive_int_match"},
-    ...         "aggregation": {"function": "mean", "field_weights": {"who": 1, "n": 3}},
-    ...         "response_parse_function": "json"}
-    >>> score('{"who": "Ada L.", "n": 2}', {"who": "ada l", "n": "3"}, info)
-    0.25
-    """
+    """The score of an extracted answer: its fields' scores, aggregated."""
     fields = parse(found, answer, info)
     scores = {}
     for field, name in metrics_of(info, answer).items():

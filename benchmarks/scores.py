@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.readers import BENCHMARKS, Item
 from benchmarks.rules import extract
 from data import NUMBER, UserError, printable, read_jsonl
-from grading.choices import choose
+from grading.choices import named
 from grading.spelling import compact, tidy
 from rethink import before_rethinking, outcome, rethinks, share_rethinking
 
@@ -131,11 +131,10 @@ def pass_at(k: int, samples: int, correct: int) -> float:
 
 def majority(item: Item, lines: list[dict]) -> float:
     """Credit of the answer given most often, the earliest of equals; no answer is no vote."""
-    votes: Counter[str] = Counter()
-    credits: dict[str, float] = {}
+    votes, credits = Counter(), {}
     for line in (line for line in lines if line["extracted"] is not None):
-        letter = item.question.choices and choose(line["extracted"], item.question.choices)
-        vote = letter or compact(tidy(line["extracted"]))
+        found, choices = line["extracted"], item.question.choices
+        vote = (choices and named(found, choices, strict=False)) or compact(tidy(found))
         votes[vote] += 1
         credits.setdefault(vote, credit(line))
     return credits[votes.most_common(1)[0][0]] if votes else 0.0

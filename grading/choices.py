@@ -121,17 +121,6 @@ def named(text: str, choices: Sequence[str], strict: bool = True) -> frozenset[s
     return _by_text(text, choices)
 
 
-def choose(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the one option that a text names, as a benchmark counts it, or None.
-
-    >>> options = ["red", "blue", "A and B", "blue"]
-    >>> [choose(t, options) for t in ["(B)", "b", "Red.", "A and B", "D: blue", "blue", "A, D"]]
-    ['B', 'B', 'A', 'C', 'D', None, None]
-    """
-    letters = named(text, choices, strict=False) or ()
-    return min(letters) if len(letters) == 1 else None
-
-
 def same_text(a: str, b: str) -> bool:
     """Is it one answer, without options to choose from?"""
     tidy_a, tidy_b = tidy(a), tidy(b)

@@ -97,8 +97,6 @@ def parse(tokens: list[Token]) -> Tree:
     >>> parse(scan(r"\frac{1}{2} + 3x"))
     ('+', Fraction(1, 2), ('*', Fraction(3, 1), 'x'))
     """
-    if len(tokens) == 1 and tokens[0].kind == "number":
-        return number(tokens[0].text)
     rest = [END, *reversed(spell(tokens))]  # a stack: the next token is the last element
     tree = _sum(rest, 0)
     if rest[-1] is not END:

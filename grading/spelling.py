@@ -15,7 +15,7 @@ MAX_LIST = 50
 _NAMED = """
 π pi ∞ infty √ sqrt ± pm ∓ mp ∪ cup ∩ cap ∅ emptyset ∈ in ⊥ perp ∥ parallel ≅ cong ∼ sim ⟨ langle ⟩ rangle
 Φ Phi ϕ phi Δ Delta \u03a9 Omega \u2126 Omega α alpha β beta γ gamma δ delta ε epsilon ζ zeta η eta θ theta
-ι iota κ kappa λ lambda μ mu ν nu ξ xi ρ rho σ sigma τ tau υ upsilon φ phi χ chi ψ psi ω omega"""
+ι iota κ kappa λ lambda μ mu µ mu ν nu ξ xi ρ rho σ sigma τ tau υ upsilon φ phi χ chi ψ psi ω omega"""
 _VULGAR = "½12 ⅓13 ⅔23 ¼14 ¾34 ⅕15 ⅖25 ⅗35 ⅘45 ⅙16 ⅚56 ⅐17 ⅛18 ⅜38 ⅝58 ⅞78 ⅑19"
 _TABLE = str.maketrans({
     **{sign: rf"\{name} " for sign, name in zip(*[iter(_NAMED.split())] * 2)},
@@ -83,7 +83,6 @@ _UNICODE = _rules(
     ("立方", "立方", " cubic "),
     ("", f"[{_RAISED}]+", lambda m: f"^{{{m[0].translate(_DIGITS)}}}"),
     ("", f"[{_LOWERED}]+", lambda m: f"_{{{m[0].translate(_DIGITS)}}}"),
-    ("", "[µμ](?=[mgsLAFCV])", "u"),
 )
 _MARKDOWN = _rules(
     ("`", r"^(`+)(?:[a-z]*\n)?\s*([^`]+?)\s*\1$", r"\2"),
@@ -114,8 +113,6 @@ _PLAIN = _rules(
     ("^", r"(?<=[0-9.]) ?[xX] ?(?=10 ?\^)", "*"),  # 3 x 10^5
     ("^", r"\^ ?\{?'+ ?\}?", "'"),
     ("\\frac", r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
-    ("\\frac", r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
-    ("\\frac", r"\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r"\\frac{\1}{\2}"),
     ("\\frac", _UNIT_FRACTION, r" \1/\2"),
     ("\\overline", r"\\overline ?\{ ?([A-Z]{2}) ?\}", r"\1"),
     ("\\mu", r"(?<=[0-9 ])\\mu ?(?=[mgsLAFCV]\b)", "u"),
@@ -129,8 +126,6 @@ _PLAIN = _rules(
     ("\\{", r"\\\{ *\\\}", r"\\emptyset"),
     ("R", r"\\mathbb ?\{?R\}?$", r"(-\\infty,\\infty)"),
     ("real", r"^(?:[Aa]ll )?(?:real numbers|reals)$", r"(-\\infty,\\infty)"),
-    ("°", r"° ?([CF])\b", r" ° \1"),
-    ("  ", r" +", " "),
 )
 _SEPARATORS = _rules(
     (",", r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])", lambda m: m[0].replace(",", "")),

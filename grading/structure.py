@@ -20,16 +20,14 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from grading.expression import NAMES, PREFIXES, Unreadable, node, number
-from grading.spelling import MAX_LIST, SEPARATOR, cut, enclosed, outside_brackets, tidy, ungrouped, words
+from grading.expression import Unreadable, node, number
+from grading.spelling import MAX_LIST, cut, enclosed, outside_brackets, tidy, ungrouped, words
 from grading.units import clock, date, quantity, same_clock
 from grading.value import constant, proportional, same_value, symbols
 
 MAX_NESTING = 8
 
 _DIGIT, _NUMBER = re.compile("[0-9]"), re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{1,28})?")
-# A long word first and no signs: nothing to parse, unless it is a name (infinity, arcsin x).
-_WORDS = re.compile(r"([A-Za-z]{5,})(?: [A-Za-z]+)*$")
 _SIGNS = {"<=": "≤", ">=": "≥", "!=": "≠", "\\in": "="}
 _PAIRS = {("(", ")"), ("(", "]"), ("[", ")"), ("[", "]"), ("\\langle", "\\rangle"), ("\\{", "\\}")}
 _ENVIRONMENT = re.compile(
@@ -75,9 +73,7 @@ def read(text: str, nesting: int = 0) -> tuple:
         return ("value", number(text), ())
     if len(text) == 1 and text.isalpha() and text.isascii():
         return ("value", text, ())
-    known = _WORDS.match(text)
-    plain = known and not (known[1] in NAMES or known[1] in PREFIXES or SEPARATOR.search(text))
-    if plain or _CHAIN.fullmatch(text):
+    if _CHAIN.fullmatch(text):
         return ("words", words(text))
     moment = clock(text) or date(text) if _DIGIT.search(text) else None
     if moment:

@@ -1,13 +1,12 @@
-r"""Do two expressions have one value? Exact where rational, at 40 and 80 digits elsewhere.
+r"""Do two expressions have one value? Exact where rational, to 50 digits elsewhere.
 
 The idea: two trees are equal if they have equal values at a handful of fixed points. Rational functions are
-evaluated exactly. Otherwise the difference is computed at two precisions: a rounding error shrinks with the
-precision, a real difference stays, so no tolerance decides whether 0.333 is 1/3. Caps on the size of numbers
-bound the time of every step.
+evaluated exactly; anything else with 80 digits, of which rounding loses few, and two different values share
+fewer still: 0.333 is not 1/3. Caps on the size of numbers bound the time of every step.
 
 What we do differently from graders built on a computer algebra system: no simplification and no sympy (it is
-the slow twin in the tests); only expression.py parses text. Equality is meant where both sides are defined on
-the real line: x^2/x = x, but sqrt(x^2) is |x| and not x.
+the slow twin in the tests). Equality is meant where both sides are defined on the real line: x^2/x = x, but
+sqrt(x^2) is |x| and not x.
 """
 
 import math
@@ -23,11 +22,12 @@ import mpmath
 from grading.expression import ARITHMETIC, CONSTANTS, FUNCTIONS, Tree, mentions
 
 MAX_BITS = 8000  # of an exact number
-LOW, HIGH = 40, 80  # digits
+DIGITS = 80
+ROUNDING = 1e-50  # how far apart, relative to their size, one value may come out in two ways
 
 
 class Point(NamedTuple):
-    """Where trees are evaluated: a value for each free symbol, a precision, and a number line."""
+    """Where trees are evaluated: a value for each free symbol, and a number line."""
 
     names: tuple[str, ...]  # of the free symbols, sorted; () for constants
     index: int  # which of the fixed points
@@ -37,10 +37,10 @@ class Point(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _context(digits: int, thread: int) -> mpmath.ctx_mp.MPContext:
-    # mpmath.mp has one global precision; a context for each thread has its own.
+def _context(thread: int) -> mpmath.ctx_mp.MPContext:
+    # mpmath's functions change the precision of their context while they work: one for each thread.
     context = mpmath.ctx_mp.MPContext()
-    context.dps = digits
+    context.dps = DIGITS
     return context
 
 
@@ -54,7 +54,7 @@ for _constant in ("mpf_pi", "mpf_e", "mpf_ln2", "mpf_ln10"):
 def evaluate(tree: Tree, at: Point):
     """The tree's value at a point: a Fraction where possible, else a number of at.mp, or None."""
     try:
-        return _value(tree, at)
+        return _checked(_value(tree, at), at)  # i alone is off the real line, too
     except (ArithmeticError, ValueError):
         return None
 
@@ -178,17 +178,16 @@ def symbols(tree: Tree) -> set[str]:
     return {tree} - CONSTANTS if isinstance(tree, str) else set()
 
 
-def _lines(trees: tuple) -> Iterator[Iterator[tuple[Point, Point]]]:
-    """The points, at both precisions: on the real line first, unless i is mentioned, then off it."""
+def _lines(trees: tuple) -> Iterator[list[Point]]:
+    """The points: on the real line first, unless i is mentioned, then off it."""
     names = tuple(sorted(set().union(*map(symbols, trees))))
     if "infty" in names or "emptyset" in names:
         return
     # Factorials and binomials live on whole numbers.
     counts = bool(names) and any(mentions(tree, "factorial", "binom") for tree in trees)
-    low, high = (_context(digits, threading.get_ident()) for digits in (LOW, HIGH))
+    mp = _context(threading.get_ident())
     for real in (False,) if any(mentions(tree, "i") for tree in trees) else (True, False):
-        places = [(names, k, counts, real) for k in range(6 if names else 1)]
-        yield ((Point(*place, low), Point(*place, high)) for place in places)
+        yield [Point(names, k, counts, real, mp) for k in range(6 if names else 1)]
 
 
 def same_value(a: Tree, b: Tree) -> bool:
@@ -205,55 +204,45 @@ def same_value(a: Tree, b: Tree) -> bool:
         return False
     for points in _lines((a, b)):
         agreed = 0
-        for low, high in points:
-            close = _close(a, b, low, high)
-            if close is False:
+        for point in points:
+            equal = _agree(a, b, point)
+            if equal is False:
                 return False
-            agreed += close is True
-            if agreed == 3 or (close and not low.names):
+            agreed += equal is True
+            if agreed == 3 or (equal and not point.names):
                 return True
         if agreed == 2:  # the domains have little in common
             return True
     return False
 
 
-def _close(a: Tree, b: Tree, point: Point, sharper: Point) -> bool | None:
+def _agree(a: Tree, b: Tree, at: Point) -> bool | None:
     """Is it one value at this point? None where one of them has none."""
-    left, right = evaluate(a, point), evaluate(b, point)
+    left, right = evaluate(a, at), evaluate(b, at)
     if left is None or right is None:
         return None
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return left == right
-    gap, size = _gap(left, right, point)
-    if size > 1e-10 and gap > size * 1e-10:
-        return False
-    left, right = evaluate(a, sharper), evaluate(b, sharper)
-    if left is None or right is None:
-        return None
-    new_gap, size = _gap(left, right, sharper)
-    return bool(new_gap <= size * sharper.mp.mpf(10) ** -60 or new_gap < gap * 1e-20)
-
-
-def _gap(left, right, at: Point) -> tuple:
     left, right = _inexact(left, at), _inexact(right, at)
-    return abs(left - right), max(abs(left), abs(right))
+    # Around 0 nothing is left but what rounding made of larger numbers.
+    return bool(abs(left - right) <= ROUNDING * max(abs(left), abs(right), 1e-10))
 
 
 def constant(tree: Tree):
     """The value of a tree without symbols, on the real line, or None."""
-    point = Point((), 0, False, True, _context(LOW, threading.get_ident()))
+    point = Point((), 0, False, True, _context(threading.get_ident()))
     return None if symbols(tree) else evaluate(tree, point)
 
 
 def proportional(a: Tree, b: Tree, positive: bool) -> bool:
     """Is a a constant non-zero multiple of b (a positive one, for inequalities)?"""
     for points in _lines((a, b)):
-        values = [(evaluate(a, point), evaluate(b, point), point) for _, point in points]
+        values = [(evaluate(a, point), evaluate(b, point), point) for point in points]
         pairs = [(_inexact(x, at), _inexact(y, at)) for x, y, at in values if None not in (x, y)]
         if len(pairs) < 2:
             continue
         x0, y0 = pairs[0]
         if not x0 or not y0 or (positive and (x0 / y0).real < 0):
             return False
-        return all(abs(x * y0 - y * x0) <= 1e-50 * (abs(x * y0) + abs(y * x0)) for x, y in pairs)
+        return all(abs(x * y0 - y * x0) <= ROUNDING * (abs(x * y0) + abs(y * x0)) for x, y in pairs)
     return False

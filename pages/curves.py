@@ -1,12 +1,14 @@
 """Charts as SVG: lines of one or several metrics, or shares stacked to a whole.
 
-A chart is markup and nothing else. Its axis ends at round numbers around the values, and every line
-carries its values, so that the page's script can read them out (report.html).
+A chart is markup and nothing else. Its axis ends at round numbers around the values. A strip over each
+step has its values as a tooltip, so the page needs no script.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from html import escape
+from itertools import pairwise
 from typing import NamedTuple
 
 MOST_POINTS = 200  # of a line; a longer one shows means of neighbouring steps
@@ -106,16 +108,27 @@ def lines_of(chart: Chart, names: list[str], metrics: list[list[dict]]) -> list[
 
 
 def curve(line: Line, chart: Chart, where: list[tuple[float, float]], bottom: float) -> str:
-    """A line with its values; dots where points are few; the area under it where it is stacked."""
-    steps = "|".join(f"{step:,}" for step, _ in line.points)
-    values = "|".join(show_number(value, chart.unit) for _, value in line.points)
+    """A line; dots where points are few; the area under it where it is stacked."""
     path = " ".join(f"{x},{y}" for x, y in where)
     dots = [f'<circle class="{line.look}" cx="{x}" cy="{y}" r="3"/>' for x, y in where]
     below = f"{path} {where[-1][0]},{bottom} {where[0][0]},{bottom}"
     area = f'<polygon class="{line.look}" points="{below}"/>' if chart.stacked else ""
-    return (
-        f'{area}<polyline class="{line.look}" points="{path}" data-name="{escape(line.name)}" '
-        f'data-steps="{steps}" data-values="{values}"/>' + "".join(dots if len(dots) <= 16 else [])
+    return f'{area}<polyline class="{line.look}" points="{path}"/>' + "".join(dots if len(dots) <= 16 else [])
+
+
+def strips(lines: list[Line], unit: str, place: Callable, width: int, height: int) -> str:
+    """What is shown where one points: a strip over each step, with the values of the lines there."""
+    told = defaultdict(list)
+    for line in lines:
+        for step, value in line.points:
+            told[step].append(f"\n{show_number(value, unit)} {line.name}".rstrip())
+    steps = sorted(told)
+    middles = [(place(a, 0)[0] + place(b, 0)[0]) / 2 for a, b in pairwise(steps)]
+    edges = pairwise([LEFT, *middles, width - RIGHT])
+    return "".join(
+        f'<rect class="strip" x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" '
+        f'height="{height - TOP - BOTTOM}"><title>step {step:,}{escape("".join(told[step]))}</title></rect>'
+        for step, (left, right) in zip(steps, edges, strict=True)
     )
 
 
@@ -154,5 +167,5 @@ def draw(chart: Chart, names: list[str], metrics: list[list[dict]], end: int) ->
         f'<article class="card chart"><h3>{escape(chart.title)}</h3>'
         f'<div class="note">{escape(chart.note)}</div><div class="ends">{spans}</div>'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{grid}'
-        f'<line class="cursor" y1="{TOP}" y2="{height - BOTTOM}"/>{drawn}</svg></article>'
+        f"{drawn}{strips(lines, chart.unit, place, width, height)}</svg></article>"
     )

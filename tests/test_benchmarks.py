@@ -173,31 +173,26 @@ OPTIONS = ["40", "50", "60", "70"]
 
 
 @pytest.mark.parametrize(
-    "text", ["C", "(C)", "c", "[C]", "C.", "C. 60", "(C) 60°", "\\text{C}", "\\mathbf{(C)}", "$C$",
-             "60", "60^\\circ", "Option C", "C: because it is", "C, since 60", "**C**"],
+    ("letter", "texts"),
+    [
+        ("C", ["C", "(C)", "c", "[C]", "C.", "C. 60", "(C) 60°", "\\text{C}", "\\mathbf{(C)}", "$C$", "60",
+               "60^\\circ", "Option C", "C: because it is", "C, since 60", "**C**"]),
+        ("B", ["B. 40"]),  # the text of another option: it wins no reward, but counts here
+        (None, ["Apple", "A circle", "A and B", "A, B", "A, b, c", "(A)(C)", "(A) 40, (C) 60", "not C",
+                "neither", "40 or 50", "55", "I'm sorry"]),
+    ],
 )  # fmt: skip
-def test_a_choice_is_understood_in_any_usual_wrapping(text):
-    assert choices.choose(text, OPTIONS) == "C"
-
-
-def test_a_letter_with_another_options_text_counts_here_and_wins_no_reward():
-    assert choices.choose("B. 40", OPTIONS) == "B"
-    assert choices.named("B. 40", OPTIONS) == frozenset()
-
-
-@pytest.mark.parametrize(
-    "text", ["Apple", "A circle", "A and B", "A, B", "A, b, c", "(A)(C)", "(A) 40, (C) 60", "not C",
-             "neither", "40 or 50", "55", "I'm sorry"],
-)  # fmt: skip
-def test_prose_several_letters_and_near_texts_are_no_choice(text):
-    assert choices.choose(text, OPTIONS) is None
+def test_an_option_is_understood_in_any_usual_wrapping_and_never_guessed(letter, texts):
+    for text in texts:
+        named = choices.named(text, OPTIONS, strict=False) or ()
+        assert (named == {letter}) if letter else len(named) != 1, text
 
 
 def test_numbers_are_ascii_exact_and_without_units():
     values = {"1,234": 1234, "3.0": 3, "$5": 5, "50\\%": 50, "3 years": 3, "x = 7": 7, "-2": -2,
               "12 \\mathrm{ cm}^2": 12, "69°": 69, "\\approx 5": 5, "\\sqrt{9}": 3}  # fmt: skip
     assert {text: rules.value(text) for text in values} == values
-    for text in ("three", "٣", "1_000", "nan", "inf", "1,2", "3 4", "", "9^{9^{9}}", "5 or 6"):
+    for text in ("three", "٣", "1_000", "nan", "inf", "1,2", "3 4", "", "9^{9^{9}}", "5 or 6", "i"):
         assert rules.value(text) is None, text
 
 
@@ -260,17 +255,13 @@ def test_marks(name, changes, right, wrong):
     assert not is_right(name, row, f"there are {wrong.split(' | ')[0]} of them, or not")
 
 
-# ---------------------------------------------------------------------------- MathVista
+# ---------------------------------------------------------------------------- questions
 
 
 def test_mathvista_asks_the_query_after_its_picture():
     item = readers.mathvista(mathvista_row())
     assert item.question.text.startswith("<image>Hint: ")
-    assert "arithmetic" in item.groups
-    assert "figure question answering" in item.groups
-
-
-# ---------------------------------------------------------------------------- MathVerse
+    assert {"arithmetic", "figure question answering"} <= set(item.groups)
 
 
 def test_mathverse_vision_only_has_no_question_and_is_still_asked_and_marked():
@@ -289,9 +280,6 @@ def test_mathverse_versions_of_a_problem_are_one_cluster():
     assert item.groups == ["Text Lite", "multi-choice", "Plane Geometry", "Angle"]
 
 
-# ---------------------------------------------------------------------------- MathVision
-
-
 def test_mathvision_shows_its_merged_picture_once_however_many_tags():
     row = mathvision_row(question="Compare <image1> with <image2> and <image3>.")
     item = readers.mathvision(row)
@@ -308,17 +296,11 @@ def test_mathvision_prints_no_list_of_options_that_are_drawn():
     assert "Choices:\n(A) 1\n(B) 2" in listed.question.text
 
 
-# ---------------------------------------------------------------------------- MMMU
-
-
 def test_mmmu_reads_printed_lists_and_names_its_pictures():
     item = readers.mmmu(mmmu_row(image_2=stored("blue"), question="Is <image 2> in <image 1>?"))
     assert item.question.choices == ["block P", "block Q", "both together", "neither"]
     assert item.question.text.startswith("<image><image>Is [Image 2] in [Image 1]?\nChoices:\n(A)")
     assert item.groups == ["multiple-choice", "Science", "Physics"]
-
-
-# ---------------------------------------------------------------------------- MMMU-Pro
 
 
 def test_mmmu_pro_pictures_keep_their_number_when_options_are_shuffled():
@@ -337,9 +319,6 @@ def test_mmmu_pro_settings_share_ids_and_are_distinguished():
     assert standard.cluster == vision.cluster
     assert (standard.stratum, vision.stratum) == ("standard", "vision")
     assert "Choices" not in vision.question.text
-
-
-# ---------------------------------------------------------------------------- EMMA
 
 
 @pytest.mark.parametrize("kind", ["Multiple Choice", "Multiple choice", "multiple choice "])
@@ -379,8 +358,6 @@ def mega_score(metric, answer, response, parser="answer_string") -> float:
         ("sequence_equality", "[1, 6, 3]", "Answer: [1, 6, 3].", 1),
         ("sequence_equality", "[1, 6]", "Answer: [1,\n6]\nas counted", 1),
         ("set_precision", "['a', 'b']", "Answer: [[[", 0),
-        ("normalized_rmse", "0.0", "Answer: false", 0),
-        ("normalized_rmse", "0.0", "Answer: 0.05", 0.5),
         ("exact_str_match", "Ab", "Answer: ab", 0),
         ("exact_str_match_case_insensitive", "Ab", "Answer: aB", 1),
         ("simple_str_match", "New-York City", "Answer: new york city.", 1),
@@ -402,7 +379,6 @@ def mega_score(metric, answer, response, parser="answer_string") -> float:
         ("near_str_match", "Eiffel Tower", "Answer: Big Ben", 0),
         ("nbbox_iou_single", "(0, 0, 1, 1)", "Answer: (0, 0, 0.5, 1)", 0.5),
         ("latex_expr_equality", "x^2+1", "Answer: $1 + x^{2}$", 1),
-        ("xml_norm_point_distance", "<point>.5, .5</point>", "Answer: <point>.5,.4</point>", 0.9),
         ("set_equality", "['a']", "Answer: __import__('os')", 0),
     ],
 )  # fmt: skip

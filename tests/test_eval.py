@@ -43,6 +43,13 @@ def responses_file(path, **responses) -> Path:
     return write_jsonl(path, rows)
 
 
+def marked(tmp_path, name, data, responses: Path, *more) -> dict:
+    """The summary of marking responses, into tmp_path/out."""
+    flags = ["--benchmark", name, "--data", data, "--responses", responses, "--out", tmp_path / "out"]
+    assert run(*flags, *more) == 0
+    return summary_of(tmp_path / "out", name)
+
+
 def summary_of(out, name) -> dict:
     return json.loads((out / "summary.json").read_text())[name]
 
@@ -73,14 +80,12 @@ def test_marking_counts_right_wrong_unanswered_truncated_and_missing(tmp_path, m
         {"id": "validation_Art_1", "response": "I think", "finish": "length", "tokens": 9},
         {"id": "validation_Art_2", "response": "\\boxed{A}"},
     ])  # fmt: skip
-    out = tmp_path / "out"
-    assert run("--benchmark", "mmmu", "--data", mmmu, "--responses", responses, "--out", out) == 0
-    summary = summary_of(out, "mmmu")
+    summary = marked(tmp_path, "mmmu", mmmu, responses)
     counts = {key: summary[key] for key in ("accuracy", "n", "no_answer", "truncated", "missing")}
     assert counts == {"accuracy": 0.25, "n": 4, "no_answer": 1, "truncated": 1, "missing": 1}
     assert summary["ci95"][0] < 0.25 < summary["ci95"][1]
     assert summary["groups"]["multiple-choice"] == {"accuracy": 0.25, "n": 4}
-    lines = lines_of(out, "mmmu")
+    lines = lines_of(tmp_path / "out", "mmmu")
     assert [line["correct"] for line in lines] == [True, False, False, False]
     assert {"id", "response", "extracted", "gold", "correct", "finish", "tokens", "category"} <= set(lines[0])
     printed = capsys.readouterr().out
@@ -95,9 +100,7 @@ def test_what_was_not_found_is_reported_by_reason_and_shown(tmp_path, mmmu, caps
         for i, finish in enumerate(finishes)
     ]
     responses = write_jsonl(tmp_path / "r.jsonl", rows)
-    flags = ["--benchmark", "mmmu", "--data", mmmu, "--responses", responses, "--show"]
-    assert run(*flags, "--out", tmp_path / "out") == 0
-    shares = summary_of(tmp_path / "out", "mmmu")["no_answer_by"]
+    shares = marked(tmp_path, "mmmu", mmmu, responses, "--show")["no_answer_by"]
     assert shares == {"no box or phrase": 0.25, "cut at the limit": 0.25, "prompt too long": 0.25}
     printed = capsys.readouterr().out
     assert printed.count("...I am not sure.") == 3
@@ -118,11 +121,9 @@ def test_the_papers_protocol_is_the_default():
 
 def test_marking_twice_and_marking_the_result_give_the_same_files(tmp_path, mmmu):
     responses = responses_file(tmp_path / "r.jsonl", validation_Art_0="Answer: C")
-    flags = ["--benchmark", "mmmu", "--data", mmmu, "--out", tmp_path / "out", "--responses"]
     seen = []
     for source in (responses, responses, tmp_path / "out" / "mmmu.jsonl"):
-        assert run(*flags, source) == 0
-        summary = summary_of(tmp_path / "out", "mmmu")
+        summary = marked(tmp_path, "mmmu", mmmu, source)
         summary.pop("settings")
         seen.append(((tmp_path / "out" / "mmmu.jsonl").read_text(), summary))
     assert seen[0] == seen[1] == seen[2]
@@ -176,11 +177,8 @@ ROWS = {
 def test_every_benchmark_is_marked_from_its_published_schema(tmp_path, name):
     data = write_parquet(tmp_path / "data.parquet", [ROWS[name]])
     item = readers.BENCHMARKS[name].read(ROWS[name])
-    right = item.question.answer
-    responses = responses_file(tmp_path / "r.jsonl", **{item.question.id: f"\\boxed{{{right}}}"})
-    flags = ["--benchmark", name, "--data", data, "--responses", responses]
-    assert run(*flags, "--out", tmp_path / "out") == 0
-    assert summary_of(tmp_path / "out", name)["accuracy"] == 1
+    right = {item.question.id: f"\\boxed{{{item.question.answer}}}"}
+    assert marked(tmp_path, name, data, responses_file(tmp_path / "r.jsonl", **right))["accuracy"] == 1
 
 
 def test_marking_needs_no_torch(tmp_path, mmmu):
@@ -198,9 +196,7 @@ def test_mmmu_pro_is_the_mean_of_its_two_settings(tmp_path):
     write_parquet(tmp_path / "vision" / "test-0.parquet", [vision_row("test_Art_0")])
     answers = {f"standard:test_Art_{i}": "Answer: J" for i in range(2)}
     responses = responses_file(tmp_path / "r.jsonl", **answers, **{"vision:test_Art_0": "(A)"})
-    flags = ["--benchmark", "mmmu_pro", "--data", tmp_path, "--responses", responses]
-    assert run(*flags, "--out", tmp_path / "out") == 0
-    summary = summary_of(tmp_path / "out", "mmmu_pro")
+    summary = marked(tmp_path, "mmmu_pro", tmp_path, responses)
     assert summary["accuracy"] == 0.25
     assert summary["groups"]["standard"] == {"accuracy": 0.5, "n": 4}
     assert summary["groups"]["vision"] == {"accuracy": 0.0, "n": 1}
@@ -213,10 +209,7 @@ def test_megabench_is_a_mean_over_tasks_and_says_what_it_leaves_out(tmp_path):
     rows += [mega_row("5", task_name="c"), mega_row("6", task_name="c", metric_info=judge)]
     data = write_jsonl(tmp_path / "test.jsonl", rows)
     answers = {"1": "Answer: 3.5", "2": "Answer: 1", "3": "Answer: 1", "4": "Answer: 9", "5": "3"}
-    responses = responses_file(tmp_path / "r.jsonl", **answers)
-    flags = ["--benchmark", "megabench", "--data", data, "--responses", responses]
-    assert run(*flags, "--out", tmp_path / "out") == 0
-    summary = summary_of(tmp_path / "out", "megabench")
+    summary = marked(tmp_path, "megabench", data, responses_file(tmp_path / "r.jsonl", **answers))
     assert summary["accuracy"] == pytest.approx((1 / 3 + 0.9) / 2, abs=1e-6)
     assert (summary["tasks_scored"], summary["tasks_total"], summary["samples_scored"]) == (2, 3, 4)
     assert summary["label"].startswith("core (2/3 tasks, 4/6 samples)")
@@ -266,15 +259,12 @@ def test_pass_at_k_is_unbiased_and_the_majority_needs_an_answer():
 def test_several_samples_give_mean_pass_and_majority(tmp_path, mmmu):
     rows = [{"id": "validation_Art_0", "response": f"\\boxed{{{x}}}"} for x in "CCAB"]
     responses = write_jsonl(tmp_path / "r.jsonl", rows)
-    flags = ["--benchmark", "mmmu", "--data", mmmu, "--responses", responses, "--limit", 1]
-    assert run(*flags, "--samples", 4, "--out", tmp_path / "out") == 0
-    summary = summary_of(tmp_path / "out", "mmmu")
+    summary = marked(tmp_path, "mmmu", mmmu, responses, "--limit", 1, "--samples", 4)
     assert (summary["mean@4"], summary["pass@1"], summary["pass@4"]) == (0.5, 0.5, 1)
     assert summary["pass@2"] == pytest.approx(5 / 6, abs=1e-6)
     assert summary["maj@4"] == 1
     assert "first 1 only" in summary["label"]
     assert [line.get("sample", 0) for line in lines_of(tmp_path / "out", "mmmu")] == [0, 1, 2, 3]
-    assert run(*flags, "--out", tmp_path / "out") == 2  # four responses to one question
 
 
 def test_comparing_two_results_is_paired(tmp_path, capsys):
@@ -290,25 +280,6 @@ def test_comparing_two_results_is_paired(tmp_path, capsys):
     assert f"p = {scores.sign_test(9, 1):.3g}" in printed
     assert scores.sign_test(9, 1) == pytest.approx(2 * (1 + 10) / math.pow(2, 10))
     assert run("--compare", a, tmp_path / "none.jsonl") == 2
-
-
-def test_two_results_are_shown_side_by_side(tmp_path, capsys):
-    rows = [mathvision_row(str(i), options=[], answer="1") for i in range(4)]
-    data = write_parquet(tmp_path / "test.parquet", rows)
-    for folder, said in (("a", "1222"), ("b", "1112")):
-        answers = [{"id": str(i), "response": f"\\boxed{{{x}}}"} for i, x in enumerate(said)]
-        responses = write_jsonl(tmp_path / f"{folder}.jsonl", answers)
-        flags = ["--benchmark", "mathvision", "--data", data, "--responses", responses]
-        assert run(*flags, "--out", tmp_path / folder) == 0
-    a, b = (tmp_path / folder / "mathvision.jsonl" for folder in "ab")
-    assert run("--compare", a, b, "--page") == 0
-    path = tmp_path / "b/mathvision-compared.html"
-    assert capsys.readouterr().out.splitlines()[-1] == str(path)
-    page = path.read_text()
-    assert "fixed 2<" in page and "never right 1<" in page and "2 → 1<" in page
-    assert "B better on 2, A on 0" in page and page.count("<img ") == 4
-    (tmp_path / "b/summary.json").unlink()
-    assert run("--compare", a, b, "--page") == 2
 
 
 # ---------------------------------------------------------------------------- asking

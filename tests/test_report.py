@@ -104,22 +104,25 @@ def page_of(*folders) -> str:
     return write_report(list(folders)).read_text(encoding="utf-8")
 
 
+def charts_of(page: str) -> dict[str, list[str]]:
+    """{a chart's title: what it says at each step}"""
+    charts = re.findall("<article.*?<h3>(.*?)</h3>(.*?)</article>", page, re.DOTALL)
+    return {title: re.findall("<title>(.*?)</title>", chart, re.DOTALL) for title, chart in charts}
+
+
 # ---------------------------------------------------------------------------- content
 
 
 def test_every_curve_of_a_run_is_drawn_with_its_values(tmp_path):
-    elements = Elements(page_of(write_run(tmp_path / "run")))
-    lines = elements.of("polyline")
-    assert lines[0]["data-steps"] == "0|4" and lines[0]["data-values"] == "25 %|75 %"
-    looks = {line["data-name"]: line["data-values"] for line in lines if line["data-name"]}
-    assert looks["wrong → right"] == "66.7 %|66.7 %|66.7 %|66.7 %"
-    assert looks["no answer"] == "33.3 %|33.3 %|33.3 %|33.3 %"
-    speed = [line["data-values"] for line in lines if "tokens/s" in line["data-values"]]
-    assert speed == ["200 tokens/s|200 tokens/s|200 tokens/s|200 tokens/s"]
-    labels = [svg["aria-label"] for svg in elements.of("svg") if svg.get("role") == "img"]
-    assert len(labels) == len(elements.of("article")) and "Held-out accuracy: greedy 25" in labels[0]
-    titles = set(re.findall("<h3>(.*?)</h3>", page_of(tmp_path / "run")))
-    assert {"Reward", "Entropy", "Gradient norm", "Replayed", "What forced second looks did"} <= titles
+    page = page_of(write_run(tmp_path / "run"))
+    told = charts_of(page)
+    assert told["Held-out accuracy"] == ["step 0\n25 % greedy", "step 4\n75 % greedy"]
+    looks = "0 % right → right\n0 % right → wrong\n66.7 % wrong → right\n0 % wrong → wrong\n33.3 % no answer"
+    assert told["What forced second looks did"] == [f"step {step}\n{looks}" for step in range(1, 5)]
+    assert told["Speed"][0] == "step 1\n200 tokens/s"
+    assert {"Reward", "Entropy", "Gradient norm", "Replayed"} <= set(told)
+    labels = [svg["aria-label"] for svg in Elements(page).of("svg") if svg.get("role") == "img"]
+    assert len(labels) == len(told) and "Held-out accuracy: greedy 25" in labels[0]
 
 
 def test_the_summary_counts_an_episode_once(tmp_path):
@@ -133,9 +136,7 @@ def test_runs_are_overlaid_and_their_settings_compared(tmp_path):
     first = write_run(tmp_path / "replay", config={"ssr": "replay", "seed": 1, "out": "a"})
     other = write_run(tmp_path / "plain", config={"ssr": "off", "seed": 1, "out": "b"})
     page = page_of(first, other)
-    elements = Elements(page)
-    names = [line["data-name"] for line in elements.of("polyline")]
-    assert names.count("replay") == names.count("plain") > 5
+    assert charts_of(page)["Entropy"][0] == "step 1\n0.4 nats replay\n0.4 nats plain"
     table = page.split("Where the settings differ")[1].split("</table>")[0]
     assert re.findall(r'<th scope="row">(\w+)', table) == ["ssr"]
     assert not (other / "report.html").exists()
@@ -147,7 +148,7 @@ def test_a_rollout_shows_what_was_forced_and_what_came_of_it(tmp_path):
     elements = Elements(page)
     assert "looked again: wrong → right" in elements.text
     assert "advantage +0.50" in elements.text and "advantage -0.50" in elements.text
-    assert "✓ right" in elements.text and "✗ wrong" in elements.text and "cut off" in elements.text
+    assert "✓" in elements.text and "✗" in elements.text and "cut off" in elements.text
     assert [picture["src"] for picture in elements.of("img")] == [PIXEL]
     assert "<|im_end|>" not in elements.text  # the end of a turn is hidden
 
@@ -156,7 +157,6 @@ def test_rethinking_that_nobody_forced_is_marked_as_such(tmp_path):
     said = response([["\\boxed{5}. Wait, let's double check\n\\boxed{7}", False]], right=False, reward=0.0)
     page = page_of(write_run(tmp_path / "run", samples=[group(0, responses=[said])]))
     assert "<mark>Wait, let's double check</mark>" in html.unescape(page)
-    assert "looked again: right → wrong" in page
 
 
 def test_groups_tell_what_their_forced_looks_did_and_the_first_that_has_one_is_open(tmp_path):
@@ -174,14 +174,12 @@ def test_groups_tell_what_their_forced_looks_did_and_the_first_that_has_one_is_o
 
 
 def test_held_out_questions_show_what_became_of_their_answers(tmp_path):
-    again = "5 Wait, let's double check"
-    held = answers(("4", "5"), ("5", "5"), ("5", "6"), ("1", "2"), ("4", again))
+    held = answers(("4", "5"), ("5", "5"), ("5", "6"), ("1", "2"), ("4", "5"))
     page = page_of(write_run(tmp_path / "run", held=held))
     section = page.split('id="heldout"')[1].split("</section>")[0]
-    kinds = re.findall(r'data-is="(.*?)".*?note id">(.*?)<', section)
     # Those that changed come first.
-    assert kinds == [("fixed", "q0"), ("broken", "q2"), ("again fixed", "q4"), ("", "q1"), ("never", "q3")]
-    for told in ("all 5<", "fixed 2<", "broken 1<", "never right 1<", "looks again 1<", "4 → 5<"):
+    assert re.findall(r'note id">(.*?)<', section) == ["q0", "q2", "q4", "q1", "q3"]
+    for told in ("5 questions, from step 0 to step 4", "2 fixed", "1 broken", "4 → 5<"):
         assert told in section
     assert "2 fixed, 1 broken" in Elements(page).text
 
@@ -210,10 +208,9 @@ def test_a_long_run_gives_a_page_that_still_opens(tmp_path):
     rows = [metrics_row(step) for step in range(1, 1001)]
     page = page_of(write_run(tmp_path / "run", rows, samples, held=held))
     assert len(page.encode()) < 10_000_000
-    lines = Elements(page).of("polyline")
-    assert max(line["points"].count(",") for line in lines) <= curves.MOST_POINTS
-    assert lines[0]["data-steps"].endswith("|1,000")
-    shown = re.findall(r'value="step(\d+)"', page)
+    told = charts_of(page)["Reward"]
+    assert len(told) <= curves.MOST_POINTS and told[-1] == "step 1,000\n50 %"
+    shown = re.findall(r'soft step">step (\d+)', page)
     assert len(shown) == transcripts.STEPS_SHOWN and (shown[0], shown[-1]) == ("0", "992")
     assert "128 of them are in this page" in page and "characters left out" in page
 
@@ -236,7 +233,7 @@ def test_what_the_recorder_writes_is_what_the_report_reads(tmp_path):
     recorder.samples(0, [[first]], tokenizer)
     page = page_of(tmp_path)
     assert '<mark class="forced" title="forced">b</mark>' in page.split("not kept")[1]
-    assert "counting" in page and "fixed 1<" in page and "train.py --steps 4" in page
+    assert "counting" in page and "1 fixed" in page and "train.py --steps 4" in page
 
 
 def test_a_resumed_run_writes_held_out_questions_once_and_answers_again(tmp_path):
@@ -273,7 +270,7 @@ def test_whatever_a_model_or_a_data_set_wrote_is_shown_as_text(tmp_path):
     folder = tmp_path / '" onload="<script>alert(1)<'
     write_run(folder, samples=[row], config=config, held=held)
     elements = Elements(page_of(folder, write_run(tmp_path / "other")))
-    assert len(elements.of("script")) == 1
+    assert not elements.of("script")
     assert len(elements.of("img")) == 2 and not any("onload" in x for x in elements.of("img"))
     assert not any(name.startswith("on") for _, attributes in elements.found for name in attributes)
     assert elements.text.count("document.title='owned'") >= 6
@@ -313,7 +310,7 @@ def test_what_was_not_measured_is_left_out(tmp_path):
     page = page_of(write_run(tmp_path / "run", rows))
     assert ">Held-out accuracy</h3>" not in page  # no chart; in the summary, a dash
     assert "–</td>" in page and "nan" not in page
-    assert ">Gradient norm</h3>" in page and 'data-steps="1|3" data-values="1.5|1.5"' in page
+    assert charts_of(page)["Gradient norm"] == ["step 1\n1.5", "step 3\n1.5"]
 
 
 @pytest.mark.parametrize("text", ["", '{"step": 0, "heldout_accuracy": 0.5}\n', '{"step"'])
@@ -327,56 +324,22 @@ def test_a_run_that_has_hardly_begun_has_a_page(tmp_path, text):
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
-# The page in a frame as wide as a phone; what a reader does there, and what comes of it.
+# The page in a frame as wide as a phone.
 DRIVER = r"""
 <iframe style="width: 390px; height: 800px" srcdoc="{page}"></iframe>
 <script>
 onload = () => {{
   const page = document.querySelector("iframe").contentDocument;
-  const chart = page.querySelector(".chart > svg"), box = chart.getBoundingClientRect();
-  const tip = page.getElementById("tip");
-  const told = () => Array.from(tip.children).map(row => row.textContent);
-  const send = event => chart.dispatchEvent(event);
   const seen = {{title: page.title, width: page.documentElement.scrollWidth}};
-  send(new PointerEvent("pointermove", {{clientX: box.right - 5, clientY: box.top + 5}}));
-  seen.hover = told();
-  send(new PointerEvent("pointerleave"));
-  seen.left = told();
-
-  const section = name => page.querySelector("section[aria-labelledby=" + name + "]");
-  const ids = name => [...section(name).querySelectorAll("details.group:not([hidden]) .id")]
-    .map(id => id.textContent);
-  const pick = (name, kind) => section(name).querySelector("input[value='" + kind + "']").click();
-  const fill = (name, field, value) => {{
-    const input = section(name).querySelector(field);
-    input.value = value;
-    input.dispatchEvent(new Event("input", {{bubbles: true}}));
-  }};
-  pick("heldout", "fixed");
-  seen.fixed = ids("heldout");
-  pick("heldout", "");
-  fill("heldout", "[type=search]", "Boxed{{6}}");
-  seen.found = ids("heldout");
-  pick("rollouts", "wrong");
-  seen.wrong = ids("rollouts").length;
-  pick("rollouts", "");
-  seen.order = section("rollouts").querySelector(".body > ol").textContent.match(/advantage [+-]0.\d\d/g);
-  fill("rollouts", "select", "step2");
-  section("rollouts").querySelector("button").click();
-  seen.open = [...section("rollouts").querySelectorAll("details.group[open]:not([hidden]) .step")]
-    .map(step => step.textContent);
   document.body.textContent = "SEEN" + JSON.stringify(seen) + "SEEN";
 }};
 </script>"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_in_a_browser_the_page_answers_fits_a_phone_and_runs_no_script_but_its_own(tmp_path):
-    said = [response([[HOSTILE, False]], advantage=a) for a in (-0.5, 0.5, 0.1)]
-    rows = [group(0, "unbreakable" * 60, said), group(2)]
-    held = answers(("4", "5"), ("5", "6"), ("5", "5"))
-    first = write_run(tmp_path / "run", samples=rows, held=held)
-    page = page_of(first, write_run(tmp_path / "other"))
+def test_in_a_browser_the_page_fits_a_phone_and_runs_no_script(tmp_path):
+    rows = [group(0, "unbreakable" * 60, [response([[HOSTILE, False]])]), group(2)]
+    page = page_of(write_run(tmp_path / "run", samples=rows, held=answers(("4", "5"))))
     # As if escaping had been forgotten: the security policy has to hold by itself.
     page = page.replace("<h1>", f"{HOSTILE}<h1>")
     (tmp_path / "driver.html").write_text(DRIVER.format(page=html.escape(page)), encoding="utf-8")
@@ -390,9 +353,3 @@ def test_in_a_browser_the_page_answers_fits_a_phone_and_runs_no_script_but_its_o
     seen = json.loads(html.unescape(done.stdout.split("SEEN")[1]))
     assert seen["title"] == "run: VL-Rethinker report"
     assert seen["width"] <= 390
-    assert seen["hover"] == ["step 4", "75 %  run, greedy", "75 %  other, greedy"]
-    assert seen["left"] == []
-    assert seen["fixed"] == ["q0"] and seen["found"] == ["q1"]
-    assert seen["wrong"] == 1
-    assert seen["order"] == ["advantage +0.50", "advantage +0.10", "advantage -0.50"]
-    assert seen["open"] == ["step 2"]
