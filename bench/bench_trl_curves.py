@@ -56,6 +56,8 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9
 
 def learn(seed: int, steps: int) -> list[dict]:
     """Both loops in turn: a row per episode and loop."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for a million parameters
+    torch.set_num_threads(1)
     curves: dict[str, list[tuple]] = {"TRL": [], "ours": []}  # of (step, accuracy, tokens of a response)
     with tempfile.TemporaryDirectory() as folder:
         run = prepare(
@@ -184,7 +186,7 @@ def report(rows: list[dict]) -> str:
 def panel(x0: int, title: str, unit: str, curves: dict[str, list[tuple]]) -> str:
     """One chart. curves: loop -> [(x, mean, half-width of its interval), ...]"""
     left, top, width, height = x0 + 44, 44, 400, 220
-    x_end = max(x for curve in curves.values() for x, *_ in curve)
+    x_end = max(1, *(x for curve in curves.values() for x, *_ in curve))
 
     def points(pairs) -> str:
         return " ".join(
@@ -251,8 +253,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for a million parameters
-    torch.set_num_threads(1)
     for seed in seeds_of(args.seeds):
         path = args.runs / f"seed-{seed}.csv"
         if not path.exists():

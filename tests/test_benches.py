@@ -7,6 +7,7 @@ import bench_paths
 import bench_rollout
 import bench_train
 import bench_trl
+import bench_trl_curves
 import bench_vision
 import benching
 import pytest
@@ -77,7 +78,8 @@ def test_step_memory_sees_what_torch_takes():
 
 
 def test_one_command_runs_every_bench():
-    there = {path.name for path in bench_all.HERE.glob("bench_*.py")} - {"bench_all.py"}
+    there = {path.name for path in bench_all.HERE.glob("bench_*.py")}
+    there -= {"bench_all.py", "bench_trl_curves.py"}  # the latter: whole runs, half an hour
     on_a_gpu = {f"bench_{x}.py" for x in ("paths", "vision", "rollout", "train", "reward")}
     named = {name for name, *_ in bench_all.benches(quick=False)}
     assert named == (on_a_gpu if torch.cuda.is_available() else there)
@@ -96,3 +98,25 @@ def test_a_bench_that_fails_is_named_and_the_others_run(monkeypatch, tmp_path, c
 def test_without_trl_the_bench_says_how_to_install_it(capsys):
     bench_trl.main([])
     assert "pip install trl" in capsys.readouterr().out
+
+
+def test_curves_are_compared_seed_by_seed(tmp_path, capsys):
+    for seed in (0, 1):
+        rows = [
+            {
+                "seed": seed,
+                "loop": loop,
+                "step": 2 * i,
+                "accuracy": accuracy + gap,
+                "tokens": 9,
+                "seconds": i * pace,
+            }
+            for loop, gap, pace in (("TRL", 0.0, 6.0), ("ours", 0.01, 2.0))
+            for i, accuracy in enumerate((0.4 + 0.2 * seed, 0.96))
+        ]
+        bench_trl_curves.write(tmp_path / f"seed-{seed}.csv", rows)
+    bench_trl_curves.main(["--seeds", "", "--runs", str(tmp_path), "--results", str(tmp_path / "results")])
+    out = capsys.readouterr().out
+    assert "paired by seed: 0.010 ± 0.000" in out and "TRL / ours: 3.00 ± 0.00" in out
+    assert len(bench_trl_curves.read(tmp_path / "results" / "trl_curves.csv")) == 8
+    assert (tmp_path / "results" / "trl_curves.svg").read_text().count("<polyline") == 4
