@@ -17,7 +17,8 @@ def axis(low: float, high: float, most: int = 4) -> list[tuple[float, str]]:
     >>> axis(-0.013, 0.034)
     [(-0.02, '-0.02'), (0.0, '0'), (0.02, '0.02'), (0.04, '0.04')]
     """
-    rough = max(high - low, 1e-9) / most
+    high = max(high, low + 0.01)
+    rough = (high - low) / most
     size = 10 ** math.floor(math.log10(rough))
     for step in (1, 2, 5, 10, 20):
         first, last = math.floor(low / (step * size)), math.ceil(high / (step * size))

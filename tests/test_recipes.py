@@ -29,7 +29,6 @@ from config import Config
 from data import Question
 from decoding import prefill
 from model import encode, response_logprobs
-from recipes import toy_ablation
 from rollout import Sampler
 from tree import build_trees
 
@@ -44,7 +43,7 @@ def launched(name: str, programs=tuple(PARSERS), **variables) -> list[tuple[str,
     return [(script, call[call.index(script) + 1 :]) for script, call in found if script]
 
 
-@pytest.mark.parametrize("name", sorted({*RECIPES} - {"toy_ablation"}))  # whose arms are a study
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_line_that_a_recipe_launches_is_understood_and_every_flag_explained(name):
     text = (FOLDER / f"{name}.sh").read_text(encoding="utf-8")
     comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
@@ -63,14 +62,6 @@ def test_the_stages_of_the_paper_follow_each_other():
     assert (first.template, first.ssr, first.rethink_fraction) == ("plain", "replay", 0)
     assert second.model == f"{first.out}/checkpoint-1"
     assert second.template == "rethink" and second.rethink_fraction > 0
-
-
-def test_the_study_launches_every_arm_with_every_seed():
-    runs = [PARSERS[script](flags) for script, flags in launched("toy_ablation")]
-    seeds = {run.seed for run in runs}
-    arms = {run.out.rpartition("-")[0] for run in runs}
-    assert len({run.out for run in runs}) == len(runs) == len(arms) * len(seeds)
-    assert len(seeds) == 5 and {"runs/ablation/plain", "runs/ablation/ssr_rethink"} <= arms
 
 
 def test_the_example_of_own_data_trains_reports_and_evaluates(tmp_path, monkeypatch):
@@ -99,13 +90,6 @@ def test_the_example_s_reward_prefers_the_right_option_to_another_to_none():
     question = Question("q", "?", [], "B", ["red", "blue", "pink"])
     said = ["\\boxed{B}", "\\boxed{blue}", "\\boxed{A}", "\\boxed{pink}", "\\boxed{black}", "blue"]
     assert [reward(text, question) for text in said] == [1, 1, 0.2, 0.2, 0, 0]
-
-
-def test_the_figure_of_the_study_is_drawn_from_its_numbers(tmp_path):
-    results = FOLDER.parent / "results"
-    shutil.copy(results / "curves.csv", tmp_path)
-    toy_ablation.draw(tmp_path)
-    assert (tmp_path / "ablation.svg").read_text() == (results / "ablation.svg").read_text()
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "toy" not in name])

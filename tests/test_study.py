@@ -1,9 +1,16 @@
 """The study's runner and its report, on runs that are made up."""
 
+import csv
+import json
+from xml.etree import ElementTree
+
+import pytest
 import study
+import study_tables
 
 import config
 import toy
+from rethink import OUTCOMES
 
 WRITE = """
 import json, pathlib, sys
@@ -42,3 +49,77 @@ def test_a_second_call_makes_only_what_is_missing_and_failures_are_named(tmp_pat
     script.write_text(WRITE.replace('== "1"', '== "2"'))
     assert study.main(["run", "x", "--out", str(out)]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "4 runs, 3 done before"
+
+
+def make_run(folder, rewards, accuracies, length=10):
+    """Two steps per episode of 4 x 2 responses, measured after every episode."""
+    folder.mkdir(parents=True)
+    settings = {"steps": 2 * len(rewards), "episode_queries": 4, "group_size": 2}
+    (folder / "config.json").write_text(json.dumps(settings))
+    rows = []
+
+    def measure(accuracy):
+        held = dict.fromkeys(study_tables.HELDOUT.values(), 0.5) | {"heldout_accuracy": accuracy}
+        held["heldout_categories"] = {"1 step": 1.0, "5 steps": 0.25, "7 steps": 0.75}
+        rows.append({"step": 2 * (len(rows) // 3)} | held)
+
+    measure(accuracies[0])
+    for i, reward in enumerate(rewards):
+        looks = {f"rethink_{name}": 3 for name in ("attempted", "kept", *OUTCOMES)} | {"rethink_tokens": 20}
+        sampled = {"episode": i + 1, "reward": reward, "effective_queries": 0.25 * i} | looks
+        sampled |= {"rethinks": 0.5, "overthinking": 1.0, "response_length": length}
+        rows += [{"step": 2 * i + 1} | sampled, {"step": 2 * i + 2} | sampled]
+        measure(accuracies[i + 1])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Episodes of 8 x 10 + 20 = 100 tokens, but 60 in seed 1 of ssr."""
+    for arm in ("plain", "filter", "ssr"):
+        for seed in (0, 1):
+            gain = 0.25 * (arm == "ssr")
+            length = 5 if (arm, seed) == ("ssr", 1) else 10
+            make_run(tmp_path / f"runs/{arm}-{seed}", [0.5, 0.75 + gain], [0.0, 0.5, 0.5 + gain], length)
+            make_run(tmp_path / f"runs/{arm}_60_4-{seed}", [0.5, 0.9], [0.0, 0.5, 0.5 + gain])
+    (tmp_path / "runs/rethink-0").mkdir()  # was ended before it began
+    return tmp_path / "runs"
+
+
+def test_runs_are_compared_at_equal_tokens(runs, tmp_path):
+    study.main(["report", str(tmp_path / "results"), "--runs", str(runs)])
+    with open(tmp_path / "results/runs.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["experiment"] == "main"]
+    found = {(row["arm"], row["seed"]): row for row in rows}
+    assert len(found) == 6 and {row["tokens"] for row in rows} == {"120"}  # two episodes of ssr, seed 1
+    slow, fast = found["ssr", "0"], found["ssr", "1"]
+    assert (fast["accuracy"], slow["accuracy"]) == ("0.75", "0.55")  # 0.5 + 0.25 * 20 / 100
+    assert (fast["area"], slow["area"]) == ("0.75", f"{(100 * 0.5 + 20 * 1.0) / 120:.6g}")
+    assert (slow["steps_to"], found["plain", "0"]["steps_to"]) == ("2", "inf")
+    assert (slow["long"], slow["effective"], slow["attempted"]) == ("0.5", "0.25", "6")
+    text = (tmp_path / "results/main.md").read_text()
+    assert "120 sampled tokens" in text
+    assert "| 0.150 ± 1.271 |" in text  # paired: 0.05 and 0.25, 12.706 * 0.1
+
+
+def test_tables_and_figures_follow_from_the_csv_files(runs, tmp_path):
+    results = tmp_path / "results"
+    study.main(["report", str(results), "--runs", str(runs)])
+    first = {path.name: path.read_text() for path in results.iterdir()}
+    assert first.keys() == {
+        "episodes.csv",
+        "heldout.csv",
+        "runs.csv",
+        "main.md",
+        "main.svg",
+        "map_60_4.md",
+        "map.svg",
+    }
+    for name, text in first.items():
+        if name.endswith(".svg"):
+            ElementTree.fromstring(text)
+            assert "nan" not in text
+        if name not in ("episodes.csv", "heldout.csv"):
+            (results / name).unlink()
+    study.main(["report", str(results)])
+    assert {path.name: path.read_text() for path in results.iterdir()} == first
