@@ -163,11 +163,11 @@ def result_folder(config: Config) -> Path:
 def first_line(name: str, count: int, made: dict, out: Path, config: Config) -> str:
     """What is evaluated, and which settings are not the benchmark's defaults."""
     who = config.responses or config.model
-    told = [f"{who} on {name}: {count:,} questions"]
+    facts = [f"{who} on {name}: {count:,} questions"]
     if not config.responses:
         usual = made_with(Config(model=config.model, temperature=0.0), name)
-        told += [f"{k} {v}" for k, v in made.items() if v != usual[k]] or ["default settings"]
-    return printable(f"{', '.join(told)}; results in {out}")
+        facts += [f"{k} {v}" for k, v in made.items() if v != usual[k]] or ["default settings"]
+    return printable(f"{', '.join(facts)}; results in {out}")
 
 
 def answers_from_file(config: Config, name: str, out: Path, ids: set[str]) -> dict[str, list[dict]]:
@@ -237,18 +237,9 @@ def read_summary(out: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def results_file(place: str) -> str:
-    """OUT/NAME.jsonl, which --compare may also be given as OUT where it holds the only one."""
-    found = sorted(Path(place).glob("*.jsonl")) if Path(place).is_dir() else [Path(place)]
-    if len(found) != 1:
-        raise UserError(f"--compare {place}: holds {len(found)} results; name one NAME.jsonl")
-    return str(found[0])
-
-
 def run(config: Config) -> None:
     """What the flags ask for: a comparison, or an evaluation."""
     if config.compare:
-        config.compare = tuple(map(results_file, config.compare))
         print(scores.compare(*config.compare))
         return
     if config.responses and RANK > 0:

@@ -153,15 +153,6 @@ def table(runs: list[Record], caption: str, rows: dict[str, list[str]]) -> str:
     )
 
 
-def second_looks(metrics: list[dict]) -> str:
-    """What became of forced second looks over the whole run."""
-    # The counts are an episode's and stand in each of its steps; only one of those is added.
-    episodes = {row["episode"]: row for row in metrics if "episode" in row}.values()
-    attempted, *counts = (sum(row.get(name) or 0 for row in episodes) for name in COUNTS)
-    told = ", ".join(f"{label} {count:,}" for label, count in zip(OUTCOMES.values(), counts))
-    return f"{attempted:,} forced: {told}" if attempted else "none forced"
-
-
 def learnt(run: Record) -> dict[str, str]:
     """Held out: the base, the end, and their difference, paired by question where answers are kept."""
     points = series(run.metrics, "heldout_accuracy")
@@ -188,7 +179,6 @@ def facts(run: Record) -> dict[str, str]:
     )
     dates, commands = ([start[key] for start in run.starts] for key in ("date", "command"))
     return learnt(run) | {
-        "Forced second looks": second_looks(run.metrics),
         "Steps": steps_of(run),
         "Response tokens": f"{tokens:,.0f}",
         "Time": str(timedelta(seconds=round(seconds))),

@@ -82,8 +82,8 @@ def unanswered(lines: list[dict]) -> str:
     """The ends of ten responses without an answer, for reading."""
     shown = [line for line in lines if why_unanswered(line)][:10]
     ends = [printable(" ".join(line["response"][-300:].split())) for line in shown]
-    told = zip(shown, ends, strict=True)
-    return "\n".join(f"{printable(line['id'])} ({why_unanswered(line)}): ...{end}" for line, end in told)
+    rows = zip(shown, ends, strict=True)
+    return "\n".join(f"{printable(line['id'])} ({why_unanswered(line)}): ...{end}" for line, end in rows)
 
 
 def credit(line: dict) -> float:
@@ -270,18 +270,18 @@ def table(summaries: dict[str, dict]) -> str:
     published = [(k, *map(str, s["published"].values())) for k, s in summaries.items() if "published" in s]
     blocks = [_aligned(rows), *([_aligned([("published, %", *MODELS), *published])] if published else [])]
     for name, s in summaries.items():
-        told = [f"{name}: {s['label']}"]
+        notes = [f"{name}: {s['label']}"]
         if reasons := [f"{percent(share)} % {why}" for why, share in s["no_answer_by"].items()]:
-            told += [f"no answer: {', '.join(reasons)}"]
-        told += [f"{key} {percent(s[key])}" for key in s if key.startswith(("pass@", "maj@"))]
+            notes += [f"no answer: {', '.join(reasons)}"]
+        notes += [f"{key} {percent(s[key])}" for key in s if key.startswith(("pass@", "maj@"))]
         if forced := s.get("force_rethink"):
             numbers = ", ".join(f"{k} {v}" for k, v in forced.items() if isinstance(v, int))
-            told.append(
+            notes.append(
                 f"forced to look again: before {percent(forced['before'])}, after "
                 f"{percent(forced['after'])}, if only when wrong {percent(forced['only_wrong'])} ({numbers})"
             )
         rows = [(g, percent(v["accuracy"]), str(v["n"])) for g, v in sorted(s["groups"].items())]
-        blocks.append("\n".join([*told, _aligned([(name, "accuracy", "n"), *rows])]))
+        blocks.append("\n".join([*notes, _aligned([(name, "accuracy", "n"), *rows])]))
     return "\n\n".join(blocks)
 
 
@@ -332,11 +332,11 @@ def compare(path_a: str, path_b: str) -> str:
     rows = [("", "mean over shared questions", "n")]
     for name, path, result in (("A", path_a, a), ("B", path_b, b)):
         rows.append((f"{name}  {path}", percent(sum(result[id_][0] for id_ in shared) / n), str(n)))
-    told = (
+    text = (
         f"{_aligned(rows)}\n"
         f"B - A = {100 * mean:+.1f} +- {100 * half:.1f} points (95 %)\n"
         f"B better on {wins}, A on {losses}, equal on {n - wins - losses}; "
         f"McNemar p = {sign_test(wins, losses):.3g}"
     )
     alone = len(a) + len(b) - 2 * n
-    return told + (f"\n{alone} questions are in one file only and left out" if alone else "")
+    return text + (f"\n{alone} questions are in one file only and left out" if alone else "")

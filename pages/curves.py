@@ -118,16 +118,16 @@ def curve(line: Line, chart: Chart, where: list[tuple[float, float]], bottom: fl
 
 def strips(lines: list[Line], unit: str, place: Callable, width: int, height: int) -> str:
     """What is shown where one points: a strip over each step, with the values of the lines there."""
-    told = defaultdict(list)
+    values = defaultdict(str)
     for line in lines:
         for step, value in line.points:
-            told[step].append(f"\n{show_number(value, unit)} {line.name}".rstrip())
-    steps = sorted(told)
+            values[step] += f"\n{show_number(value, unit)} {line.name}".rstrip()
+    steps = sorted(values)
     middles = [(place(a, 0)[0] + place(b, 0)[0]) / 2 for a, b in pairwise(steps)]
     edges = pairwise([LEFT, *middles, width - RIGHT])
     return "".join(
         f'<rect class="strip" x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" '
-        f'height="{height - TOP - BOTTOM}"><title>step {step:,}{escape("".join(told[step]))}</title></rect>'
+        f'height="{height - TOP - BOTTOM}"><title>step {step:,}{escape(values[step])}</title></rect>'
         for step, (left, right) in zip(steps, edges, strict=True)
     )
 
@@ -157,12 +157,12 @@ def draw(chart: Chart, names: list[str], metrics: list[list[dict]], end: int) ->
         heights = heights + Counter(dict(line.points)) if chart.stacked else dict(line.points)
         part = curve(line, chart, [place(step, heights[step]) for step, _ in line.points], height - BOTTOM)
         drawn = part + drawn if chart.stacked else drawn + part  # the areas below cover those above
-    told = [(line, f"{line.name} {ends(line.points, chart.unit)}".strip()) for line in lines]
+    texts = [f"{line.name} {ends(line.points, chart.unit)}".strip() for line in lines]
     spans = "".join(
         f'<span class="{line.look}">{swatch(line.look) if len(lines) > 1 else ""}{escape(text)}</span>'
-        for line, text in told
+        for line, text in zip(lines, texts, strict=True)
     )
-    label = escape(f"{chart.title}: {'; '.join(text for _, text in told)}")
+    label = escape(f"{chart.title}: {'; '.join(texts)}")
     return (
         f'<article class="card chart"><h3>{escape(chart.title)}</h3>'
         f'<div class="note">{escape(chart.note)}</div><div class="ends">{spans}</div>'

@@ -108,16 +108,16 @@ def heldout(questions: list[dict], answers: dict[int, dict[str, dict]]) -> str:
 
     answers  {step: {question's id: {"text", "found", "right", "tokens"}}}
     """
-    told = {}
+    answered = {}
     for step in sorted(answers):
         for id_, answer in answers[step].items():
-            told.setdefault(id_, []).append((step, answer))
-    changes = {id_: known[-1][1]["right"] - known[0][1]["right"] for id_, known in told.items()}
-    asked = [question for question in questions if question["id"] in told]
+            answered.setdefault(id_, []).append((step, answer))
+    changes = {id_: known[-1][1]["right"] - known[0][1]["right"] for id_, known in answered.items()}
+    asked = [question for question in questions if question["id"] in answered]
     chosen = sorted(asked, key=lambda question: not changes[question["id"]])[:QUESTIONS_SHOWN]
     cards = []
     for question in chosen:
-        known = told[question["id"]]
+        known = answered[question["id"]]
         marks = "".join(verdict(answer["right"]) for _, answer in spread(known, 24))
         found = [escape(clip(str(answer["found"] or "no answer"), 40)) for _, answer in (known[0], known[-1])]
         facts = f'<span>{" → ".join(dict.fromkeys(found))}</span><span class="marks">{marks}</span>'

@@ -46,10 +46,10 @@ def explain(c: Config, steps) -> None:
         raise UserError("--explain follows a question of the toy world: leave out --model and --data")
     run = new_run(c, toy.load_toy(replace(toy.level(c.toy_level), family=c.toy_family)))
     group, idle = find_questions(run, steps)
-    told, trees = follow(run, steps, group, idle)
+    lesson, trees = follow(run, steps, group, idle)
     if c.out:
         write_pictures(Path(c.out), group[0].prompt.question.images[0], trees)
-    print(told)
+    print(lesson)
 
 
 def new_run(c: Config, policy) -> Run:
@@ -107,8 +107,8 @@ def follow(run: Run, steps, group: list[Sample], idle: list[Sample]) -> tuple[st
     with torch.no_grad():
         after = steps.token_terms(run, branches, trees, totals)
     i, draws = helped(group, merged)[0], [b.draws for b in branches]
-    told = tell(run, group, responses, merged, i, counts, idle, draws, trees, before, after)
-    return told, trees
+    lesson = tell(run, group, responses, merged, i, counts, idle, draws, trees, before, after)
+    return lesson, trees
 
 
 def tell(run: Run, group: list, responses: str, merged: list, i: int, counts, idle: list, draws: list,
@@ -134,11 +134,13 @@ def tell(run: Run, group: list, responses: str, merged: list, i: int, counts, id
         step=step_rows(merged, draws, before, after), clipped=int(after.clipped.sum()),
         chosen=int(after.mask.sum()),
     )  # fmt: skip
-    told = []
+    parts = []
     for part in filter(None, words.strip().split("\n\n")):
         as_it_is = part.startswith(("#", "!", "    "))
-        told.append(part if as_it_is else fill(part, WIDTH, subsequent_indent="  " if part[0] == "-" else ""))
-    return "\n\n".join(told)
+        parts.append(
+            part if as_it_is else fill(part, WIDTH, subsequent_indent="  " if part[0] == "-" else "")
+        )
+    return "\n\n".join(parts)
 
 
 def pieces(policy: Policy, tokens: torch.Tensor) -> list[str]:
