@@ -9,8 +9,8 @@
         SHA256SUMS                                  of all these files, as sha256sum writes and checks it
 
 A checkpoint is written under another name and renamed when it is whole, so one that can be seen is
-complete. Nothing is pickled: reading a checkpoint from elsewhere can do no harm. What happens to it on
-disk shows in the checksums: without them a flipped bit resumes, with other numbers.
+complete. Nothing is pickled: reading a checkpoint from elsewhere can do no harm. A bit that flips on disk
+shows in the checksums.
 
 Parameters are split over ranks along their first dimension, in order. A run with another number of
 ranks therefore finds any row it needs by counting through the old files (`rows_from`).
@@ -20,7 +20,6 @@ import hashlib
 import json
 import re
 import shutil
-import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,7 +34,7 @@ import parallel
 import record
 import toy
 from data import UserError, read_json
-from model import Policy, Prompt, Sample, encode, find_checkpoint, is_finite, save_settings, save_some_weights
+from model import Policy, Sample, encode, is_finite, save_settings, save_some_weights
 
 RUINED = "lower --lr, and go on from an earlier checkpoint"  # what to do where weights are not finite
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -43,10 +42,10 @@ SUMS = "SHA256SUMS"
 # A file of the hub's copy: what a rank holds in the host's memory while it writes.
 FILE_BYTES = 5 * 10**9
 # What a Run counts, beside its settings, weights and samples.
-COUNTERS = {"step": int, "episode": int, "counts": dict, "not_finite": int}
-TRAINER = COUNTERS | {"draws": int, "config": dict, "data_checksum": int}
-SAMPLES = {"fresh": [dict], "buffer": [dict]}
-# Flags that may change when a run is resumed without a note.
+COUNTERS = ("step", "episode", "counts", "not_finite")
+# Flags that must be as before when a run is resumed: samples belong to the prompts that these make.
+SAME = ("toy_level", "template", "min_pixels", "max_pixels", "max_prompt_tokens")
+# Flags that may change without a note.
 HARMLESS = ("out", "resume", "steps", "save_every", "keep_last", "eval_every")
 
 
@@ -54,93 +53,59 @@ HARMLESS = ("out", "resume", "steps", "save_every", "keep_last", "eval_every")
 
 
 def pack_sample(sample: Sample) -> dict:
-    """A Sample as JSON holds it. float32 numbers survive the way through decimal exactly.
-
-    `prompt` is a checksum: what was sampled belongs to the very prompt that it was sampled from.
-    """
+    """A Sample as JSON holds it. float32 numbers survive the way through decimal exactly."""
     row = {k: v for k, v in vars(sample).items() if k not in ("prompt", "second_look")}
     row |= {k: row[k].tolist() for k in ("tokens", "logprobs", "mask")}
-    return row | {"qid": sample.prompt.question.id, "prompt": checksum(sample.prompt)}
-
-
-def checksum(prompt: Prompt) -> int:
-    """Of its tokens and the sizes of its pictures."""
-    numbers = [*prompt.input_ids.tolist(), *prompt.image_grid_thw.flatten().tolist()]
-    return zlib.crc32(json.dumps(numbers).encode())
+    return row | {"qid": sample.prompt.question.id}
 
 
 def unpack_sample(row: dict, prompts: dict) -> Sample:
     """The Sample that `pack_sample` wrote; `prompts` maps question ids to Prompts."""
     row = dict(row)
-    prompt = prompts[row.pop("qid")]
-    if row.pop("prompt") != checksum(prompt):
-        changed = f"qid {prompt.question.id}: its question, pictures or --template changed within an episode"
-        raise UserError(f"{changed}; resume with the data and the flags as before")
     for name, dtype in (("tokens", torch.long), ("logprobs", torch.float32), ("mask", torch.bool)):
         row[name] = torch.tensor(row[name], dtype=dtype)
-    if not 0 < len(row["tokens"]) == len(row["logprobs"]) == len(row["mask"]):
-        raise ValueError("a sample's tokens, logprobs and mask differ in length")
-    return Sample(prompt=prompt, **row)
+    return Sample(prompt=prompts[row.pop("qid")], **row)
 
 
 def load_samples(directory: Path, run) -> list[list[Sample]]:
     """[what is left of the episode, the replay buffer], with their prompts encoded again."""
-    packed = read_json(directory / "samples.json", SAMPLES)
+    packed = read_json(directory / "samples.json")
     known = {q.id: q for q in run.questions or []}
     prompts = {}
     for qid in {row["qid"] for part in packed.values() for row in part}:
         if run.questions is None:
             known[qid] = toy.question_by_id(toy.level(run.config.toy_level), qid)
-        if qid not in known:
-            raise UserError(
-                f"qid {qid}: gone within an episode; resume with the data and the flags as before"
-            )
         prompt = encode(run.policy, known[qid], run.config.template)
         # As in `sample_episode`: each rank holds all prompts, so none holds their pictures.
         prompts[qid] = replace(prompt, pixel_values=None) if parallel.world() > 1 else prompt
-    return [[unpack_sample(row, prompts) for row in packed[part]] for part in SAMPLES]
+    return [[unpack_sample(row, prompts) for row in packed[part]] for part in ("fresh", "buffer")]
 
 
 # ---------------------------------------------------------------------------- save
 
 
 def save_run(run) -> None:
-    """Write OUT/checkpoint-STEP, on all ranks together. Raises UserError where weights are not finite."""
+    """Write OUT/checkpoint-STEP, on all ranks together, then drop the oldest beyond --keep_last.
+
+    Raises UserError where weights are not finite.
+    """
     names = [n for n, p in run.policy.named_parameters() if not is_finite(parallel.local(p))]
     if ruined := parallel.gather(names):
         raise UserError(f"step {run.step}: {ruined[0]} is not finite, and not saved; {RUINED} in {run.out}")
-    # While gradients are not finite, what may be ruined soon does not push out what was sound.
-    keep = run.config.keep_last + (run.not_finite > 0)
-    trainer = {name: getattr(run, name) for name in COUNTERS}
-    trainer |= {"draws": run.buffer.draws, "config": asdict(run.config), "data_checksum": run.data_checksum}
-    # At an episode's end nothing will be drawn from the buffer any more.
-    samples = {"fresh": run.fresh, "buffer": run.buffer.samples if run.fresh else []}
-    save(run.out, run.policy, run.optimizer, trainer, samples, keep)
-
-
-def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_last: int) -> None:
-    """Write OUT/checkpoint-STEP on all ranks together, then drop the oldest beyond `keep_last`.
-
-    trainer  JSON-able, with "step";  samples  {"fresh": [Sample], "buffer": [Sample]}
-    """
-    final = directory / f"checkpoint-{trainer['step']}"
-    unfinished = directory / f"unfinished-{trainer['step']}"
+    final, unfinished = (run.out / f"{name}-{run.step}" for name in ("checkpoint", "unfinished"))
     first = parallel.rank() == 0
     if first:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     parallel.barrier()
-    index, count, copy = parallel.shard_place_of(policy)
-    if copy == 0:  # with hybrid sharding the other nodes hold the same
-        save_file(state_tensors(policy, optimizer), unfinished / f"state-{index}-of-{count}.safetensors")
-    save_weights(unfinished, policy)
-    adapter = lora.adapter_weights(policy)
+    index, count = parallel.shard_place(next(run.policy.parameters()))
+    if parallel.rank() < count:  # with hybrid sharding the other nodes hold the same
+        state = state_tensors(run.policy, run.optimizer)
+        save_file(state, unfinished / f"state-{index}-of-{count}.safetensors")
+    save_weights(unfinished, run.policy)
+    lora.save_adapter(run.policy, run.config.model, unfinished / "adapter")
     if first:
-        if adapter:
-            lora.save_adapter(policy, adapter, trainer["config"]["model"], unfinished / "adapter")
-        packed = {name: [pack_sample(s) for s in part] for name, part in samples.items()}
-        (unfinished / "samples.json").write_text(json.dumps(packed))
-        (unfinished / "trainer.json").write_text(json.dumps(trainer, indent=1))
+        write_trainer(unfinished, run)
     parallel.barrier()
     sums = digests(unfinished)
     if first:
@@ -148,10 +113,22 @@ def save(directory: Path, policy, optimizer, trainer: dict, samples: dict, keep_
         (unfinished / SUMS).write_text("".join(lines))
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
-        for old in list_checkpoints(directory)[:-keep_last]:
-            if not old.is_symlink():
-                shutil.rmtree(old)
+        # While gradients are not finite, what may be ruined soon does not push out what was sound.
+        keep = run.config.keep_last + (run.not_finite > 0)
+        for old in list_checkpoints(run.out)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     parallel.barrier()
+
+
+def write_trainer(directory: Path, run) -> None:
+    """All that a run is made of but tensors."""
+    trainer = {name: getattr(run, name) for name in COUNTERS}
+    trainer |= {"draws": run.buffer.draws, "config": asdict(run.config), "data_checksum": run.data_checksum}
+    (directory / "trainer.json").write_text(json.dumps(trainer, indent=1))
+    # At an episode's end nothing will be drawn from the buffer any more.
+    samples = {"fresh": run.fresh, "buffer": run.buffer.samples if run.fresh else []}
+    packed = {name: [pack_sample(s) for s in part] for name, part in samples.items()}
+    (directory / "samples.json").write_text(json.dumps(packed))
 
 
 def trained(policy: Policy):
@@ -248,14 +225,19 @@ def find_damage(directory: Path) -> str | None:
     return None
 
 
-def check_model(path: str) -> None:
+def check_model(directory: Path) -> None:
     """Raise UserError where --model is a checkpoint of ours and not as it was written."""
-    directory = find_checkpoint(path)
     if (directory / SUMS).exists() and (damage := find_damage(directory)):
         raise UserError(f"--model: {damage}; if that was meant, delete {directory / SUMS}")
 
 
 # ---------------------------------------------------------------------------- load
+
+
+def shape_in(files: list, name: str) -> list[int]:
+    """The shape of a tensor whose first dimension is laid out over `files`."""
+    shapes = [file.get_slice(name).get_shape() for file in files]
+    return [sum(shape[0] for shape in shapes), *shapes[0][1:]]
 
 
 def rows_from(files: list, name: str, start: int, stop: int) -> torch.Tensor:
@@ -279,23 +261,17 @@ def state_files(directory: Path) -> list:
 
 @torch.no_grad()
 def load_state(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Restore weights and optimiser, whatever the number of ranks was.
-
-    Raises UserError where the checkpoint is of another model, or trained other weights.
-    """
+    """Restore weights and optimiser, whatever the number of ranks was."""
     files = state_files(directory)
-    names, parameters = set(files[0].keys()), dict(trained(policy))
-    saved = {name.removeprefix("param/") for name in names if name.startswith("param/")}
-    if different := sorted(saved ^ parameters.keys()):
-        what = f"a checkpoint of another model, or that trained other weights, such as {different[0]}"
+    names = set(files[0].keys())
+    saved = {name: shape_in(files, name) for name in names if name.startswith("param/")}
+    wanted = {f"param/{name}": list(p.shape) for name, p in trained(policy)}
+    if saved != wanted:
+        odd = next(name for name in saved | wanted if saved.get(name) != wanted.get(name))
+        what = f"a checkpoint of another model, or that trained other weights, such as {odd}"
         raise UserError(f"{directory}: {what}; give --model, --lora_rank and --train_vision as before")
-    for name, parameter in parameters.items():
+    for name, parameter in trained(policy):
         rows = parallel.rows_of(parameter)
-        shapes = [file.get_slice(f"param/{name}").get_shape() for file in files]
-        found = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
-        if found != list(parameter.shape):
-            shapes = f"{name} has shape {found}, not {list(parameter.shape)}"
-            raise UserError(f"{directory}: {shapes}; give --model and --lora_rank as before")
         parallel.local(parameter).copy_(rows_from(files, f"param/{name}", *rows))
         if f"step/{name}" not in names:
             continue
@@ -328,9 +304,8 @@ def load_weights(directory: Path, policy: Policy) -> None:
     where = {}
     for path in sorted(directory.glob("*.safetensors")):
         if not path.name.startswith("state-"):
-            with safe_open(path, framework="pt") as file:
-                keys = file.keys()
-            where |= {module_name(key): (path, key) for key in keys}
+            file = safe_open(path, framework="pt")
+            where |= {module_name(key): (file, key) for key in list(file.keys())}
     own = state_files(directory)
     exact = set(own[0].keys()) if own else set()
     for name, parameter in policy.model.named_parameters():
@@ -338,26 +313,21 @@ def load_weights(directory: Path, policy: Policy) -> None:
             continue  # new ones, by `lora.initialise`: the copy has the old ones merged
         if name not in where:
             raise UserError(f"--model {directory}: no weights for {name} in its safetensors")
-        path, key = where[name]
-        start, stop = parallel.rows_of(parameter)
-        with safe_open(path, framework="pt") as file:
-            piece = file.get_slice(key)
-            shape, wanted = piece.get_shape(), list(parameter.shape)
-            # Experts on the hub are [E, in, out], in transformers [E, out, in]. Its loader too turns them
-            # by their shape, since there are checkpoints of both kinds.
-            turned = ".experts." in name and shape != wanted and [shape[0], *shape[:0:-1]] == wanted
-            if shape != wanted and not turned:
-                raise UserError(f"{path}: {key} has shape {shape}, not {wanted}")
-            rows = piece[start:stop].mT if turned else piece[start:stop]
-        # Not for eval.py --tensor, whose parameters are meta: it samples from the hub's copy.
-        if f"param/model.{name}" in exact and not parameter.is_meta:
+        file, key = where[name]
+        piece, wanted = file.get_slice(key), list(parameter.shape)
+        shape, (start, stop) = piece.get_shape(), parallel.rows_of(parameter)
+        # Experts on the hub are [E, in, out], in transformers [E, out, in]. Its loader too turns them
+        # by their shape, since there are checkpoints of both kinds.
+        turned = ".experts." in name and shape != wanted and [shape[0], *shape[:0:-1]] == wanted
+        if shape != wanted and not turned:
+            raise UserError(f"--model {directory}: {key} has shape {shape}, not {wanted}")
+        if f"param/model.{name}" in exact:
             rows = rows_from(own, f"param/model.{name}", start, stop)
-        if not is_finite(rows):
-            raise UserError(f"{path}: {key} holds values that are not finite")
-        if parameter.is_meta:
-            parallel.keep_slice(policy, name, rows)
         else:
-            parallel.local(parameter).copy_(rows)
+            rows = piece[start:stop].mT if turned else piece[start:stop]
+        if not is_finite(rows):
+            raise UserError(f"--model {directory}: {key} holds values that are not finite")
+        parallel.local(parameter).copy_(rows)
 
 
 # ---------------------------------------------------------------------------- resume
@@ -372,46 +342,40 @@ def resume_run(run) -> bool:
     if damage := find_damage(directory):
         older = f"to go on from {Path(found[-2]).name}" if found[1:] else "to begin again"
         raise UserError(f"{damage} since it was written; delete {directory} {older}")
-    trainer = parallel.agree(lambda: read_json(directory / "trainer.json", TRAINER))
-    check_same_run(run, directory, trainer)
-
-    def load() -> list[list[Sample]]:
-        try:
-            load_state(directory, run.policy, run.optimizer)
-            return load_samples(directory, run)
-        except (
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            ArithmeticError,
-            SafetensorError,
-        ) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{directory}: of another version ({reason}); delete it") from None
-
-    run.fresh, run.buffer.samples = parallel.agree(load)
-    for name in COUNTERS:
-        setattr(run, name, trainer[name])
-    run.buffer.draws = trainer["draws"]
+    parallel.agree(lambda: restore(run, directory))
     if parallel.rank() == 0:
         record.write_config(run.out, run.config)
     return True
 
 
+def restore(run, directory: Path) -> None:
+    """Put everything that a checkpoint holds into the run."""
+    try:
+        trainer = read_json(directory / "trainer.json")
+        check_same_run(run, directory, trainer)
+        load_state(directory, run.policy, run.optimizer)
+        run.fresh, run.buffer.samples = load_samples(directory, run)
+        run.buffer.draws = trainer["draws"]
+        for name in COUNTERS:
+            setattr(run, name, trainer[name])
+    except (LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{directory}: of another version ({reason}); delete it") from None
+
+
 def check_same_run(run, directory: Path, trainer: dict) -> None:
     """Raise UserError where going on with these flags would make another run of it; note other changes."""
     before, now = trainer["config"], asdict(run.config)
-    same = ["toy_level"]
-    if "toy" in (before.get("data"), now["data"]):  # a file may have moved: its questions are compared
+    same = [*SAME]
+    if "toy" in (before["data"], now["data"]):  # a file may have moved: its questions are compared
         same.append("data")
     if any(not p.requires_grad for p in run.policy.parameters()):  # then --model is half of the policy
         same.append("model")
-    reasons = [f"was made with --{k} {before.get(k)}" for k in same if before.get(k) != now[k]]
+    if bool(before["reward"]) != bool(now["reward"]):  # its file may have moved
+        same.append("reward")
+    reasons = [f"--{k} was {before.get(k)!r}" for k in same if before.get(k) != now[k]]
     if trainer["data_checksum"] != run.data_checksum:
         reasons.append(f"the questions of {now['data']}, or the flags that choose among them, changed since")
-    if bool(reward := before.get("reward")) != bool(now["reward"]):  # its file may have moved
-        reasons.append(f"was made with --reward {reward}" if reward else "was made without --reward")
     if reasons:
         how = f"resume with the same ones, or start a new run from it: --model {directory}"
         raise UserError(f"{directory}: {reasons[0]}; {how}")

@@ -1,7 +1,7 @@
-"""The settings of a training run: one dataclass that is also the command line.
+"""The settings of a training run: a dataclass whose fields are the flags.
 
-Every field is a flag of the same name. A preset changes some defaults; a flag on the command line
-wins over both. The help of each field says what the paper [P] or its released code [C] uses.
+A preset changes some defaults; a flag on the command line wins over both. The help of each flag says
+what the paper [P] or its released code [C] uses.
 """
 
 import argparse
@@ -11,32 +11,18 @@ from data import TEMPLATES, UserError
 
 # The architectures that tests hold against transformers; the code itself asks the model what it is.
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-# The most that a flag of train.py or eval.py may be: beyond it a run would hang or exhaust memory
-# instead of failing.
-MOST = {
-    "heldout": 100_000, "limit": 10_000_000,  # measured to 0.2 points; larger than any benchmark
-    "episode_queries": 100_000, "group_size": 1024, "samples": 1024,  # a hundred times the paper's
-    "max_new_tokens": 1 << 17, "max_prompt_tokens": 1 << 17,  # no Qwen-VL attends to more
-    "min_image_tokens": 1 << 17, "max_image_tokens": 1 << 17,
-    "min_pixels": 178_956_970, "max_pixels": 178_956_970,  # PIL refuses larger pictures
-    "temperature": 100,  # sampling is uniform long before
-    "keep_last": 1_000_000, "passes": 1_000_000, "steps": 10_000_000,  # years
-}  # fmt: skip
-SIZE = (1 << 31) - 1  # any other number: sizes of tensors, seeds, and well within float32
+MIN_PIXELS, MAX_PIXELS = 256 * 28 * 28, 1280 * 28 * 28  # the paper's; 28 x 28 are a visual token
+SIZE = (1 << 31) - 1  # no number is larger: sizes of tensors, seeds, and well within float32
 
 
-def flag(default, help: str, choices: tuple | None = None, low=None, high=None):
-    """A field that is a flag; its value lies in [low, high] where these are given."""
+def flag(default, help: str, choices: tuple | None = None, low=-SIZE, high=SIZE):
+    """A field that is a flag; its value lies in [low, high]."""
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 
 @dataclass
 class Config:
-    preset: str = flag(
-        "toy",
-        "defaults to start from; own: your own file, the default with --data",
-        ("toy", "own", "7b", "72b"),
-    )
+    preset: str = flag("toy", "defaults to start from; own: with --data", ("toy", "own", "7b", "72b"))
     model: str = flag("toy", "toy, a directory, or a hub id of a Qwen-VL: 2, 2.5 or 3")
     data: str = flag("toy", "toy, or a .parquet, .jsonl or .csv file, laid out as in data.py")
     toy_level: str = flag("easy", "easy, hard, or chances of chains of 1, 2, ... steps, such as 8,0,0,0,1")
@@ -46,10 +32,8 @@ class Config:
     pass_rate_max: float = flag(1.0, "highest pass rate kept")
     heldout: int = flag(None, "questions not trained on; default: 128, or a tenth of a smaller file", low=0)
     template: str = flag("bare", "prompt [P: plain in stage 1, rethink in stage 2]", tuple(TEMPLATES))
-    min_image_tokens: int = flag(0, "fewest visual tokens per picture; 0: the checkpoint's [C: 256]", low=0)
-    max_image_tokens: int = flag(0, "most visual tokens per picture; 0: the checkpoint's [C: 1280]", low=0)
-    min_pixels: int = flag(0, "smallest area of a picture instead; 0: by its tokens", low=0)
-    max_pixels: int = flag(0, "largest area of a picture instead; 0: by its tokens", low=0)
+    min_pixels: int = flag(0, "smallest area of a picture; 0: the checkpoint's [C: 256 visual tokens]", low=0)
+    max_pixels: int = flag(0, "largest area of a picture; 0: the checkpoint's [C: 1280 visual tokens]", low=0)
     max_prompt_tokens: int = flag(4096, "questions with a longer prompt are dropped and counted", low=1)
 
     out: str = flag("", "directory of the run; default: runs/PRESET, numbered if taken")
@@ -81,50 +65,36 @@ class Config:
     train_vision: bool = flag(True, "train the vision tower too [C: true]; with --lora_rank it is frozen")
     lora_rank: int = flag(0, "train adapters of this rank in place of weights; 0: all weights", low=0)
     lora_alpha: float = flag(32.0, "reach of the adapters' updates: they are scaled by alpha / rank", low=0)
-    precision: str = flag(
-        "auto", "bf16: compute in bf16, weights in fp32; auto: that on a GPU", ("auto", "bf16", "fp32")
-    )
-    shard: str = flag(
-        "world", "shard over all ranks, or within a node with a copy on each", ("world", "node")
-    )
+    precision: str = flag("auto", "bf16: with weights in fp32; auto: bf16 on a GPU", ("auto", "bf16", "fp32"))
+    shard: str = flag("world", "over all ranks, or within a node with a copy on each", ("world", "node"))
     tensor: int = flag(1, "ranks of a node that sample together, each with 1/N of every layer", low=1)
     offload: bool = flag(False, "keep weights and optimiser state in host memory between uses")
     cuda_graphs: bool = flag(True, "on a GPU, launch each decoding step as one graph")
 
     reward: str = flag("", "FILE.py:NAME, a function (response text, Question) -> a number of your own")
     advantage: str = flag("mean", "divide r - mean by the group's std [P: std] [C: mean]", ("mean", "std"))
-    average: str = flag(
-        "token", "mean over all tokens, or over responses of their means [P: sequence]", ("token", "sequence")
-    )
+    average: str = flag("token", "mean over tokens, or over responses' means [P]", ("token", "sequence"))
     clip_low: float = flag(0.2, "how far below 1 the ratio may fall [C: 0.2]", low=0, high=1)
     clip_high: float = flag(0.35, "how far above 1 the ratio may rise [C: 0.35]", low=0)
     recompute_logprobs: bool = flag(False, "take logp_old from the training forward pass [C: true]")
 
-    ssr: str = flag(
-        "replay", "fill up by replay, drop zero advantages, or neither", ("replay", "filter", "off")
-    )
+    ssr: str = flag("replay", "fill up by replay, drop zero advantages, or off", ("replay", "filter", "off"))
     ssr_alpha: float = flag(1.0, "draw in proportion to |A|^alpha [P: not given] [C: 1]", low=0)
 
-    rethink_fraction: float = flag(
-        0.25, "share of responses forced to look again, q [C: 0.65]", low=0, high=1
-    )
+    rethink_fraction: float = flag(0.25, "share of responses forced to look again [C: 0.65]", low=0, high=1)
     rethink_quota: int = flag(2, "second looks kept per question [P: 2]", low=0)
     rethink_sft_coef: float = flag(0.05, "weight of the loss on kept second looks [C: 0.05]", low=0)
     rethink_sft_on: str = flag("all", "that loss on y1 + trigger + y2, or on trigger + y2", ("all", "second"))
-    rethink_trigger: str = flag(
-        "uniform", "drawn at random, or by whether y1 was right [C: oracle]", ("uniform", "oracle")
-    )
+    rethink_trigger: str = flag("uniform", "blind, or by whether y1 was right [C]", ("uniform", "oracle"))
     rethink_cutback: float = flag(0.0, "chance to cut y1 back before its answer [C: 0.5]", low=0, high=1)
     rethink_min_tokens: int = flag(1, "fewest tokens of a kept y2 [C: 30]", low=0)
     rethink_max_tokens: int = flag(1024, "most tokens of a kept y2 [C: 1024]", low=1)
-    rethink_baseline: str = flag(
-        "before", "group mean before or after replacement [C: after]", ("before", "after")
-    )
+    rethink_baseline: str = flag("before", "group mean before or after replacement [C]", ("before", "after"))
 
 
 # What differs from the defaults, which are the toy's.
 REAL = {
-    "min_image_tokens": 256, "max_image_tokens": 1280, "steps": 0, "lr": 1e-6,
+    "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "steps": 0, "lr": 1e-6,
     "gradient_checkpointing": True,
 }  # fmt: skip
 LARGE = REAL | {
@@ -176,14 +146,13 @@ def parse(argv: list[str]) -> Config:
 
 
 def sources(config: Config) -> str:
-    """Where a run's settings come from, for its first line.
+    """Where a run's settings come from.
 
     >>> sources(parse(["--model", "toy", "--data", "mine.csv", "--lr", "0.001"]))
     'settings: preset toy (the defaults); flags: data mine.csv, lr 0.001'
     """
     preset = PRESETS[config.preset]
     start = asdict(Config(**(preset | {"preset": config.preset})))
-
     flags = {k: v for k, v in asdict(config).items() if v != start[k]}
     listed, given = (", ".join(f"{k} {v}" for k, v in values.items()) for values in (preset, flags))
     return f"settings: preset {config.preset} ({listed or 'the defaults'}); flags: {given or 'none'}"
@@ -219,8 +188,6 @@ def read_flags(kind: type, program: str, description: str, argv: list[str]) -> d
         value = given.get(f.name)
         if isinstance(value, (int, float)):
             low, high = f.metadata["low"], f.metadata["high"]
-            high = MOST.get(f.name, SIZE) if high is None else high
-            low = -high if low is None else low
             if not value >= low:  # nan too
                 fail(f"--{f.name} {value}: must be at least {low}")
             if value > high:

@@ -1,7 +1,7 @@
 """Questions, and the files they come from.
 
 A `Question` is what the environment asks: text, pictures, and the answer that only the reward sees.
-It is read from a row of a .parquet, .jsonl or .csv file, or from the only such file in a folder:
+It is read from a row of a .parquet, .jsonl or .csv file:
 
     question  text, with an `<image>` marker where each picture belongs
     answer    text or number, bare or "\\boxed{...}"; of a multiple-choice question a letter or the text
@@ -22,13 +22,13 @@ Next: train.py, the loop.
 import csv
 import io
 import json
-import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -49,7 +49,6 @@ TEMPLATES = {
     "bare": "{question}",
 }
 
-FORMATS = (".parquet", ".jsonl", ".csv")
 IMAGE_COLUMNS = ("image", "images", "file_name")
 CHOICE_COLUMNS = ("choices", "options")
 _PICTURE = re.compile(r"\.(?:png|jpe?g|webp|gif|bmp|tiff?)$", re.IGNORECASE)
@@ -112,11 +111,8 @@ def open_image(source) -> Image.Image:
 
     `source` is a PIL image, a path, or the encoded bytes. Raises one of BROKEN_IMAGE.
     """
-    if isinstance(source, Image.Image):
-        image = source
-    else:
-        if not isinstance(source, bytes) and Path(source).exists() and not Path(source).is_file():
-            raise ValueError("not a file")  # a pipe would be waited for
+    image = source
+    if not isinstance(source, Image.Image):
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # PIL's own conversion would cut 16 bits off at 255: all white
@@ -135,35 +131,24 @@ def open_image(source) -> Image.Image:
     return image
 
 
-def check_images(questions: list[Question], seen: bool = True, progress=iter) -> list[list[tuple]]:
-    """Each question's picture sizes, (width, height). Raises UserError for the first broken picture.
+def check_images(questions: list[Question], progress=iter) -> list[list[tuple]]:
+    """Each question's picture sizes, (width, height). Raises UserError for the first broken picture."""
 
-    seen  a model will see them: they must be there and are decoded. Else what is there is checked quickly
-    """
-
-    def sizes(question: Question) -> list[tuple]:
-        found, where = [], question.place or f"question {question.id}"
-        for source in question.images:
-            name = f"picture {source}" if isinstance(source, (str, Path)) else "embedded picture"
-            try:
-                if seen or isinstance(source, Image.Image):
-                    found.append(open_image(source).size)
-                    continue
-                with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as it:
-                    found.append(it.size)
-                    it.verify()
-            except FileNotFoundError:
-                if seen:
-                    how = "put it where the row says, relative to the data file (unpack an archive)"
-                    raise UserError(f"{where}: {name} does not exist; {how}") from None
-            except BROKEN_IMAGE as error:
-                reason = re.sub(r"<.*>", "unknown format", str(error))
-                raise UserError(f"{where}: {name} cannot be read ({reason}); replace the picture") from None
-        return found
+    def size(question: Question, source) -> tuple:
+        where = question.place or f"question {question.id}"
+        name = f"picture {source}" if isinstance(source, (str, Path)) else "embedded picture"
+        try:
+            return open_image(source).size
+        except FileNotFoundError:
+            how = "put it where the row says, relative to the data file (unpack an archive)"
+            raise UserError(f"{where}: {name} does not exist; {how}") from None
+        except BROKEN_IMAGE as error:
+            reason = re.sub(r"<.*>", "unknown format", str(error))
+            raise UserError(f"{where}: {name} cannot be read ({reason}); replace the picture") from None
 
     with ThreadPoolExecutor() as pool:
         try:
-            return list(progress(pool.map(sizes, questions)))
+            return list(progress(pool.map(lambda q: [size(q, source) for source in q.images], questions)))
         except UserError:
             pool.shutdown(cancel_futures=True)  # the others need not be decoded
             raise
@@ -226,15 +211,10 @@ def check_shape(value, shape, place: str, name: str = "the object") -> None:
             check_shape(item, shape[i % len(shape)], place, f"a value of {name}")
 
 
-def check_file(path: Path) -> None:
-    """Raise UserError where there is no file, or what would be waited for: a pipe, a device."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
-
-
 def read_bytes(path: Path) -> bytes:
-    check_file(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path}: not a file")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -260,43 +240,28 @@ def read_jsonl(path: Path, shape=None, growing: bool = False) -> Iterator[tuple[
             yield place, row
 
 
-def find_file(path: Path) -> Path:
-    """The file itself, or the only file of questions in a folder."""
-    if not os.path.isdir(path):
-        check_file(path)
-    found = sorted(p for p in (path.iterdir() if path.is_dir() else [path]) if p.suffix.lower() in FORMATS)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"{path}: holds {', '.join(file.name for file in found)}; name one of them")
-    holds = "holds no" if path.is_dir() else "is no"
-    raise UserError(f"{path}: {holds} {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file; give one")
-
-
 def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Rows of a file, each with its place ("file:line") for error messages."""
-    path = find_file(Path(path))
-    if path.suffix.lower() == ".jsonl":
-        yield from read_jsonl(path)
-    elif path.suffix.lower() == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-        number = 0
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=256):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{path}: row {number}", row
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: after row {number}: a text that is not UTF-8") from None
-        except (pyarrow.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: not a readable parquet file ({reason})") from None
-    else:
-        yield from _read_csv(path)
+    readers = {".jsonl": read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: give a .parquet, .jsonl or .csv file")
+    return readers[path.suffix.lower()](path)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for row in chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(256)):
+                number += 1
+                yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not readable as parquet after row {number} ({reason})") from None
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
@@ -392,8 +357,7 @@ def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> l
     pass_rate  (column, low, high) keeps the rows whose column lies in [low, high]: the paper selects
                questions by how often a model already solves them. ViRL39K has -1 for "not measured"
     """
-    path = find_file(Path(path))
-    questions, places = [], {}
+    path, questions, places = Path(path), [], {}
     for place, row in read_rows(path):
         try:
             question = read_question(row, place, path.parent, len(places))
@@ -416,7 +380,5 @@ def _is_selected(row: dict, column: str, low: float, high: float) -> bool:
     try:
         return low <= float(row[column]) <= high
     except (KeyError, TypeError, ValueError):
-        raise ValueError(
-            f"no number in column {column!r}, by which --pass_rate_column selects questions; name "
-            f'another, or give --pass_rate_column "" to keep all (columns: {", ".join(map(str, row))})'
-        ) from None
+        how = f'name another of {", ".join(map(str, row))}, or give --pass_rate_column "" to keep all'
+        raise ValueError(f"no number in column {column!r} of --pass_rate_column; {how}") from None

@@ -37,7 +37,7 @@ from benchmarks.asking import RANK, answers_from_model, made_with, trainer_confi
 from benchmarks.readers import BENCHMARKS, Item
 from benchmarks.sources import find_files, load
 from config import flag, read_flags
-from data import TEMPLATES, UserError, check_images, load_questions, printable, read_json, read_rows
+from data import TEMPLATES, UserError, load_questions, printable, read_json, read_rows
 from record import lock_folder, seal, write_atomically
 from reward import extract_answer, is_correct
 
@@ -58,10 +58,8 @@ class Config:
     template: str = flag("", "default: plain [P; 72B card: rethink], own: as in training", tuple(TEMPLATES))
     temperature: float = flag(None, "default: 0, greedy; 0.6 with several samples [C: the same]", low=0)
     max_new_tokens: int = flag(0, "longest response; 0: 8192 [P], for own as in training, toy 64", low=0)
-    min_image_tokens: int = flag(0, "fewest visual tokens per picture; 0: 256 [P], the toy's own", low=0)
-    max_image_tokens: int = flag(0, "most visual tokens per picture; 0: 1280 [P], the toy's own", low=0)
-    min_pixels: int = flag(0, "smallest area of a picture instead; 0: by its tokens", low=0)
-    max_pixels: int = flag(0, "largest area of a picture instead; 0: by its tokens", low=0)
+    min_pixels: int = flag(0, "smallest area of a picture; 0: 256 visual tokens [P], the toy's own", low=0)
+    max_pixels: int = flag(0, "largest area of a picture; 0: 1280 visual tokens [P], the toy's own", low=0)
     max_prompt_tokens: int = flag(32768, "questions with a longer prompt get no answer, counted", low=1)
     force_rethink: bool = flag(False, "force every response to look again, too (paper, Fig. 7)")
     rows: int = flag(64, "responses decoded at once: their KV cache must fit", low=1)
@@ -203,7 +201,6 @@ def evaluate(config: Config, out: Path) -> dict[str, dict]:
         if RANK == 0:
             print(first_line(name, len(items), made, out, config))
         if config.responses:
-            check_images([item.question for item in items], seen=False)
             answers = answers_from_file(config, name, out, ids)
         else:
             answers = answers_from_model(name, items, out, made, config)

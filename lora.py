@@ -8,20 +8,20 @@ directions. So W is frozen and its movement is written as a product of two thin 
 Gradients and Adam's moments exist for A and B alone: for a 7B model at r = 16, 40 million numbers
 instead of 8 billion, and W itself can stay in bf16, since no small update is ever added to it.
 
-**Where it is put.** On every projection of the decoder: q, k, v and o of attention, gate, up and
-down of the MLP. The vision tower, embeddings, norms, the head and the experts of a mixture are frozen.
+**Where.** On every projection of the decoder: q, k, v and o of attention, gate, up and down of the MLP.
+The vision tower, embeddings, norms, the head and the experts of a mixture are frozen.
 
-**How it starts.** B = 0, so that the first rollout is exactly the base policy's; A is random, since
-with both at 0 neither would ever get a gradient: dL/dA = B^T (...) and dL/dB = (...) A^T.
+**Start.** B = 0, so that the first rollout is the base policy's; A is random, since with both at 0
+neither would ever get a gradient: dL/dA = B^T (...) and dL/dB = (...) A^T.
 
-**Why alpha / r.** Adam moves every entry of B by about the learning rate, whatever the size of its
-gradient. B A x is a sum over r directions, all pushed to lower the same loss, so it grows like r.
-Divided by r, one learning rate serves every rank; it should be ten times that of full training, or more.
+**Why alpha / r.** Adam moves every entry of B by about the learning rate. B A x is a sum over r
+directions, all pushed to lower the same loss, so it grows like r. Divided by r, one learning rate serves
+every rank; it should be ten times that of full training, or more.
 
-**What is merged.** Sampling and training compute the equation as it stands, with the same A and B, so
-the policy that samples is the policy that learns. (Adding a small dW to a W in bf16 would round most
-of it away.) Only a checkpoint's copy for other tools holds W + (alpha / r) B A; `adapter/`, a folder of
-its own, holds the adapter alone in PEFT's layout (transformers adds one that it finds beside a model).
+**Merging.** Sampling and training compute the equation as it stands (adding a small dW to a W in bf16
+would round most of it away). Only a checkpoint's copy for other tools holds W + (alpha / r) B A;
+`adapter/`, a folder of its own, holds the adapter alone in PEFT's layout (transformers adds one that it
+finds beside a model).
 
 The paper trains all weights; this is for GPUs that cannot hold the optimiser's state.
 """
@@ -42,11 +42,8 @@ NAMES = ("lora_A", "lora_B")
 
 
 def adapt(policy: Policy, rank: int, alpha: float) -> None:
-    """Freeze every weight and put an adapter on each projection of the decoder.
-
-    Before sharding: A and B are then split like all weights. They are fp32, and without values until
-    `initialise`.
-    """
+    """Freeze every weight and put an adapter, in fp32, on each projection of the decoder; before sharding,
+    so that A and B are split like all weights. `initialise` gives them values."""
     policy.requires_grad_(False)
     for name, module in policy.text_model.layers.named_modules():
         if isinstance(module, nn.Linear) and name.endswith("_proj"):
@@ -89,29 +86,22 @@ def merged(projection: nn.Linear) -> torch.Tensor:
     return W + projection.lora_scale * (B @ A)
 
 
-def adapter_weights(policy: Policy) -> dict[str, torch.Tensor]:
-    """A and B under PEFT's names, whole and on the CPU. Every rank must ask."""
-    parts = {(name, part): getattr(m, part) for name, m in adapted(policy).items() for part in NAMES}
-    whole = {key: parallel.whole(x.detach()).cpu().contiguous() for key, x in parts.items()}
-    return {f"base_model.model.{name}.{part}.weight": x for (name, part), x in whole.items()}
-
-
-def save_adapter(policy: Policy, weights: dict, base: str, directory: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors: PEFT's `from_pretrained` loads them onto `base`."""
-    modules = adapted(policy)
-    projection = next(iter(modules.values()))
-    rank = projection.lora_A.shape[0]
+def save_adapter(policy: Policy, base: str, directory: Path) -> None:
+    """The adapters, if there are any, as PEFT's `from_pretrained` loads them onto `base`. All ranks must ask;
+    rank 0 writes."""
+    modules, weights = adapted(policy), {}
+    for name, module in modules.items():
+        for part in NAMES:
+            whole = parallel.whole(getattr(module, part).detach()).cpu().contiguous()
+            weights[f"base_model.model.{name}.{part}.weight"] = whole
+    if not modules or parallel.rank() > 0:
+        return
+    rank = module.lora_A.shape[0]
+    # Targets by their whole names: the vision tower has projections of the same short names.
     config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": base,
-        "task_type": None,
-        "r": rank,
-        "lora_alpha": rank * projection.lora_scale,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        # By their whole names: the vision tower has projections of the same short names.
-        "target_modules": sorted(modules),
-    }
+        "peft_type": "LORA", "base_model_name_or_path": base, "task_type": None, "bias": "none", "r": rank,
+        "lora_alpha": rank * module.lora_scale, "lora_dropout": 0.0, "target_modules": sorted(modules),
+    }  # fmt: skip
     directory.mkdir()
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=1))
     save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})

@@ -1,8 +1,7 @@
 """The policy: a Qwen vision-language model, and the log-probability of what it said.
 
-G responses to one question share a prompt that is mostly image tokens, so one row holds the group as a
-tree (tree.py): the vision tower and the prompt run once per group, forward and backward, and the
-log-probabilities are those of G separate rows (tests/test_model.py holds them to 1e-5).
+One row holds a group as a tree (tree.py): the vision tower and the prompt run once per group, forward and
+backward, and the log-probabilities are those of G separate rows (tests/test_model.py holds them to 1e-5).
 
 What we do differently from the released code: image, video and vision ids are banned, in sampling
 and in the log-probabilities, since a response that holds `<|image_pad|>` breaks the next forward
@@ -29,7 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from config import FAMILIES
-from data import BROKEN_IMAGE, MARKER, MIN_SIDE, Question, UserError, open_image, prompt_text, read_json
+from data import MARKER, MIN_SIDE, Question, UserError, open_image, prompt_text, read_json
 from grpo import token_logprobs
 from rethink import second_start
 from tree import Trees, build_trees, pack_pictures, pad_rows, tree_attention, vision_layout
@@ -38,8 +37,6 @@ from tree import Trees, build_trees, pack_pictures, pad_rows, tree_attention, vi
 transformers.utils.logging.disable_progress_bar()
 
 IMAGE_PAD = "<|image_pad|>"
-# Flags that bound a picture's size after resizing, by its area or by its visual tokens.
-BOUNDS = ("min_pixels", "max_pixels", "min_image_tokens", "max_image_tokens")
 
 
 @dataclass
@@ -162,11 +159,8 @@ class Policy(nn.Module):
             x = run(x, position_embeddings=angles, attention_mask=None, attend=attend)
             if i < len(deeper):
                 x = x + deeper[i]
-        return self.agreed(self.text_model.norm(x))
-
-    def agreed(self, x: torch.Tensor) -> torch.Tensor:
-        """The same on all ranks that sample one response together: the first one's."""
-        if self.sampling and self.slices:
+        x = self.text_model.norm(x)
+        if self.sampling and self.slices:  # to the bit the same on ranks that sample one response together
             torch.distributed.broadcast(x, group=self.slices.group, group_src=0)
         return x
 
@@ -244,10 +238,7 @@ def encode(policy: Policy, question: Question, template: str = "plain") -> Promp
     """Encode a question: chat template, pictures resized and patched, one IMAGE_PAD per visual token."""
     pixels, grid = None, torch.zeros(0, 3, dtype=torch.long)
     if question.images:
-        try:
-            images = [open_image(source) for source in question.images]
-        except BROKEN_IMAGE as error:
-            raise UserError(f"qid {question.id}: an image cannot be read ({error})") from None
+        images = [open_image(source) for source in question.images]
         features = policy.image_processor(images=images, return_tensors="pt")
         pixels, grid = features["pixel_values"], features["image_grid_thw"]
     pieces = chat_text(policy, question, template).split(IMAGE_PAD)
@@ -304,16 +295,22 @@ def find_checkpoint(path: str) -> Path:
         raise UserError(f"--model {path}: no such directory, and the hub gives no model ({reason})") from None
 
 
-def load_policy(path: str, dtype: torch.dtype = torch.float32, empty=False, **bounds: int) -> Policy:
+def load_policy(
+    path: str, dtype: torch.dtype = torch.float32, empty=False, min_pixels=0, max_pixels=0
+) -> Policy:
     """Load a Qwen-VL (one of FAMILIES) from a directory or a hub id, in the published layout.
 
-    empty   build it without weights, on the meta device, for `parallel.shard`
-    bounds  any of BOUNDS; 0: the checkpoint's own. Areas come before visual tokens
+    empty  build it without weights, on the meta device, for `parallel.shard`
+    min_pixels, max_pixels  bounds of a picture's area after resizing; 0: the checkpoint's own
     """
     directory = find_checkpoint(path)
     try:
         policy = read_policy(directory, dtype, empty)
-        bound_pictures(policy.image_processor, bounds)
+        size = policy.image_processor.size
+        size["shortest_edge"] = low = min_pixels or size["shortest_edge"]
+        size["longest_edge"] = high = max_pixels or size["longest_edge"]
+        if low > high:
+            raise UserError(f"--min_pixels {low} is more than --max_pixels {high}; change one")
         check_encoding(policy)
         return policy
     except Exception as error:  # noqa: BLE001, damaged files make transformers raise whatever comes
@@ -325,30 +322,12 @@ def load_policy(path: str, dtype: torch.dtype = torch.float32, empty=False, **bo
         raise UserError(f"--model {path}: {reason}") from None
 
 
-def bound_pictures(processor, bounds: dict[str, int]) -> None:
-    """Set the least and the largest area of a picture after resizing."""
-    size, side = processor.size, processor.patch_size * processor.merge_size  # of a visual token, in pixels
-    for end, edge in (("min", "shortest_edge"), ("max", "longest_edge")):
-        area = bounds.get(f"{end}_pixels") or bounds.get(f"{end}_image_tokens", 0) * side**2
-        size[edge] = area or size[edge]
-    if size["shortest_edge"] > size["longest_edge"]:
-        given = ", ".join(f"--{name} {value}" for name, value in bounds.items() if value)
-        low, high = (size[edge] // side**2 for edge in ("shortest_edge", "longest_edge"))
-        raise UserError(f"{given}: pictures of at least {low} visual tokens and at most {high}; change one")
-
-
 def read_policy(directory: Path, dtype: torch.dtype, empty: bool) -> Policy:
     """As `load_policy`; raises UserError, or whatever the files make others' code raise."""
-    if odd := [x.name for x in directory.iterdir() if not (x.is_file() or x.is_dir())]:
-        raise UserError(f"{odd[0]} is not a file")  # a pipe would be waited for
     code = {"trust_remote_code": False}  # else a config.json could have code run that lies beside it
     config = AutoConfig.from_pretrained(directory, **code)
-    known = f"this code trains {', '.join(FAMILIES)}"
-    if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        why = "its linear attention has one state per row, which the responses of a tree cannot share"
-        raise UserError(f"a {config.model_type!r} model; {why}; {known}")
     if config.model_type not in FAMILIES:
-        raise UserError(f"a {config.model_type!r} model; {known}")
+        raise UserError(f"a {config.model_type!r} model; this code trains {', '.join(FAMILIES)}")
     tokenizer = AutoTokenizer.from_pretrained(directory, **code)
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(directory, **code)
     if empty:

@@ -24,7 +24,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -47,19 +46,22 @@ ended = threading.Event()  # set where this process leaves the others
 def start(precision: str = "auto") -> torch.device:
     """Join the other processes of torchrun, if any, and return this one's device."""
     ended.clear()
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    device, backend = own_device(), "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         end_with_parent()
         dist.init_process_group(backend, timeout=PATIENCE)
         threading.Thread(target=watch, daemon=True).start()
-    elif cuda or precision == "bf16":
+    elif device.type == "cuda" or precision == "bf16":
         # One rank shards over itself: fp32 weights with bf16 compute come by the same path.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def own_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
     return device
 
 
@@ -82,8 +84,8 @@ def end_with_parent() -> None:
 
 
 def leave(code: int) -> None:
-    """End the process. With other ranks, without C++'s clean-up: gloo's threads outlive their group, and one
-    that is still there would end the process by std::terminate after all work was done."""
+    """End the process; with other ranks without C++'s clean-up, in which gloo's threads, which outlive their
+    group, would call std::terminate after all work was done."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -160,10 +162,7 @@ def agree(action):
 
 def from_first(value):
     """Rank 0's value, on every rank."""
-    box = [value]
-    if world() > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return gather([value])[0]
 
 
 def barrier() -> None:
@@ -231,11 +230,14 @@ def optimizer(policy: Policy, lr: float, weight_decay: float) -> torch.optim.Ada
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
+def ranks_per_node() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def mesh_over(device_type: str, over: str):
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if over == "world" or world() <= local_ranks:
+    if over == "world" or world() <= ranks_per_node():
         return dist.init_device_mesh(device_type, (world(),), mesh_dim_names=("shards",))
-    shape = world() // local_ranks, local_ranks
+    shape = world() // ranks_per_node(), ranks_per_node()
     return dist.init_device_mesh(device_type, shape, mesh_dim_names=("copies", "shards"))
 
 
@@ -249,16 +251,9 @@ def shard_place(tensor: torch.Tensor) -> tuple[int, int]:
 
 def rows_of(parameter: torch.Tensor) -> tuple[int, int]:
     """Which rows [start, stop) of a parameter this rank holds: FSDP2 splits as torch.chunk does."""
-    index, count = shard_place(parameter)
-    size = parameter.shape[0] if parameter.ndim else 0
+    (index, count), size = shard_place(parameter), parameter.shape[0]
     per_rank = -(-size // count)
     return min(per_rank * index, size), min(per_rank * (index + 1), size)
-
-
-def shard_place_of(policy: Policy) -> tuple[int, int, int]:
-    """(part, parts, which copy of it) of this rank's share of a policy."""
-    index, count = shard_place(next(policy.parameters()))
-    return index, count, rank() // count
 
 
 # ---------------------------------------------------------------------------- sampling
@@ -275,9 +270,8 @@ class Slices:
 
 def slices(policy: Policy, parts: int) -> Slices | None:
     """Groups of `parts` ranks of a node; None for 1. Raises UserError where the model cannot be cut so."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if local_ranks % parts:
-        raise UserError(f"--tensor {parts} does not divide the {local_ranks} ranks of a node; lower it")
+    if ranks_per_node() % parts:
+        raise UserError(f"--tensor {parts} does not divide the {ranks_per_node()} ranks of a node; lower it")
     if parts == 1:
         return None
     config = policy.text_model.config
@@ -320,62 +314,32 @@ def cut(name: str, weight: torch.Tensor, policy: Policy) -> torch.Tensor:
     return weight
 
 
-def hold(layer: nn.Module, mine: dict[str, torch.Tensor], slices: Slices) -> list:
-    """Let a decoder layer compute with its slices and sum over the ranks. Returns what undoes it."""
-    undo = []
-
-    def over_ranks(module, inputs, output):
-        dist.all_reduce(output, group=slices.group)
-        return output
-
-    def put(place: dict, key: str, value) -> None:
-        undo.append(partial(place.__setitem__, key, place[key]))
-        place[key] = value
-
-    for name, tensor in mine.items():
-        module, _, kind = name.rpartition(".")
-        put(layer.get_submodule(module)._parameters, kind, nn.Parameter(tensor, requires_grad=False))
-    config = layer.self_attn.config
-    groups = config.num_attention_heads // max(config.num_key_value_heads, slices.parts)
-    put(vars(layer.self_attn), "num_key_value_groups", groups)
-    for module in (layer.self_attn.o_proj, layer.mlp):
-        undo.append(module.register_forward_hook(over_ranks).remove)
-    return undo
-
-
-def keep_slice(policy: Policy, name: str, weight: torch.Tensor) -> None:
-    """Put this rank's slice of a parameter in the place of one without memory, for good."""
-    if name.startswith("model.language_model.layers."):
-        weight = cut(name, weight, policy)
-    module, _, kind = name.rpartition(".")
-    parameters = policy.model.get_submodule(module)._parameters
-    weight = weight.to(policy.device, parameters[kind].dtype, copy=True)
-    parameters[kind] = nn.Parameter(weight, requires_grad=False)
-
-
-def finish_slices(policy: Policy) -> Policy:
-    """Make a policy whose parameters are all kept so ready to sample with."""
-    for layer in policy.text_model.layers:
-        hold(layer, {}, policy.slices)
-    fill_buffers(policy, policy.device)
-    policy.sampling = True
-    return policy
-
-
 @contextlib.contextmanager
 def in_slices(policy: Policy):
-    """Inside, decoder layers hold this rank's slices, each gathered once to be cut."""
-    undo = []
-    try:
+    """Inside, decoder layers hold this rank's slices, each gathered once to be cut, and sum over ranks."""
+    config, parts = policy.text_model.config, policy.slices.parts
+    groups = config.num_attention_heads // max(config.num_key_value_heads, parts)
+    with contextlib.ExitStack() as undo:
+
+        def put(place: dict, key: str, value) -> None:
+            undo.callback(place.__setitem__, key, place[key])
+            place[key] = value
+
+        def over_ranks(module, inputs, output):
+            dist.all_reduce(output, group=policy.slices.group)
+            return output
+
         for layer in policy.text_model.layers:
             layer.unshard()
             mine = {n: cut(n, p.detach(), policy).clone() for n, p in layer.named_parameters()}
             layer.reshard()
-            undo += hold(layer, mine, policy.slices)
+            for name, tensor in mine.items():
+                module, _, kind = name.rpartition(".")
+                put(layer.get_submodule(module)._parameters, kind, nn.Parameter(tensor, requires_grad=False))
+            put(vars(layer.self_attn), "num_key_value_groups", groups)
+            for module in (layer.self_attn.o_proj, layer.mlp):
+                undo.callback(module.register_forward_hook(over_ranks).remove)
         yield
-    finally:
-        for action in undo:
-            action()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import re
 import runpy
 import shutil
 import signal
@@ -28,8 +27,8 @@ import parallel
 import record
 import toy
 from config import SIZE, Config, sources
-from data import Question, UserError, check_images, load_questions, printable, read_json
-from model import BOUNDS, Policy, Sample, find_checkpoint, load_policy, prompt_length
+from data import Question, UserError, check_images, load_questions, printable
+from model import Policy, Sample, find_checkpoint, load_policy, prompt_length
 from record import lock_folder
 from rethink import Rethinking
 from ssr import ReplayBuffer
@@ -81,11 +80,11 @@ def prepare(config: Config, grade: Grade | None = None, buffer: ReplayBuffer | N
     # Before the model is loaded, which takes minutes.
     pictures = check_pictures(questions + heldout) if questions else {}
     model = model_path(config)
-    parallel.agree(lambda: find_checkpoint(model))
-    checkpoint.check_model(model)
+    directory = parallel.agree(lambda: find_checkpoint(model))
+    checkpoint.check_model(directory)
     empty = torch.distributed.is_initialized()  # then each rank reads its own part of the weights
-    bounds = {name: getattr(config, name) for name in BOUNDS}
-    policy = parallel.agree(lambda: load_policy(model, empty=empty, **bounds))
+    areas = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    policy = parallel.agree(lambda: load_policy(str(directory), empty=empty, **areas))
     if questions is not None:
         questions = drop_long_prompts(config, policy, questions, pictures)
         heldout = drop_long_prompts(config, policy, heldout, pictures)
@@ -101,7 +100,7 @@ def prepare(config: Config, grade: Grade | None = None, buffer: ReplayBuffer | N
     policy.cuda_graphs = config.cuda_graphs
     parallel.agree(lambda: check_room(out, policy, config.keep_last + 1))
     if empty:
-        parallel.agree(lambda: checkpoint.load_weights(find_checkpoint(model), policy))
+        parallel.agree(lambda: checkpoint.load_weights(directory, policy))
     lora.initialise(policy, config.seed)
     optimizer = parallel.optimizer(policy, config.lr, config.weight_decay)
     total = config.steps or config.passes * len(questions) * config.group_size // config.batch_size
@@ -130,7 +129,7 @@ def own_reward(config: Config, grade: Grade | None) -> Grade | None:
     def guarded(text: str, question: Question) -> float:
         try:
             value = float(grade(text, question))
-        except (Exception, SystemExit) as error:  # whatever the user's function does wrong
+        except Exception as error:  # whatever the user's function does wrong
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{at.filename}:{at.lineno}, question {question.id}"
             raise UserError(f"--reward {config.reward}: {type(error).__name__}: {error} ({where})") from error
@@ -152,7 +151,7 @@ def load_reward(place: str) -> Grade | None:
     sys.path.insert(0, folder)  # for what the file imports
     try:
         grade = runpy.run_path(path).get(name)
-    except (Exception, SystemExit) as error:  # noqa: BLE001, whatever the user's file does wrong
+    except Exception as error:  # noqa: BLE001, whatever the user's file does wrong
         raise UserError(f"--reward {place}: {type(error).__name__}: {error}") from None
     finally:
         sys.path.remove(folder)
@@ -175,35 +174,25 @@ def is_taken(out: Path) -> bool:
     return (out / "metrics.jsonl").exists() or bool(checkpoint.list_checkpoints(out))
 
 
-def default_folder(config: Config) -> Path:
-    """runs/PRESET, numbered if taken; to resume, the newest of these with the same --data."""
-    out = Path("runs", config.preset)
-    if not config.resume:
-        numbered = itertools.chain([out], (Path(f"{out}-{number}") for number in itertools.count(2)))
-        return next(folder for folder in numbered if not is_taken(folder))
-    runs = [path.parent for path in out.parent.glob("*/config.json") if is_taken(path.parent)]
-    runs = [run for run in runs if re.fullmatch(rf"{config.preset}(-[0-9]+)?", run.name)]
-    same = [run for run in runs if read_json(run / "config.json").get("data") == config.data]
-    return max(same, key=lambda run: run.stat().st_mtime, default=out)
-
-
 def run_folder(config: Config) -> tuple[Path, TextIO | None]:
-    """The run's directory, writable and not another run's, and the lock on it. Rank 0 chooses."""
+    """The run's directory, writable and not another run's, and the lock on it. Rank 0 chooses: by default
+    runs/PRESET, numbered if taken."""
 
-    def choose():
+    def choose() -> tuple[Path | None, TextIO | None]:
         if parallel.rank() > 0:
             return None, None
-        out = Path(config.out) if config.out else default_folder(config)
+        if config.resume and not config.out:
+            raise UserError("--resume: give the run's folder too, as --out")
+        names = itertools.chain([config.preset], (f"{config.preset}-{n}" for n in itertools.count(2)))
+        numbered = (Path("runs", name) for name in names)
+        out = Path(config.out) if config.out else next(folder for folder in numbered if not is_taken(folder))
         if is_taken(out) and not config.resume:
             raise UserError(f"--out {out}: holds a run already; add --resume or choose another")
         try:
             out.mkdir(parents=True, exist_ok=True)
-            lock = lock_folder(out)
-            if not is_taken(out):  # a resumed run's is written once resuming has succeeded
-                record.write_config(out, config)
+            return out, lock_folder(out)
         except OSError as error:
             raise checkpoint.explain_os_error(error, out) from None
-        return out, lock
 
     out, lock = parallel.agree(choose)
     return Path(parallel.from_first(out)), lock
@@ -285,7 +274,7 @@ def drop_long_prompts(config: Config, policy: Policy, questions: list[Question],
         counts = f"{len(too_long)} of {len(questions)}"
         say(f"dropped {counts} questions: prompts over --max_prompt_tokens {limit}")
     if questions and len(too_long) == len(questions):
-        how = "raise it or lower --max_image_tokens"
+        how = "raise it or lower --max_pixels"
         raise UserError(f"--max_prompt_tokens {limit}: every prompt is longer; {how}")
     return [q for q in questions if q.id not in too_long]
 

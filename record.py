@@ -1,5 +1,4 @@
-"""What a run writes: metrics, rollouts, held-out answers and when it was started, as JSON lines; and
-tensorboard's events where that is installed."""
+"""What a run writes, as JSON lines: metrics, rollouts, held-out answers, and when it was started."""
 
 import base64
 import datetime
@@ -10,16 +9,13 @@ import json
 import math
 import os
 import shlex
-import shutil
 import socket
 import zlib
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
-from data import NUMBER, UserError, open_image, parse_json, read_bytes, read_jsonl
+from data import NUMBER, UserError, open_image, read_jsonl
 from rethink import OUTCOMES
 from ssr import effective_sample_size
 
@@ -68,40 +64,24 @@ class Recorder:
     """Appends to OUT's files; off rank 0 it does nothing, so that the loop needs no `if`."""
 
     def __init__(self, out: Path, active: bool, resume_step: int | None = None):
-        self.out, self.active, self.board = out, active, None
+        self.out, self.active = out, active
         self.measured = -1  # the last step with a held-out accuracy
-        if not active:
-            return
-        for name in ("metrics.jsonl", "samples.jsonl", "heldout.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "heldout.jsonl") if active else ():
             for row in forget_after(out / name, -1 if resume_step is None else resume_step):
                 if "heldout_accuracy" in row:
                     self.measured = max(self.measured, row["step"])
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(out))
-        except ImportError:
-            pass  # optional: metrics.jsonl has the same numbers
 
     def start(self, step: int, argv: list[str], ranks: int) -> None:
         """One line of starts.jsonl per start or resumption: when, and with which command line."""
-        if self.active:
-            date = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
-            command = shlex.join(["train.py", *argv]) + (f" ({ranks} ranks)" if ranks > 1 else "")
-            self.append("starts.jsonl", {"step": step, "date": date, "command": command})
+        date = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+        command = shlex.join(["train.py", *argv]) + (f" ({ranks} ranks)" if ranks > 1 else "")
+        self.append("starts.jsonl", {"step": step, "date": date, "command": command})
 
     def metrics(self, row: dict) -> None:
         """One line of metrics.jsonl. Floats are written exactly: a resumed run can be compared."""
-        if not self.active:
-            return
         # JSON has no nan: what is not finite is null.
         odd = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-        row = {name: None if name in odd else value for name, value in row.items()}
-        self.append("metrics.jsonl", row)
-        if self.board:
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self.board.add_scalar(name, value, row["step"])
+        self.append("metrics.jsonl", {k: None if k in odd else v for k, v in row.items()})
 
     def samples(self, step: int, groups: list, tokenizer) -> None:
         """Rollouts to look at: question, picture and every response of these groups."""
@@ -116,9 +96,7 @@ class Recorder:
         The questions and their pictures are written once, before the first answers.
         """
         self.metrics(row)
-        if not self.active:
-            return
-        path, kept = self.out / "heldout.jsonl", questions[:HELDOUT_KEPT]
+        path, kept = self.out / "heldout.jsonl", questions[:HELDOUT_KEPT] if self.active else []
         if not path.exists() or path.stat().st_size == 0:
             for question in kept:
                 self.append(path.name, {"step": row["step"], "question": show_question(question)})
@@ -129,8 +107,6 @@ class Recorder:
 
     def summary(self, step: int, total: int, saved: list[Path]) -> str:
         """The last line of a run: what was learnt, where it is, and how to go on."""
-        if self.board:
-            self.board.flush()
         rows = [row for _, row in read_jsonl(self.out / "metrics.jsonl", LINE)]
         heldout = [row["heldout_accuracy"] for row in rows if "heldout_accuracy" in row]
         learnt = f"held-out accuracy {heldout[0]:.2f} -> {heldout[-1]:.2f}; " if heldout else ""
@@ -141,8 +117,9 @@ class Recorder:
         return f"{step} steps; {learnt}{where}"
 
     def append(self, name: str, row: dict) -> None:
-        with open(self.out / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.active:
+            with open(self.out / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def write_config(out: Path, config) -> None:
@@ -200,29 +177,12 @@ def heldout_metrics(run, counts: Counter) -> dict:
 
 
 def forget_after(path: Path, step: int) -> list[dict]:
-    """Drop the lines of later steps: the run that is resumed writes them again. Returns what is kept.
-
-    The last line may have been cut by a kill. Where another cannot be read, a copy of the file is kept.
-    """
+    """Drop the lines of later steps, which the run that is resumed writes again, and one that a kill has cut.
+    Returns what is kept."""
     if not path.exists():
         return []
-    kept, rows, damaged = [], [], []
-    lines = read_bytes(path).splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            row = parse_json(line, f"{path}:{number}", LINE)
-        except UserError:
-            damaged.append(number)
-            continue
-        if row["step"] <= step:
-            kept.append(line.decode().rstrip("\n") + "\n")
-            rows.append(row)
-    if damaged and damaged != [len(lines)]:
-        names = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count(1))
-        copy = shutil.copyfile(path, next(name for name in names if not name.exists()))
-        numbers = ", ".join(map(str, damaged))
-        tqdm.write(f"{path}: lines that cannot be read are left out: {numbers}; kept in {copy}")
-    write_atomically(path, "".join(kept))
+    rows = [row for _, row in read_jsonl(path, LINE, growing=True) if row["step"] <= step]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

@@ -118,7 +118,7 @@ def recipe_flags(folder: Path, quick: bool) -> list[str]:
                "--episode_queries": 16, "--heldout": 0, "--steps": 1}  # fmt: skip
     if quick:
         changes |= {"--episode_queries": 4, "--batch_size": 32, "--max_new_tokens": 8,
-                    "--min_image_tokens": 1, "--max_image_tokens": 10}  # fmt: skip
+                    "--min_pixels": 28 * 28, "--max_pixels": 280 * 28}  # fmt: skip
     for name, value in changes.items():
         if name in flags:
             flags[flags.index(name) + 1] = str(value)

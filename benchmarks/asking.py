@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from benchmarks import scores
 from benchmarks.readers import Item
+from config import MAX_PIXELS, MIN_PIXELS
 from data import UserError, check_images, read_json, read_jsonl
 from record import seal, write_atomically
 
@@ -33,10 +34,7 @@ AGAIN = {"response": str, "finish": str, "tokens": int, "trigger": str}
 ANSWER = {"id": str, "response": str, "finish": str, "tokens": int, "sample?": int, "again?": AGAIN}
 
 # How a policy is asked where no flag says otherwise; 0 are the checkpoint's own bounds of a picture.
-PAPER = {
-    "template": "plain", "max_new_tokens": 8192, "min_image_tokens": 256, "max_image_tokens": 1280,
-    "min_pixels": 0, "max_pixels": 0,
-}  # fmt: skip
+PAPER = {"template": "plain", "max_new_tokens": 8192, "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
 TOY = dict.fromkeys(PAPER, 0) | {"template": "bare", "max_new_tokens": 64}
 
 
@@ -128,23 +126,22 @@ def bring_policy(settings: dict, tensor: int):
 
     import checkpoint
     import parallel
-    from model import BOUNDS, find_checkpoint, load_policy
+    from model import find_checkpoint, load_policy
 
     if WORLD > 1:
         parallel.end_with_parent()
-    checkpoint.check_model(settings["model"])
-    device, dtype = torch.device("cpu"), torch.float32
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        dtype = torch.bfloat16
-    bounds = {name: settings[name] for name in BOUNDS}
+    directory = find_checkpoint(settings["model"])
+    checkpoint.check_model(directory)
+    device = parallel.own_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    areas = {name: settings[name] for name in ("min_pixels", "max_pixels")}
     if tensor == 1:
-        return load_policy(settings["model"], dtype, **bounds).to(device)
-    policy = load_policy(settings["model"], dtype, empty=True, **bounds)
-    policy.compute_device, policy.slices = device, parallel.slices(policy, tensor)
-    checkpoint.load_weights(find_checkpoint(settings["model"]), policy)
-    return parallel.finish_slices(policy)
+        return load_policy(str(directory), dtype, **areas).to(device)
+    policy = load_policy(str(directory), dtype, empty=True, **areas).requires_grad_(False)
+    policy.slices = parallel.slices(policy, tensor)
+    policy = parallel.shard(policy, device)
+    checkpoint.load_weights(directory, policy)
+    return policy
 
 
 def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
@@ -192,6 +189,7 @@ def respond(policy, items: list[Item], settings: dict, rows: int, finished) -> N
     import torch
 
     from model import encode
+    from parallel import weights_to_sample
     from rethink import Rethinking, extender
     from rollout import generate, question_keys
 
@@ -203,10 +201,11 @@ def respond(policy, items: list[Item], settings: dict, rows: int, finished) -> N
     rethinking = Rethinking(float(settings["force_rethink"]), max_tokens=length)
     extend = extender(rethinking, policy.tokenizer, None, length, keys)
     try:
-        generate(policy, prompts, count, length, settings["temperature"], keys, extend, rows, finished)
+        with weights_to_sample(policy):
+            generate(policy, prompts, count, length, settings["temperature"], keys, extend, rows, finished)
     except torch.OutOfMemoryError:
         raise UserError(
-            f"out of memory with --rows {rows}: lower it, or --max_image_tokens; what is done is kept"
+            f"out of memory with --rows {rows}: lower it, or --max_pixels; what is done is kept"
         ) from None
 
 

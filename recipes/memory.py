@@ -104,7 +104,7 @@ def most_pages(policy: Policy, c: Config, G: int, rows: int, prompt: int) -> tup
 def sampling(policy: Policy, c: Config, G: int, rows: int) -> int:
     """Bytes beside weights and moments: keys and values, and the larger of a prefill and a decoding step."""
     text = policy.text_model.config
-    cache, *pages = most_pages(policy, c, G, rows, c.max_image_tokens + TEXT)
+    cache, *pages = most_pages(policy, c, G, rows, c.max_pixels // 28**2 + TEXT)
     stores = cache.prompts, cache.responses
     sizes = [sum(x.nbytes for x in (*store.k, *store.v)) for store in stores]  # of a page
     prefill = sizes[1] // cache.responses.size * PREFILL_TOKENS  # until they are in pages

@@ -35,7 +35,7 @@ import toy
 import train
 from checkpoint import list_checkpoints, pack_sample, rows_from, unpack_sample
 from model import Sample, encode
-from record import forget_after, write_atomically
+from record import write_atomically
 
 # Two episodes of four steps with both ideas of the paper.
 BOTH = {"steps": 8, "batch_size": 8, "rethink_fraction": 0.5, "save_every": 3, "keep_last": 9}
@@ -71,11 +71,7 @@ def assert_same_run(out: Path, whole: Path) -> None:
     last, expected = (list_checkpoints(path)[-1] for path in (out, whole))
     assert last.name == expected.name
     assert same_tensors(weights_of(last), weights_of(expected))
-    assert samples_of(out) == samples_of(whole)
-
-
-def samples_of(out: Path) -> list:
-    return read_jsonl(out / "samples.jsonl")
+    assert read_jsonl(out / "samples.jsonl") == read_jsonl(whole / "samples.jsonl")
 
 
 # ---------------------------------------------------------------------------- resuming exactly
@@ -89,8 +85,8 @@ def test_the_run_that_is_interrupted_has_something_to_lose(whole):
     assert any(row["replayed"] > 0 for row in steps_of(whole)[3:])
 
 
-@pytest.mark.parametrize("step", [4, 6], ids=["between_episodes", "within_an_episode"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(("step", "number"), [(4, signal.SIGTERM), (6, signal.SIGINT)],
+                         ids=["between_episodes", "within_an_episode"])  # fmt: skip
 def test_a_signal_ends_the_step_and_saves_and_resuming_is_exact(
     base, whole, tmp_path, monkeypatch, capsys, step, number
 ):
@@ -101,11 +97,9 @@ def test_a_signal_ends_the_step_and_saves_and_resuming_is_exact(
     captured = capsys.readouterr()
     assert "finishing this step, then saving" in captured.err
     last = captured.out.splitlines()[-1]
-    assert last.startswith(f"stopped after step {step} of 8")
     assert f"checkpoint-{step}" in last and f"--resume --out {tmp_path}" in last
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert len(steps_of(tmp_path)) == step
-    assert list_checkpoints(tmp_path)[-1].name == f"checkpoint-{step}"
     run_training(base, tmp_path, **BOTH, resume="true")
     assert_same_run(tmp_path, whole)
 
@@ -121,24 +115,18 @@ def test_a_second_ctrl_c_stops_at_once(base, tmp_path, monkeypatch, capsys):
     assert len(steps_of(tmp_path)) == 1
 
 
-def flip(path: Path, place: int) -> None:
-    """One bit, as a disk does it."""
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    "name", ["trainer.json", "samples.json", "state-0-of-1.safetensors", "tokenizer.json"]
-)
+@pytest.mark.parametrize("name", ["samples.json", "state-0-of-1.safetensors"])
 def test_a_bit_that_flipped_is_found_and_the_checkpoint_before_offered(base, whole, tmp_path, capsys, name):
     out = shutil.copytree(whole, tmp_path / "copy")
-    flip(out / "checkpoint-8" / name, -10)
+    path = out / "checkpoint-8" / name
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
     line = refused(capsys, base, out)
-    assert str(out / "checkpoint-8" / name) in line and line.endswith("go on from checkpoint-6")
+    assert str(path) in line and line.endswith("go on from checkpoint-6")
     shutil.rmtree(out / "checkpoint-8")
     run_training(base, out, **BOTH, resume="true")
-    assert_same_run(out, whole)
+    assert_same_run(out, whole)  # the lines of later steps were forgotten
 
 
 def refused(capsys, base, out: Path, **changes) -> str:
@@ -161,11 +149,13 @@ def sign(directory: Path) -> None:
         ("trainer.json", lambda found: {k: v for k, v in found.items() if k != "draws"}),
         ("trainer.json", lambda found: [found]),
         ("samples.json", lambda found: {"fresh": 5, "buffer": []}),
-        ("samples.json", lambda found: {**found, "fresh": [r | {"mask": r["mask"][1:]} for r in found["fresh"]]}),
+        ("samples.json", lambda found: {**found, "fresh": [r | {"shiny": 1} for r in found["fresh"]]}),
     ],
-    ids=["lacks_a_key", "a_list", "no_rows", "lengths_differ"],
+    ids=["lacks_a_key", "a_list", "no_rows", "an_unknown_key"],
 )  # fmt: skip
-def test_a_checkpoint_of_wrong_types_is_named_with_what_to_do(base, whole, tmp_path, capsys, name, damage):
+def test_a_checkpoint_of_another_version_is_named_with_what_to_do(
+    base, whole, tmp_path, capsys, name, damage
+):
     out = shutil.copytree(whole, tmp_path / "copy")
     shutil.rmtree(out / "checkpoint-8")
     path = out / "checkpoint-6" / name
@@ -198,32 +188,15 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(base, whole,
     assert not list(tmp_path.glob("unfinished-*"))
 
 
-def test_resuming_from_an_earlier_checkpoint_forgets_the_later_lines(base, whole, tmp_path):
-    out = shutil.copytree(whole, tmp_path / "copy")
-    for step in (6, 8):
-        shutil.rmtree(out / f"checkpoint-{step}")
-    run_training(base, out, **BOTH, resume="true")
-    assert_same_run(out, whole)
-
-
-def test_a_finished_run_goes_on_when_it_is_given_more_steps(base, whole, tmp_path):
+def test_a_finished_run_goes_on_when_it_is_given_more_steps_and_changed_flags_are_noted(
+    base, whole, tmp_path, capsys
+):
     out = shutil.copytree(whole, tmp_path / "copy")
     run_training(base, out, **BOTH, resume="true")  # nothing is left to do
     assert_same_run(out, whole)
-    run_training(base, out, **BOTH | {"steps": 10}, resume="true")
+    run_training(base, out, **BOTH | {"steps": 10, "lr": 2e-3, "ssr": "filter"}, resume="true")
     assert [row["step"] for row in steps_of(out)] == list(range(1, 11))
     assert steps_of(out)[:8] == steps_of(whole)
-
-
-def test_resuming_where_nothing_is_yet_starts_anew(base, tmp_path):
-    run_training(base, tmp_path, resume="true")
-    assert len(steps_of(tmp_path)) == 4
-
-
-def test_flags_that_changed_since_are_noted(base, whole, tmp_path, capsys):
-    out = shutil.copytree(whole, tmp_path / "copy")
-    changed = BOTH | {"steps": 9, "lr": 2e-3, "ssr": "filter", "resume": "true"}
-    run_training(base, out, **changed)
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
     assert notes == ["note: flags changed since: lr, ssr"]
 
@@ -276,7 +249,7 @@ def test_data_or_a_prompt_that_changed_within_an_episode_is_refused_and_config_j
         assert f"the questions of {data}" in line and "resume with the same ones" in line
         assert (out / "config.json").read_text() == config
     write(rows)
-    assert "changed within an episode" in refused(capsys, base, out, **settings, template="plain")
+    assert "--template was 'rethink'" in refused(capsys, base, out, **settings, template="plain")
     run_training(base, out, **settings, resume="true")
 
 
@@ -295,18 +268,21 @@ def test_a_measurement_that_was_due_at_an_interruption_is_made_when_resuming(bas
 
 def test_other_data_and_fewer_steps_than_are_done_are_refused(base, whole, tmp_path, capsys):
     out = shutil.copytree(whole, tmp_path / "copy")
-    assert "--toy_level easy" in refused(capsys, base, out, toy_level="hard", steps=9)
+    assert "--toy_level was 'easy'" in refused(capsys, base, out, toy_level="hard", steps=9)
     assert "--steps 5" in refused(capsys, base, out, steps=5) and len(steps_of(out)) == 8
 
 
 # ---------------------------------------------------------------------------- what a checkpoint is
 
 
-def test_the_last_checkpoints_are_kept(base, tmp_path):
+def test_the_last_checkpoints_are_kept_and_what_others_put_beside_them(base, tmp_path):
+    names = ("checkpoint-best-1", "checkpoint-old-99", "checkpoint-\u00b2", "checkpoint-2.bak")
+    for name in names:
+        (tmp_path / name).mkdir()
     run_training(base, tmp_path, steps=11, save_every=3, keep_last=2, heldout=0)
     # By number: 11 comes after 9.
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-11"]
-    assert not list(tmp_path.glob("unfinished-*"))
+    assert not list(tmp_path.glob("unfinished-*")) and all((tmp_path / name).is_dir() for name in names)
 
 
 def test_a_checkpoint_loads_by_transformers_with_no_key_missing_or_left(whole):
@@ -324,9 +300,6 @@ def test_a_checkpoint_is_a_model_to_train_on(whole, tmp_path):
 
 
 def test_nothing_is_pickled(base, whole, tmp_path, monkeypatch):
-    names = {p.suffix for p in (whole / "checkpoint-8").iterdir()}
-    assert names == {".json", ".jinja", ".safetensors", ""}  # SHA256SUMS
-
     def refuse(*args, **kwargs):
         raise AssertionError("unpickled")
 
@@ -348,16 +321,6 @@ def test_a_checkpoint_that_lacks_a_part_or_is_another_model_s_is_named(base, who
     save_file(tensors, state)
     sign(state.parent)
     assert "another model" in refused(capsys, base, out)
-
-
-def test_what_others_put_beside_checkpoints_is_neither_removed_nor_resumed(base, tmp_path):
-    names = ("checkpoint-best-1", "checkpoint-old-99", "checkpoint-\u00b2", "checkpoint-2.bak")
-    for name in names:
-        (tmp_path / name).mkdir()
-    run_training(base, tmp_path, steps=4, save_every=1, keep_last=1, heldout=0)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-4"]
-    assert all((tmp_path / name).is_dir() for name in names)
-    run_training(base, tmp_path, steps=5, heldout=0, resume="true")
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(base, tmp_path, capsys):
@@ -397,18 +360,6 @@ def test_a_run_whose_last_gradient_is_not_finite_is_saved_and_ruined_weights_are
     assert [p.name for p in list_checkpoints(tmp_path / "ruined")] == ["checkpoint-2"]
 
 
-def test_lines_that_cannot_be_read_are_kept_in_a_copy(tmp_path, capsys):
-    path = tmp_path / "metrics.jsonl"
-    lines = ['{"step": 1}\n', '{"step": "2"}\n', "\x00\n", '{"step": 3}\n', '{"step": 4}\n', '{"st']
-    path.write_text("".join(lines))
-    assert [row["step"] for row in forget_after(path, 3)] == [1, 3]
-    assert path.read_text() == lines[0] + lines[3]
-    assert (tmp_path / "metrics.jsonl.damaged-1").read_text() == "".join(lines)
-    assert "2, 3, 6" in capsys.readouterr().out
-    path.write_text(lines[0] + lines[-1])  # cut by a kill: no damage
-    assert len(forget_after(path, 3)) == 1 and not (tmp_path / "metrics.jsonl.damaged-2").exists()
-
-
 # ---------------------------------------------------------------------------- its parts
 
 
@@ -424,8 +375,7 @@ def test_a_sample_survives_json_exactly():
     back = unpack_sample(row, {question.id: prompt})
     for name, value in vars(sample).items():
         if isinstance(value, torch.Tensor):
-            assert torch.equal(value, getattr(back, name))
-            assert value.dtype == getattr(back, name).dtype
+            assert torch.equal(value, getattr(back, name)) and value.dtype == getattr(back, name).dtype
         else:
             assert value is getattr(back, name) or value == getattr(back, name)
 
@@ -460,21 +410,18 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         with pytest.raises(OSError):
             write_atomically(path, "new")
     assert path.read_text() == "old"
-    write_atomically(path, "new")
-    assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
-def test_a_disk_that_fails_while_a_run_writes_is_one_line(base, tmp_path, monkeypatch, capsys, number):
-    real = checkpoint.save
+def test_a_disk_that_fails_while_a_run_writes_is_one_line(base, tmp_path, monkeypatch, capsys):
+    real = checkpoint.save_weights
 
-    def save(directory, *args):
-        if (directory / "checkpoint-2").exists():
-            raise OSError(number, os.strerror(number), str(directory / "unfinished-4"))
-        real(directory, *args)
+    def save_weights(directory, policy):
+        if directory.name == "unfinished-4":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+        real(directory, policy)
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "save_weights", save_weights)
     assert train.main(flags(base, tmp_path)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ") and os.strerror(number) in line and str(tmp_path) in line
+    assert line.startswith("error: ") and "No space left" in line and str(tmp_path) in line
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2"]

@@ -23,12 +23,6 @@ def test_every_field_is_a_flag_of_its_name_and_type():
         assert value == f.type(text) and type(value) is f.type, f.name
 
 
-def test_no_flag_is_the_toy():
-    config = parse([])
-    assert asdict(config) == asdict(Config())
-    assert (config.model, config.data, config.ssr) == ("toy", "toy", "replay")
-
-
 def test_presets_change_defaults_and_flags_change_presets():
     config = parse(["--preset", "7b", "--data", "file.parquet", "--lr", "3e-6"])
     assert config.model == "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -64,7 +58,7 @@ def test_the_large_presets_are_the_papers(name):
     config = parse(["--preset", name, "--data", "file.parquet"])
     assert (config.episode_queries, config.group_size, config.batch_size) == (1024, 8, 512)
     assert (config.max_new_tokens, config.lr, config.temperature) == (2048, 1e-6, 1.0)
-    assert (config.min_image_tokens, config.max_image_tokens) == (256, 1280)
+    assert (config.min_pixels, config.max_pixels) == (256 * 28 * 28, 1280 * 28 * 28)
     assert (config.steps, config.passes, config.template) == (0, 3, "plain")
     assert (config.clip_low, config.clip_high, config.gradient_checkpointing) == (0.2, 0.35, True)
     column = {"7b": "PassRate_7BBase", "72b": "PassRate_32BTrained"}[name]

@@ -16,7 +16,6 @@ from data import (
     load_questions,
     open_image,
     parse_choices,
-    place_markers,
     prompt_text,
 )
 from reward import reward
@@ -49,14 +48,6 @@ def test_the_templates_are_the_paper_s_to_the_character():
         "etc. Remember to put your final answer within \\boxed{}."
     )
     assert prompt_text(question, "bare") == "What is it?"
-
-
-def test_pictures_without_a_marker_come_first():
-    assert place_markers("a <image> b", 1) == "a <image> b"
-    assert place_markers("a <image> b", 3) == "<image><image>a <image> b"
-    assert place_markers("a", 0) == "a"
-    with pytest.raises(ValueError, match="2 <image> markers but 1 images"):
-        place_markers("<image><image>", 1)
 
 
 def test_choices_are_read_in_virl39k_s_form_and_in_others():
@@ -268,19 +259,14 @@ def write_csv(path: Path, rows) -> Path:
     return path
 
 
-def test_a_csv_and_a_folder_say_the_same_as_jsonl(tmp_path):
+def test_a_csv_says_the_same_as_jsonl(tmp_path):
     """Commas, quotes and line breaks within a cell, lists, an empty cell, a byte order mark."""
     rows = [*ROWS, row(qid="a-6", question='<image>"So, what?"', category=None)]
     want = load_questions(write_jsonl(tmp_path / "data.jsonl", rows), ("PassRate_7BBase", 0, 1))
     path = write_csv(tmp_path / "data.csv", rows)
     assert load_questions(path, ("PassRate_7BBase", 0, 1)) == want
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    (tmp_path / "data.jsonl").unlink()
-    (tmp_path / "a.png").write_bytes(b"")
-    assert load_questions(tmp_path, ("PassRate_7BBase", 0, 1)) == want
-    (tmp_path / "other.CSV").write_text("")
-    with pytest.raises(UserError, match="data.csv, other.CSV; name one"):
-        load_questions(tmp_path)
+    assert load_questions(path, ("PassRate_7BBase", 0, 1)) == want
 
 
 def test_pictures_inside_a_parquet_are_read(tmp_path):

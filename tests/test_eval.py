@@ -111,7 +111,7 @@ def test_the_papers_protocol_is_the_default():
     config = evaluation.parse(["--benchmark", "mathvista", "--model", "any/model"])
     made = asking.made_with(config, "mathvista")
     paper = {"temperature": 0, "samples": 1, "max_new_tokens": 8192, "template": "plain",
-             "min_image_tokens": 256, "max_image_tokens": 1280, "min_pixels": 0, "max_pixels": 0,
+             "min_pixels": 256 * 28 * 28, "max_pixels": 1280 * 28 * 28,
              "force_rethink": False}  # fmt: skip
     assert {key: made[key] for key in paper} == paper
     assert TEMPLATES["plain"].endswith("put your final answer within \\boxed{}.")

@@ -101,34 +101,13 @@ def test_gradient_checkpointing_changes_no_gradient(own_policy, policy, prompts)
     assert all(relative_difference(again[name], plain[name]) < 1e-6 for name in plain)
 
 
-def test_the_vocabulary_projection_equals_full_logits_without_the_banned_ids():
-    generator = torch.Generator().manual_seed(0)
-    K, V, D, banned, temperature = 23, 40, 8, [3, 17], 0.7
-    targets = torch.tensor([i for i in range(V) if i not in banned])[:K]
-    hidden, weight = (torch.randn(n, D, generator=generator, requires_grad=True) for n in (K, V))
-    scale = torch.randn(K, generator=generator)
-
-    logits = (hidden @ weight.T) / temperature
-    table = logits.masked_fill(torch.isin(torch.arange(V), torch.tensor(banned)), -torch.inf)
-    table = table.log_softmax(-1)
-    want = table.gather(1, targets[:, None])[:, 0]
-    (want * scale).sum().backward()
-    want_gradients = [hidden.grad.clone(), weight.grad.clone()]
-    hidden.grad = weight.grad = None
-
-    logprob, entropy = model.token_logprobs(hidden, weight, targets, banned, temperature)
-    (logprob * scale).sum().backward()
-    torch.testing.assert_close(logprob, want, atol=1e-5, rtol=0)
-    torch.testing.assert_close(entropy, torch.special.entr(table.exp()).sum(-1), atol=1e-5, rtol=0)
-    for got, wanted in zip((hidden.grad, weight.grad), want_gradients):
-        assert relative_difference(got, wanted) < 1e-5
-
-
-def test_in_bf16_logits_stay_in_fp32_and_so_does_the_sum_of_the_head_s_gradient(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_vocabulary_projection_and_its_gradients_equal_those_of_full_logits(monkeypatch, dtype):
     """43 chunks, logits of 16 to 32, where bf16 knows an eighth; against float64.
 
     With logits in bf16 and the gradient summed in bf16, the errors are 0.15 and 1 % here.
     """
+    temperature = 0.7
     monkeypatch.setattr(grpo, "CHUNK", 8)
     generator = torch.Generator().manual_seed(0)
     K, V, D = 43 * 8, 96, 64
@@ -143,17 +122,17 @@ def test_in_bf16_logits_stay_in_fp32_and_so_does_the_sum_of_the_head_s_gradient(
         return logprob.detach().double(), entropy, *(x.grad.double() for x in leaves)
 
     def exactly(hidden, weight):
-        table = (hidden @ weight[1:].T).log_softmax(-1)  # without the banned id 0
+        table = (hidden @ weight[1:].T / temperature).log_softmax(-1)  # without the banned id 0
         return table.gather(1, targets[:, None] - 1)[:, 0], torch.special.entr(table.exp()).sum(-1)
 
-    got = run(torch.bfloat16, lambda h, w: model.token_logprobs(h, w, targets, [0], 1.0))
+    got = run(dtype, lambda h, w: model.token_logprobs(h, w, targets, [0], temperature))
     want = run(torch.float64, exactly)
     logits = hidden.bfloat16().double() @ weight.bfloat16().double().T
     assert logits.abs().amax(-1).mean() > 16
     for a, b in zip(got[:2], want[:2]):
         torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=0)
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(got[2:], want[2:])]
-    assert max(errors) < 0.003, errors
+    assert max(errors) < (0.003 if dtype == torch.bfloat16 else 1e-5), errors
 
 
 def test_banned_ids_have_no_probability_and_leave_none_behind(policy, prompts):
@@ -260,26 +239,6 @@ def any_policy(request, policy):
     return policy if request.param == "tied" else untied(policy)
 
 
-def test_a_saved_policy_loads_with_no_missing_or_unexpected_key(any_policy, prompts, tmp_path):
-    save_policy(any_policy, tmp_path)
-    again, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values()), info
-    loaded = load_policy(str(tmp_path))
-    for prompt in prompts:
-        want = logits_of(any_policy, prompt)
-        assert torch.equal(logits_of(loaded, prompt), want)
-        inputs = hf_inputs(any_policy, prompt, prompt.input_ids)
-        with torch.no_grad():
-            torch.testing.assert_close(again(**inputs).logits, want, atol=1e-5, rtol=1e-5)
-        encoded = encode(loaded, prompt.question, "bare")
-        assert torch.equal(encoded.input_ids, prompt.input_ids)
-        if prompt.pixel_values is not None:
-            assert torch.equal(encoded.pixel_values, prompt.pixel_values)
-    assert loaded.banned_ids == any_policy.banned_ids
-    # Our way to attend is of this process alone: other tools know no such name.
-    assert '"carried"' not in (tmp_path / "config.json").read_text()
-
-
 def hub_key(name: str) -> str:
     """A parameter's name in the checkpoints on the hub, which transformers 4.49 wrote."""
     return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
@@ -359,12 +318,16 @@ def test_the_layout_of_the_hub_loads_to_the_same_logits_and_is_saved_so_that_it_
     save_policy(loaded, tmp_path / "saved")
     _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(info.values()), info
+    # Our way to attend is of this process alone: other tools know no such name.
+    assert '"carried"' not in (tmp_path / "saved/config.json").read_text()
     for again in (loaded, load_policy(str(tmp_path / "saved"))):
         assert again.model.dtype == torch.float32
         assert again.banned_ids == any_policy.banned_ids and again.eos_ids == [0, 2]
         for prompt in prompts:
             encoded = encode(again, prompt.question, "bare")
             assert torch.equal(encoded.input_ids, prompt.input_ids)
+            if prompt.pixel_values is not None:
+                assert torch.equal(encoded.pixel_values, prompt.pixel_values)
             assert torch.equal(logits_of(again, prompt), logits_of(any_policy, prompt))
             y = random_response(5, 0, any_policy)
             with torch.no_grad():
@@ -387,8 +350,5 @@ def test_pixel_limits_are_the_checkpoints_unless_given(policy, tmp_path):
     assert visual_tokens() == 50
     assert visual_tokens(max_pixels=18 * 28 * 28) == 18
     assert visual_tokens(min_pixels=200 * 28 * 28) >= 200
-    assert visual_tokens(max_image_tokens=18) == 18 and visual_tokens(min_image_tokens=200) >= 200
-    assert visual_tokens(max_pixels=18 * 28 * 28, max_image_tokens=32) == 18
-    for name, high, low in (("pixels", 10**6, 10**5), ("image_tokens", 20, 10)):
-        with pytest.raises(UserError, match=f"--min_{name} {high}, --max_{name} {low}: "):
-            load_policy(str(tmp_path), **{f"min_{name}": high, f"max_{name}": low})
+    with pytest.raises(UserError, match="--min_pixels 1000000 is more than --max_pixels 100000"):
+        load_policy(str(tmp_path), min_pixels=10**6, max_pixels=10**5)

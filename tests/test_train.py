@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -105,15 +104,13 @@ def test_the_last_line_says_what_was_learnt_and_where_it_is(base, tmp_path, caps
     assert f"{before:.2f} -> {after:.2f}" in last and str(tmp_path / "checkpoint-2") in last
 
 
-def test_without_out_runs_are_numbered_and_resume_takes_the_newest(base, tmp_path, monkeypatch):
+def test_without_out_runs_are_numbered_and_resuming_asks_which(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = flags(base, "", steps=1, heldout=0)
     del command[command.index("--out") : command.index("--out") + 2]
     assert train.main(command) == train.main(command) == 0
-    shutil.copytree(tmp_path / "runs/toy", tmp_path / "runs/toy-3")  # of other data
-    (tmp_path / "runs/toy-3/config.json").write_text('{"data": "mine.jsonl"}')
-    assert train.main([*command, "--steps", "2", "--resume"]) == 0
-    assert [len(steps_of(tmp_path / "runs" / name)) for name in ("toy", "toy-2")] == [1, 2]
+    assert [len(steps_of(tmp_path / "runs" / name)) for name in ("toy", "toy-2")] == [1, 1]
+    assert train.main([*command, "--resume"]) == 2 and "--out" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- the gradient
