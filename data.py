@@ -81,6 +81,7 @@ class Question:
     choices: list[str] | None = None  # option texts from A on, where the question has them
     category: str = ""
     place: str = field(default="", compare=False)  # file and row, for error messages
+    pass_rate: float | None = None  # how often a model already solves it; ViRL39K: -1 where not measured
 
 
 def prompt_text(question: Question, template: str) -> str:
@@ -351,34 +352,27 @@ def read_question(row: dict, place: str, folder: Path, number: int) -> Question:
     return Question(qid, text, images, answer, choices, category, place)
 
 
-def load_questions(path, pass_rate: tuple[str, float, float] | None = None) -> list[Question]:
-    """Read a file in ViRL39K's layout. Raises UserError naming file and row for what cannot be used.
-
-    pass_rate  (column, low, high) keeps the rows whose column lies in [low, high]: the paper selects
-               questions by how often a model already solves them. ViRL39K has -1 for "not measured"
-    """
-    path, questions, places = Path(path), [], {}
-    for place, row in read_rows(path):
-        try:
-            question = read_question(row, place, path.parent, len(places))
-            if question.id in places:
-                raise ValueError(f"duplicate qid {question.id!r}, first at {places[question.id]}")
-            if pass_rate is None or _is_selected(row, *pass_rate):
-                questions.append(question)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{place}: {error}") from None
-        places[question.id] = place
-    if not places:
-        raise UserError(f"{path}: the file is empty")
-    if not questions:
-        none = f"none of {len(places)} rows has {pass_rate[0]} in the range asked for"
-        raise UserError(f"{path}: {none}; widen --pass_rate_min and --pass_rate_max")
-    return questions
-
-
-def _is_selected(row: dict, column: str, low: float, high: float) -> bool:
+def _read_pass_rate(row: dict, column: str) -> float:
     try:
-        return low <= float(row[column]) <= high
-    except (KeyError, TypeError, ValueError):
+        return float(row[column])
+    except (KeyError, TypeError, ValueError, OverflowError):
         how = f'name another of {", ".join(map(str, row))}, or give --pass_rate_column "" to keep all'
         raise ValueError(f"no number in column {column!r} of --pass_rate_column; {how}") from None
+
+
+def load_questions(path, pass_rate_column: str = "") -> list[Question]:
+    """Read a file in ViRL39K's layout. Raises UserError naming file and row for what cannot be used."""
+    found: dict[str, Question] = {}
+    for place, row in read_rows(Path(path)):
+        try:
+            question = read_question(row, place, Path(path).parent, len(found))
+            if pass_rate_column:
+                question.pass_rate = _read_pass_rate(row, pass_rate_column)
+            if question.id in found:
+                raise ValueError(f"duplicate qid {question.id!r}, first at {found[question.id].place}")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{place}: {error}") from None
+        found[question.id] = question
+    if not found:
+        raise UserError(f"{path}: the file is empty")
+    return list(found.values())

@@ -204,22 +204,20 @@ def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:
         config.heldout = 128 if config.heldout is None else config.heldout
         recipe = toy.level(config.toy_level)
         return None, toy.toy_questions(recipe, config.heldout, 0, heldout=True)
-    everything = parallel.agree(lambda: load_questions(config.data))
+    everything = parallel.agree(lambda: load_questions(config.data, config.pass_rate_column))
     if config.heldout is None:
         config.heldout = min(128, max(1, len(everything) // 10), len(everything) - 1)
     # By a hash of the id, and before any filter: the same questions are held out whatever the seed, the order
     # of the file or the pass rate, so that no stage trains on what another is measured on.
     by_hash = sorted(everything, key=lambda q: hashlib.sha256(q.id.encode()).digest())
     kept_out = {q.id for q in by_hash[: config.heldout]}
-    selected = everything
+    training, heldout = ([q for q in everything if (q.id in kept_out) == out] for out in (False, True))
     if config.pass_rate_column:
-        wanted = (config.pass_rate_column, config.pass_rate_min, config.pass_rate_max)
-        selected = parallel.agree(lambda: load_questions(config.data, wanted))
-    training = [q for q in selected if q.id not in kept_out]
+        training = [q for q in training if config.pass_rate_min <= q.pass_rate <= config.pass_rate_max]
     if not training:
-        none = f"leaves none of the {len(selected)} questions of {config.data} to train on"
-        raise UserError(f"--heldout {config.heldout}: {none}; lower it, or 0 for none")
-    return training, [q for q in everything if q.id in kept_out]
+        none = f"{config.data}: of {len(everything)} questions none is left to train on"
+        raise UserError(f"{none}; lower --heldout {config.heldout}, or widen --pass_rate_min and _max")
+    return training, heldout
 
 
 def data_checksum(questions: list[Question]) -> int:

@@ -1,7 +1,6 @@
-"""What a hostile day does to a run, from a seed: damaged files, absurd flags, kills.
+"""What a hostile day does to a run, from a seed: damaged files and kills.
 
     python tests/mutate.py files 1000        damage a file that a command reads, and run the command
-    python tests/mutate.py flags 500         give a flag a value that nobody should
     python tests/mutate.py kills 200         SIGKILL at a random moment, then the same line again
     python tests/mutate.py soak 2000         one long run with a kill every 100 steps
 
@@ -250,39 +249,6 @@ def note(counts: Counter, outcome: str, what: str, said: str) -> None:
         print(dict(counts), flush=True)
 
 
-# ---------------------------------------------------------------------------- flags
-
-ABSURD = ("-1", "0", "-0", "1", "2147483648", "-2147483649", "9223372036854775808", "9" * 5000,
-          "1e308", "-1e308", "1e-308", "nan", "inf", "-inf", "0.5", "1e3", "0x10", "", " ", "x", "true",
-          "\x1b[2J", "a\nb", "\udcff", "/", "..", "/dev/null", "x" * 300, "a/" * 3000)  # fmt: skip
-
-
-def in_folder(folder: Path, program, argv: list[str]) -> int:
-    os.chdir(folder)
-    return program.main(argv)
-
-
-def absurd_flags(root: Path, count: int, seed: int) -> Counter:
-    """Give each flag of train.py and eval.py each value, in an order drawn from the seed."""
-    base, counts, log = make_base(), Counter(), root / "log"
-    pairs = [(train, f, v) for f in train.Config.__dataclass_fields__ for v in ABSURD]
-    pairs += [(evaluation, f, v) for f in evaluation.Config.__dataclass_fields__ for v in ABSURD]
-    random.Random(seed).shuffle(pairs)
-    for program, name, value in pairs[:count]:
-        trial = root / "trial"
-        trial.mkdir()
-        if program is train:
-            known = flags(base, trial / "run", steps=1, heldout=2)
-        else:
-            known = f"--model {base} --out {trial}/run --limit 2 --max_new_tokens 4".split()
-        outcome, said = run(partial(in_folder, trial, program, [*known, f"--{name}={value}"]), log)
-        outcome = "accepted" if outcome == "done" else outcome
-        counts[outcome] += 1
-        note(counts, outcome, f"{program.__name__} --{name}={value[:40]!r}", said)
-        shutil.rmtree(trial)
-    return counts
-
-
 # ---------------------------------------------------------------------------- kills
 
 
@@ -386,7 +352,7 @@ def soak(root: Path, length: int, seed: int) -> Counter:
     return counts
 
 
-TASKS = {"files": damaged_files, "flags": absurd_flags, "kills": kills, "soak": soak}
+TASKS = {"files": damaged_files, "kills": kills, "soak": soak}
 
 
 def main(argv: list[str]) -> int:

@@ -237,7 +237,8 @@ WRITERS = {"jsonl": write_jsonl, "parquet": write_parquet}
 
 @pytest.mark.parametrize("form", WRITERS)
 def test_rows_become_questions(form, tmp_path):
-    questions = load_questions(WRITERS[form](tmp_path / f"data.{form}", ROWS))
+    questions = load_questions(WRITERS[form](tmp_path / f"data.{form}", ROWS), "PassRate_7BBase")
+    assert [q.pass_rate for q in questions] == [0.25, -1, 0, 1, 0.25]
     assert [q.id for q in questions] == ["a-1", "a-2", "a-3", "a-4", "a-5"]
     assert [q.text for q in questions] == [
         "<image>What is it?", "<image>No marker", "Text only", "<image> and <image>",
@@ -262,11 +263,11 @@ def write_csv(path: Path, rows) -> Path:
 def test_a_csv_says_the_same_as_jsonl(tmp_path):
     """Commas, quotes and line breaks within a cell, lists, an empty cell, a byte order mark."""
     rows = [*ROWS, row(qid="a-6", question='<image>"So, what?"', category=None)]
-    want = load_questions(write_jsonl(tmp_path / "data.jsonl", rows), ("PassRate_7BBase", 0, 1))
+    want = load_questions(write_jsonl(tmp_path / "data.jsonl", rows), "PassRate_7BBase")
     path = write_csv(tmp_path / "data.csv", rows)
-    assert load_questions(path, ("PassRate_7BBase", 0, 1)) == want
+    assert load_questions(path, "PassRate_7BBase") == want
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert load_questions(path, ("PassRate_7BBase", 0, 1)) == want
+    assert load_questions(path, "PassRate_7BBase") == want
 
 
 def test_pictures_inside_a_parquet_are_read(tmp_path):
@@ -295,21 +296,3 @@ def test_optional_columns_may_be_left_out(tmp_path):
     assert (d.id, d.text, d.answer) == ("d", "<image><image>d?", "0.5")
     assert d.images == [tmp_path / "d.png", tmp_path / "e.png"]
     assert (f.id, f.choices, f.images) == ("4", ["x", "y"], [tmp_path / "f.png"])
-
-
-# ---------------------------------------------------------------------------- selection
-
-
-@pytest.mark.parametrize("form", WRITERS)
-def test_questions_are_selected_by_pass_rate(form, tmp_path):
-    """-1 means not measured; 0, never solved: the paper keeps what has been solved."""
-    path = WRITERS[form](tmp_path / f"data.{form}", ROWS)
-
-    def kept(low, high):
-        return [q.id for q in load_questions(path, ("PassRate_7BBase", low, high))]
-
-    assert kept(0.01, 1.0) == ["a-1", "a-4", "a-5"]
-    assert kept(0.0, 0.5) == ["a-1", "a-3", "a-5"]
-    assert kept(-1, 1) == ["a-1", "a-2", "a-3", "a-4", "a-5"]
-    with pytest.raises(UserError, match="none of 5 rows has PassRate_7BBase"):
-        kept(0.6, 0.9)

@@ -39,7 +39,7 @@ def mine(tmp_path_factory):
 @pytest.mark.parametrize(("n", "expected"), [(1, 0), (2, 1), (20, 2), (1000, 100), (2000, 128)])
 def test_by_default_a_tenth_of_a_file_is_held_out_and_never_more_than_128(monkeypatch, n, expected):
     questions = [Question(str(i), "?", [], "1") for i in range(n)]
-    monkeypatch.setattr(prepare, "load_questions", lambda path: questions)
+    monkeypatch.setattr(prepare, "load_questions", lambda *_: questions)
     config = Config(model="m", data="mine.csv")
     training, heldout = prepare.load_data(config)
     assert (len(heldout), config.heldout, len(training)) == (expected, expected, n - expected)
@@ -59,6 +59,7 @@ def test_the_same_questions_are_held_out_whatever_the_pass_rate_the_order_and_th
     ]
     sizes = [len(training) for training, _ in runs]
     assert sizes[0] == 80 == sizes[1] + sizes[2] and min(sizes) > 20
+    assert min(q.pass_rate for q in runs[1][0]) == 0.5 and max(q.pass_rate for q in runs[2][0]) == 0.4
     heldout = {q.id for q in runs[0][1]}
     for training, kept_out in runs:
         assert {q.id for q in kept_out} == heldout and not heldout & {q.id for q in training}
