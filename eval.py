@@ -7,7 +7,7 @@
     python eval.py --compare A/mmmu.jsonl B/mmmu.jsonl                        paired test
 
 The paper's protocol (Section 4.2) is the default: greedy, one sample, up to 8192 new tokens,
-pictures of 256 to 1280 visual tokens, the plain prompt. Written to --out:
+pictures of 256 to 1280 times 28 x 28 pixels, the plain prompt. Written to --out:
 
     NAME.jsonl        one line per sample, appended as it comes; a killed run goes on by id
     NAME.run.json     the settings that the responses were made with

@@ -97,11 +97,9 @@ def save_adapter(policy: Policy, base: str, directory: Path) -> None:
     if not modules or parallel.rank() > 0:
         return
     rank = module.lora_A.shape[0]
-    # Targets by their whole names: the vision tower has projections of the same short names.
-    config = {
-        "peft_type": "LORA", "base_model_name_or_path": base, "task_type": None, "bias": "none", "r": rank,
-        "lora_alpha": rank * module.lora_scale, "lora_dropout": 0.0, "target_modules": sorted(modules),
-    }  # fmt: skip
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "task_type": None, "bias": "none"}
+    config |= {"r": rank, "lora_alpha": rank * module.lora_scale, "lora_dropout": 0.0}
+    config["target_modules"] = sorted(modules)  # whole names: the vision tower has the same short ones
     directory.mkdir()
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=1))
     save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})
