@@ -1,0 +1,284 @@
+"""What replay does to the direction of a step: gradients at checkpoints along a plain run on the hard level.
+
+    python recipes/study_gradients.py [FOLDER of the run] [FOLDER of results]        a core, 15 minutes
+
+At each checkpoint, with G the gradient of 8,192 fresh samples (1,024 questions x 8 responses) and g that
+of one batch of 32 as an arm chooses it from an episode of 64 questions:
+
+    cosine = g G / |g| |G|        one batch, and the mean of an episode's 16, which is about what Adam averages
+
+Adam makes the length of a step its own; what is left for an arm to change is the direction, and in how many
+batches there is one. An episode's batches are chosen in order, as in training (early ones have few samples to
+replay), but the weights stand still, so that all are gradients at the same point: ratios are 1 and
+nothing is clipped. All arms see the same episodes, and none shares a sample with G.
+
+`adam` compares what Adam makes of both: the first step of each, its momentum apart, with the second moments
+as the run left them. G is noisy too: `ceiling` is the cosine that the true direction would have with it, estimated from
+its two halves. Each checkpoint's numbers are kept in FOLDER; the same command goes on where it ended.
+"""
+
+import csv
+import io
+import math
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import checkpoint
+import parallel
+import train
+from config import parse
+from prepare import Run, prepare
+from record import write_atomically
+from ssr import ReplayBuffer
+
+RUN = (
+    "--toy_level hard --episode_queries 64 --batch_size 32 --steps 256 --max_new_tokens 72 --heldout 128 "
+    "--eval_every 64 --save_every 64 --keep_last 5 --rethink_fraction 0 --ssr off"
+)
+STEPS = (0, 64, 128, 192, 256)
+ARMS = {
+    "plain": {"ssr": "off"},
+    "filter": {"ssr": "filter"},
+    "ssr": {"ssr": "replay"},
+    "ssr, alpha 2": {"ssr": "replay", "ssr_alpha": 2.0},
+}
+EPISODES = 5  # that arms choose from, per checkpoint
+QUESTIONS = 1024  # of G
+COLUMNS = ("step", "effective", "ceiling", "arm", "episode", "batch", "cosine", "adam", "norm", "replayed")
+COLOURS = ("#555555", "#c77700", "#1f6fd0", "#b0307a", "#2a8f4a")
+T_95 = 2.776  # Student's t of EPISODES values
+
+
+class Catch:
+    """Stands where the optimiser stands: keeps the gradient [K] of a step and leaves the weights alone."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        [self.settings] = optimizer.param_groups
+        self.parameters, self.state = self.settings["params"], optimizer.state
+        self.param_groups = []  # no learning rate to set
+
+    def flat(self, tensors) -> torch.Tensor:
+        return torch.cat([parallel.whole(x).flatten() for x in tensors])
+
+    def step(self) -> None:
+        self.gradient = self.flat(p.grad for p in self.parameters)
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def as_adam(self, g: torch.Tensor) -> torch.Tensor:
+        """The direction [K] that Adam steps in for g, its momentum apart: g over the root of v, g included."""
+        v, t, beta = torch.zeros_like(g), 0, self.settings["betas"][1]
+        if self.state:
+            v = self.flat(self.state[p]["exp_avg_sq"] for p in self.parameters)
+            t = int(self.state[self.parameters[0]]["step"])
+        v = (beta * v + (1 - beta) * g**2) / (1 - beta ** (t + 1))
+        return g / (v.sqrt() + self.settings["eps"])
+
+
+def gradients(run: Run, samples: list, **changes):
+    """The gradient [K] and `train.update`'s numbers of each batch of these samples, as training with
+    these changes of its settings chooses them; (None, nothing) where a batch has no gradient."""
+    settings, run.fresh = run.config, list(samples)
+    run.config = replace(settings, **changes)
+    run.buffer = ReplayBuffer(run.config.ssr_alpha, run.config.seed)
+    while run.fresh:
+        branches = train.choose_batch(run)
+        numbers = train.update(run, branches)
+        numbers["replayed"] = sum(b.replays for b in branches) / max(1, sum(b.draws for b in branches))
+        yield (run.optimizer.gradient, numbers) if numbers["tokens"] else (None, numbers)
+    run.config = settings
+
+
+def whole_gradient(run: Run, samples: list) -> tuple[torch.Tensor, float]:
+    """G, and the cosine that the true direction would have with it.
+
+    Of two halves whose noise is independent, cos(G1, G2) = r is the share of the signal; in their sum it is
+    2 r / (1 + r), and a cosine is the root of that.
+    """
+    sizes = {"ssr": "off", "batch_size": len(samples) // 2, "max_grad_norm": 0.0}
+    (first, n), (second, m) = ((g, numbers["tokens"]) for g, numbers in gradients(run, samples, **sizes))
+    r = max(0.0, cosine(first, second))
+    return (n * first + m * second) / (n + m), math.sqrt(2 * r / (1 + r))
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
+
+
+def sample(run: Run, episode: int, questions: int) -> tuple[list, float]:
+    """Fresh samples of the policy as it stands, and the share of questions that are effective."""
+    settings, run.episode = run.config, episode
+    run.config = replace(settings, episode_queries=questions)
+    groups, counts = train.sample_episode(run)
+    run.config = settings
+    return list(chain(*groups)), counts["effective"] / questions
+
+
+def measure(run: Run, step: int) -> list[dict]:
+    """All cosines at one checkpoint: a row per arm, episode and batch, and per episode one of batch "mean"."""
+    samples, effective = sample(run, 100, QUESTIONS)  # no episode of the run's has such a number
+    whole, ceiling = whole_gradient(run, samples)
+    adam, rows = run.optimizer.as_adam, []
+    goal = adam(whole)
+    for episode in range(1, EPISODES + 1):
+        samples, _ = sample(run, 100 + episode, run.config.episode_queries)
+        for arm, changes in ARMS.items():
+            found = list(gradients(run, samples, **changes))
+            given = [g for g, _ in found if g is not None]
+            found.append((sum(given) / len(given) if given else None, {}))
+            for batch, (g, numbers) in enumerate(found, 1):
+                row = dict(zip(COLUMNS, (step, effective, ceiling, arm, episode)))
+                row["batch"] = batch if numbers else "mean"
+                if g is not None:
+                    row |= {"cosine": cosine(g, whole), "norm": numbers.get("grad_norm", float(g.norm()))}
+                    row["adam"] = cosine(adam(g), goal)
+                    row["replayed"] = numbers.get("replayed", "")
+                rows.append({name: round(x, 5) if isinstance(x, float) else x for name, x in row.items()})
+    return rows
+
+
+def as_csv(rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# ---------------------------------------------------------------------------- what comes of it
+
+
+def summary(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """Of one arm at one checkpoint: (mean, half-width of the 95 % interval over episodes) of each number."""
+    episodes, values = defaultdict(list), defaultdict(list)
+    for row in rows:
+        episodes[row["episode"]].append(row)
+    for *batches, mean in episodes.values():
+        cosines = [float(row["cosine"]) for row in batches if row["cosine"] != ""]
+        values["given"].append(len(cosines) / len(batches))
+        if cosines:
+            values["one"].append(sum(cosines) / len(cosines))
+            values["spread"].append(float(torch.tensor(cosines).std(correction=0)))
+            values["mean"].append(float(mean["cosine"]))
+            values["adam"].append(float(mean["adam"]))
+    return {name: interval(xs) for name, xs in values.items()}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    x = torch.tensor(values, dtype=torch.float64)
+    return float(x.mean()), float(T_95 * x.std() / math.sqrt(len(x))) if len(x) > 1 else math.nan
+
+
+def summaries(rows: list[dict]) -> dict[tuple[str, float, float, str], dict]:
+    """(step, effective, ceiling, arm) -> `summary`."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["step"], float(row["effective"]), float(row["ceiling"]), row["arm"]].append(row)
+    return {key: summary(mine) for key, mine in groups.items()}
+
+
+def table(found: dict) -> str:
+    names = {
+        "one": "one batch",
+        "spread": "its spread",
+        "mean": "mean of 16",
+        "adam": "the same, as Adam scales",
+    }
+    heads = ["step", "effective", "ceiling", "arm", "batches with a gradient", *names.values()]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for (step, effective, ceiling, arm), numbers in found.items():
+        cells = [step, f"{effective:.2f}", f"{ceiling:.2f}", arm, f"{numbers['given'][0]:.2f}"]
+        cells += ["{:.3f} ± {:.3f}".format(*numbers[k]) if k in numbers else "–" for k in names]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+PANELS = {
+    "one": "cosine of one batch",
+    "mean": "cosine of an episode's mean",
+    "given": "batches with a gradient",
+}
+HALVINGS = 5  # of the effective share, along the horizontal axis
+
+
+def panel(found: dict, name: str, title: str, left: int) -> str:
+    """A chart of one number over the effective share, which falls from left to right as training goes on."""
+    top, width, height = 44, 258, 200
+
+    def place(effective: float, value: float) -> tuple[float, float]:
+        x = -math.log2(max(effective, 2**-HALVINGS)) / HALVINGS
+        return round(left + width * x, 1), round(top + height * (1 - min(max(value, 0.0), 1.0)), 1)
+
+    parts = [f'<text x="{left}" y="26" font-weight="bold" fill="#1d2126">{title}</text>']
+    parts.append(f'<text x="{left + width / 2}" y="280" text-anchor="middle">effective questions</text>')
+    for value in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y = place(1, value)[1]
+        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#e3e1da"/>'
+                     f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{value}</text>')  # fmt: skip
+    for i in range(HALVINGS + 1):
+        x = place(2**-i, 0)[0]
+        parts.append(f'<text x="{x}" y="262" text-anchor="middle">{100 / 2**i:.0f} %</text>')
+    for arm, colour in zip(ARMS, COLOURS):
+        line = [
+            (key[1], *numbers[name]) for key, numbers in found.items() if key[3] == arm and name in numbers
+        ]
+        line.sort(reverse=True)
+        for effective, mean, half in line:
+            (x, low), (_, high) = place(effective, mean - half), place(effective, mean + half)
+            parts.append(f'<line x1="{x}" x2="{x}" y1="{low}" y2="{high}" stroke="{colour}"/>')
+        points = " ".join("{},{}".format(*place(*point[:2])) for point in line)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.2">'
+                     f"<title>{arm}</title></polyline>")  # fmt: skip
+    return "".join(parts)
+
+
+def figure(found: dict) -> str:
+    panels = "".join(panel(found, *item, 44 + 330 * k) for k, item in enumerate(PANELS.items()))
+    legend = "".join(
+        f'<rect x="{44 + 120 * i}" y="300" width="18" height="4" fill="{colour}"/>'
+        f'<text x="{68 + 120 * i}" y="306">{arm}</text>'
+        for i, (arm, colour) in enumerate(zip(ARMS, COLOURS))
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 322" font-family="sans-serif" '
+        'font-size="12.5" fill="#4a515a"><rect width="1000" height="322" rx="10" fill="#fff"/>'
+        f'{panels}{legend}<text x="986" y="306" text-anchor="end">95 % intervals of {EPISODES} episodes</text></svg>\n'
+    )  # fmt: skip
+
+
+def main(folder: str = "runs/gradients", results: str = "results") -> int:
+    out, results = Path(folder), Path(results)
+    flags = [*RUN.split(), "--resume", "--out", folder]
+    if not (out / f"checkpoint-{STEPS[-1]}").is_dir() and (code := train.main(flags)):
+        return code
+    run = prepare(parse(flags))
+    optimizer, run.optimizer = run.optimizer, Catch(run.optimizer)
+    rows = []
+    for step in STEPS:
+        path = out / f"gradients-{step}.csv"
+        if not path.exists():
+            if step:  # `prepare` has loaded the base
+                checkpoint.load_state(out / f"checkpoint-{step}", run.policy, optimizer)
+            run.step = step
+            write_atomically(path, as_csv(measure(run, step)))
+        rows += csv.DictReader(io.StringIO(path.read_text()))
+    found = summaries(rows)
+    results.mkdir(exist_ok=True)
+    (results / "gradients.csv").write_text(as_csv(rows))
+    (results / "gradients.svg").write_text(figure(found))
+    (results / "gradients.md").write_text(table(found) + "\n")
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    parallel.leave(main(*sys.argv[1:]))
