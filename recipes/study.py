@@ -72,6 +72,25 @@ EXPERIMENTS = {
         seeds=10,
         against="ssr",
     ),
+    # The base has been taught one prompt, so that asking it for the answer alone would mean nothing to it. Six
+    # tokens are what "Looks like \boxed{pink}." takes; the shortest way to look before answering takes nine.
+    "direct": Experiment(
+        "Does thinking pay, against answering at once?",
+        {"direct": f"train.py {HARD} --ssr off --rethink_fraction 0 --max_new_tokens 6"},
+        seeds=10,
+    ),
+    "imitation": Experiment(
+        "Does imitating one's own right responses first help reinforcement learning?",
+        {
+            arm: f"recipes/imitate_first.py {phases} {HARD} --ssr off --rethink_fraction 0"
+            for arm, phases in {
+                "imitate_rl": "imitate:64,rl:192",
+                "imitate_rl_twice": "imitate:64,rl:64,imitate:64,rl:64",
+                "imitate_alone": "imitate:64,imitate:64,imitate:64,imitate:64",
+            }.items()
+        },
+        seeds=10,
+    ),
 }
 for share, level in WORLDS.items():
     for updates, common in UPDATES.items():

@@ -23,12 +23,14 @@ import math
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from buffers import WholeEpisode
 
 import checkpoint
 import parallel
@@ -43,11 +45,13 @@ RUN = (
     "--eval_every 64 --save_every 64 --keep_last 5 --rethink_fraction 0 --ssr off"
 )
 STEPS = (0, 64, 128, 192, 256)
+# --ssr, and what is replayed from, by the seed.
 ARMS = {
-    "plain": {"ssr": "off"},
-    "filter": {"ssr": "filter"},
-    "ssr": {"ssr": "replay"},
-    "ssr, alpha 2": {"ssr": "replay", "ssr_alpha": 2.0},
+    "plain": ("off", partial(ReplayBuffer, 1.0)),
+    "filter": ("filter", partial(ReplayBuffer, 1.0)),
+    "ssr": ("replay", partial(ReplayBuffer, 1.0)),
+    "ssr, alpha 2": ("replay", partial(ReplayBuffer, 2.0)),
+    "ssr, whole episode": ("replay", WholeEpisode),
 }
 EPISODES = 5  # that arms choose from, per checkpoint
 QUESTIONS = 1024  # of G
@@ -84,12 +88,12 @@ class Catch:
         return g / (v.sqrt() + self.settings["eps"])
 
 
-def gradients(run: Run, samples: list, **changes):
+def gradients(run: Run, samples: list, buffer: ReplayBuffer | WholeEpisode | None = None, **changes):
     """The gradient [K] and `train.update`'s numbers of each batch of these samples, as training with
-    these changes of its settings chooses them; (None, nothing) where a batch has no gradient."""
+    this buffer and these changes of its settings chooses them; (None, nothing) where there is none."""
     settings, run.fresh = run.config, list(samples)
-    run.config = replace(settings, **changes)
-    run.buffer = ReplayBuffer(run.config.ssr_alpha, run.config.seed)
+    run.config, run.buffer = replace(settings, **changes), ReplayBuffer() if buffer is None else buffer
+    run.buffer.begin(samples)
     while run.fresh:
         branches = train.choose_batch(run)
         numbers = train.update(run, branches)
@@ -131,8 +135,8 @@ def measure(run: Run, step: int) -> list[dict]:
     goal = adam(whole)
     for episode in range(1, EPISODES + 1):
         samples, _ = sample(run, 100 + episode, run.config.episode_queries)
-        for arm, changes in ARMS.items():
-            found = list(gradients(run, samples, **changes))
+        for arm, (ssr, buffer) in ARMS.items():
+            found = list(gradients(run, samples, buffer(run.config.seed), ssr=ssr))
             given = [g for g, _ in found if g is not None]
             found.append((sum(given) / len(given) if given else None, {}))
             for batch, (g, numbers) in enumerate(found, 1):

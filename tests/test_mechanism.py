@@ -52,7 +52,8 @@ def test_filtering_keeps_a_batch_s_direction_and_replay_fills_the_batch(run):
     for (a, _), (b, _) in zip(plain, filtered):
         assert a is None or study_gradients.cosine(a, b) == pytest.approx(1, abs=1e-5)
     assert any(numbers["replayed"] == 1 for _, numbers in ssr)
-    assert run.config.ssr == "off"
+    whole = study_gradients.gradients(run, samples, study_gradients.WholeEpisode(0), ssr="replay")
+    assert all(numbers["grad_norm"] > 0 for _, numbers in whole) and run.config.ssr == "off"
 
 
 def test_what_adam_makes_of_a_gradient_is_its_step_without_momentum(run):
