@@ -36,13 +36,12 @@ from record import Recorder, step_metrics
 
 def imitate(run: Run, record: Recorder, steps: int, base: list[torch.Tensor]) -> Iterator[dict]:
     """Supervise the base on right responses of the policy: a line of metrics.jsonl per step."""
-    settings = run.config
-    c = replace(
-        settings, episode_queries=steps * settings.batch_size // settings.group_size, rethink_sft_coef=1.0
-    )
-    run.config = c
-    train.begin_episode(run, record)
-    right = [sample for sample in run.fresh if sample.right]
+    c, episodes, first = run.config, [], run.episode
+    per_episode = c.episode_queries * c.group_size // c.batch_size
+    for _ in range(0, steps, per_episode):
+        train.begin_episode(run, record)
+        episodes.append((run.counts, run.fresh))
+    right = [sample for _, samples in episodes for sample in samples if sample.right]
     if not right:
         raise UserError(
             f"step {run.step}: no response is right, so there is nothing to imitate; begin with rl"
@@ -51,7 +50,9 @@ def imitate(run: Run, record: Recorder, steps: int, base: list[torch.Tensor]) ->
         for parameter, weight in zip(run.policy.parameters(), base):
             parameter.copy_(weight)
     rng, left = random.Random(f"imitate {c.seed} {run.step}"), []
-    for _ in range(steps):
+    run.config = replace(c, rethink_sft_coef=1.0)
+    for step in range(steps):
+        run.episode, run.counts = first + 1 + step // per_episode, episodes[step // per_episode][0]
         while len(left) < c.batch_size:
             left += rng.sample(right, len(right))
         batch, left = left[: c.batch_size], left[c.batch_size :]
@@ -59,7 +60,7 @@ def imitate(run: Run, record: Recorder, steps: int, base: list[torch.Tensor]) ->
         row = step_metrics(run, branches, train.update(run, branches))
         run.step += 1
         yield row
-    run.config, run.fresh = settings, []
+    run.config, run.fresh = c, []
 
 
 def reinforce(run: Run, record: Recorder, steps: int, _) -> Iterator[dict]:

@@ -48,6 +48,7 @@ class Experiment:
     seeds: int  # 0, 1, ..., seeds - 1
     against: str = "plain"  # the arm that the others are compared with: of this experiment, or of another
     minutes: float = 1.7  # per run, on one core
+    equal_tokens: bool = True  # arms are compared at equal sampled tokens; else where their runs end
 
 
 EXPERIMENTS = {
@@ -78,6 +79,7 @@ EXPERIMENTS = {
         "Does thinking pay, against answering at once?",
         {"direct": f"train.py {HARD} --ssr off --rethink_fraction 0 --max_new_tokens 6"},
         seeds=10,
+        equal_tokens=False,  # the tokens are half of the answer
     ),
     "imitation": Experiment(
         "Does imitating one's own right responses first help reinforcement learning?",

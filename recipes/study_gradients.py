@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from buffers import WholeEpisode
+from study_figures import COLOURS, axis, card, panel
+from study_tables import interval
 
 import checkpoint
 import parallel
@@ -50,14 +52,12 @@ ARMS = {
     "plain": ("off", partial(ReplayBuffer, 1.0)),
     "filter": ("filter", partial(ReplayBuffer, 1.0)),
     "ssr": ("replay", partial(ReplayBuffer, 1.0)),
-    "ssr, alpha 2": ("replay", partial(ReplayBuffer, 2.0)),
-    "ssr, whole episode": ("replay", WholeEpisode),
+    "ssr_alpha2": ("replay", partial(ReplayBuffer, 2.0)),
+    "ssr_whole": ("replay", WholeEpisode),
 }
 EPISODES = 5  # that arms choose from, per checkpoint
 QUESTIONS = 1024  # of G
 COLUMNS = ("step", "effective", "ceiling", "arm", "episode", "batch", "cosine", "adam", "norm", "replayed")
-COLOURS = ("#555555", "#c77700", "#1f6fd0", "#b0307a", "#2a8f4a")
-T_95 = 2.776  # Student's t of EPISODES values
 
 
 class Catch:
@@ -177,11 +177,6 @@ def summary(rows: list[dict]) -> dict[str, tuple[float, float]]:
     return {name: interval(xs) for name, xs in values.items()}
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    x = torch.tensor(values, dtype=torch.float64)
-    return float(x.mean()), float(T_95 * x.std() / math.sqrt(len(x))) if len(x) > 1 else math.nan
-
-
 def summaries(rows: list[dict]) -> dict[tuple[str, float, float, str], dict]:
     """(step, effective, ceiling, arm) -> `summary`."""
     groups = defaultdict(list)
@@ -211,52 +206,20 @@ PANELS = {
     "mean": "cosine of an episode's mean",
     "given": "batches with a gradient",
 }
-HALVINGS = 5  # of the effective share, along the horizontal axis
-
-
-def panel(found: dict, name: str, title: str, left: int) -> str:
-    """A chart of one number over the effective share, which falls from left to right as training goes on."""
-    top, width, height = 44, 258, 200
-
-    def place(effective: float, value: float) -> tuple[float, float]:
-        x = -math.log2(max(effective, 2**-HALVINGS)) / HALVINGS
-        return round(left + width * x, 1), round(top + height * (1 - min(max(value, 0.0), 1.0)), 1)
-
-    parts = [f'<text x="{left}" y="26" font-weight="bold" fill="#1d2126">{title}</text>']
-    parts.append(f'<text x="{left + width / 2}" y="280" text-anchor="middle">effective questions</text>')
-    for value in (0.0, 0.25, 0.5, 0.75, 1.0):
-        y = place(1, value)[1]
-        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#e3e1da"/>'
-                     f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{value}</text>')  # fmt: skip
-    for i in range(HALVINGS + 1):
-        x = place(2**-i, 0)[0]
-        parts.append(f'<text x="{x}" y="262" text-anchor="middle">{100 / 2**i:.0f} %</text>')
-    for arm, colour in zip(ARMS, COLOURS):
-        line = [
-            (key[1], *numbers[name]) for key, numbers in found.items() if key[3] == arm and name in numbers
-        ]
-        line.sort(reverse=True)
-        for effective, mean, half in line:
-            (x, low), (_, high) = place(effective, mean - half), place(effective, mean + half)
-            parts.append(f'<line x1="{x}" x2="{x}" y1="{low}" y2="{high}" stroke="{colour}"/>')
-        points = " ".join("{},{}".format(*place(*point[:2])) for point in line)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.2">'
-                     f"<title>{arm}</title></polyline>")  # fmt: skip
-    return "".join(parts)
 
 
 def figure(found: dict) -> str:
-    panels = "".join(panel(found, *item, 44 + 330 * k) for k, item in enumerate(PANELS.items()))
-    legend = "".join(
-        f'<rect x="{44 + 120 * i}" y="300" width="18" height="4" fill="{colour}"/>'
-        f'<text x="{68 + 120 * i}" y="306">{arm}</text>'
-        for i, (arm, colour) in enumerate(zip(ARMS, COLOURS))
-    )
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 322" font-family="sans-serif" '
-        'font-size="12.5" fill="#4a515a"><rect width="1000" height="322" rx="10" fill="#fff"/>'
-        f'{panels}{legend}<text x="986" y="306" text-anchor="end">95 % intervals of {EPISODES} episodes</text></svg>\n'
-    )  # fmt: skip
+    """Each number of PANELS over the share of effective questions, which falls as training goes on."""
+    panels, colours = "", dict(zip(ARMS, COLOURS))
+    xs = [(math.log2(share), f"{share:.0%}") for share in (0.03, 0.06, 0.12, 0.25, 0.5, 1)]
+    for k, (name, title) in enumerate(PANELS.items()):
+        marks = []
+        for arm, colour in colours.items():
+            line = [(math.log2(key[1]), *numbers[name]) for key, numbers in found.items() if key[3] == arm]
+            marks.append(("line", colour, sorted((x, mean) for x, mean, _ in line)))
+            marks += [("line", colour, [(x, mean - half), (x, mean + half)]) for x, mean, half in line]
+        panels += panel(44 + 330 * k, 258, title, xs, axis(0, 1), marks)
+    return card(panels, colours, "over the share of effective questions; 95 % intervals")
 
 
 def main(folder: str = "runs/gradients", results: str = "results") -> int:

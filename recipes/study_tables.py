@@ -7,9 +7,10 @@
 
 The first two are read from the runs, and all else is made from them. Arms are compared at equal sampled
 tokens, forced second looks included: each run is read at the most tokens that all runs of its experiment
-have reached, between two measurements by a line. Accuracy is that of greedy answers to held-out questions;
-how fast an arm learns is seen in the training reward, which is there for every episode. Intervals are 95 %
-over seeds (Student's t), differences are paired by seed: the same seed means the same questions.
+have reached, between two measurements by a line (without `equal_tokens`, at its end). Accuracy is that of
+greedy answers to held-out questions; how fast an arm learns is seen in the training reward, which is there
+for every episode. Intervals are 95 % over seeds (Student's t), differences are paired by seed: the same
+seed means the same questions.
 """
 
 import csv
@@ -123,7 +124,8 @@ def compare(experiment, episodes: dict, heldout: dict) -> tuple[float, dict]:
     """The tokens at which an experiment's runs are compared, and {arm: {seed: its numbers}}."""
     arms = [arm for arm in dict.fromkeys([experiment.against, *experiment.arms]) if arm in heldout]
     runs = {(arm, seed): run for arm in arms for seed, run in heldout[arm].items() if seed < experiment.seeds}
-    budget = min((run["tokens"][-1] for run in runs.values()), default=0.0)
+    end = min if experiment.equal_tokens else max  # beyond its end a run is read at its end
+    budget = end((run["tokens"][-1] for run in runs.values()), default=0.0)
     found: dict = {arm: {} for arm in arms}
     for (arm, seed), run in runs.items():
         found[arm][seed] = numbers(episodes[arm][seed], run, budget)
@@ -176,7 +178,8 @@ def table(experiment, budget: float, runs: dict) -> str:
             looks.append([arm, f"{totals[0]:.0f}", *(f"{n / totals[0]:.1%}" for n in totals[1:])])
     blocks = [lines, looks] if len(looks) > 2 else [lines]
     text = "\n\n".join("\n".join(f"| {' | '.join(cells)} |" for cells in block) for block in blocks)
-    return f"{experiment.asks} At {budget:,.0f} sampled tokens per run.\n\n{text}\n"
+    where = "At" if experiment.equal_tokens else "After equal steps, at most"
+    return f"{experiment.asks} {where} {budget:,.0f} sampled tokens per run.\n\n{text}\n"
 
 
 # ---------------------------------------------------------------------------- figures

@@ -1,5 +1,7 @@
 """recipes/study_gradients.py measures training's own gradients; recipes/imitate_first.py imitates what is right."""
 
+import math
+
 import imitate_first
 import pytest
 import study_gradients
@@ -120,7 +122,6 @@ def test_a_batch_without_a_gradient_counts_in_the_share_that_have_one_and_not_in
     means = [numbers[name][0] for name in ("given", "one", "spread", "mean", "adam")]
     assert means == pytest.approx([2 / 3, 0.25, 0.1, 0.7, 0.7])
     assert "| 64 | 0.25 | 0.90 | ssr | 0.67 | 0.250 ±" in study_gradients.table(found)
-    drawn = study_gradients.figure(found)
-    assert (
-        '<polyline points="147.2,194.0"' in drawn
-    )  # two halvings of five, 44 + 258 * 2/5; and 44 + 200 * 3/4
+    drawn = study_gradients.figure(found | {("0", 1.0, 0.9, "ssr"): numbers})
+    x = 44 + 258 * (1 - 2 / math.log2(1 / 0.03))  # two halvings from the right, on an axis that ends at 3 %
+    assert f'<polyline points="{x:.1f},186.5 302.0,186.5"' in drawn  # a quarter of 190 above 234
