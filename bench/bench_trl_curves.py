@@ -1,7 +1,7 @@
 """Do TRL's loop and ours learn alike on the same job, and how long does each take to 0.95?
 
     /tmp/trl/bin/python bench/bench_trl_curves.py                    seeds 0-4, then the table and results/
-    /tmp/trl/bin/python bench/bench_trl_curves.py --seeds 3          one of them; those that are there are kept
+    /tmp/trl/bin/python bench/bench_trl_curves.py --seeds 3          one of them; those that are done are kept
 
 Whole training runs from the toy's base policy: GRPOTrainer with transformers' own model, and train.py's
 loop with ours. The same questions in the same order, reward (reward.py), 32 questions x 8 responses per
@@ -24,7 +24,6 @@ import csv
 import math
 import os
 import statistics
-import sys
 import tempfile
 from itertools import accumulate
 from pathlib import Path
@@ -54,8 +53,8 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9
 # ---------------------------------------------------------------------------- one seed
 
 
-def learn(seed: int, steps: int) -> list[dict]:
-    """Both loops in turn: a row per episode and loop."""
+def learn(seed: int, steps: int, path: Path) -> None:
+    """Both loops in turn. Writes a row per episode and loop to `path`, anew after each episode."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for a million parameters
     torch.set_num_threads(1)
     curves: dict[str, list[tuple]] = {"TRL": [], "ours": []}  # of (step, accuracy, tokens of a response)
@@ -74,6 +73,7 @@ def learn(seed: int, steps: int) -> list[dict]:
                 train.begin_episode(run, record)
                 means = (run.counts[name] / (QUESTIONS * GROUP) for name in ("rewards", "response_tokens"))
                 curves["ours"].append((run.step, *means))
+                write(path, rows_of(seed, curves, watch.seconds))
             return train.train_step(run, 0.0)["batch_responses"]
 
         def their_reward(completions, completion_ids, answer, trainer_state, **_) -> list[float]:
@@ -98,9 +98,13 @@ def learn(seed: int, steps: int) -> list[dict]:
             learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0,
         )  # fmt: skip
         trainer.train()
+
+
+def rows_of(seed: int, curves: dict[str, list[tuple]], seconds: dict[str, list[float]]) -> list[dict]:
+    """The rows of a seed's file; seconds are those of all steps before an episode."""
     rows = []
     for loop, curve in curves.items():
-        spent = [0.0, *accumulate(watch.seconds[loop])]
+        spent = [0.0, *accumulate(seconds[loop])]
         for step, accuracy, tokens in curve:
             rows.append(dict(zip(COLUMNS, (seed, loop, step, accuracy, tokens, round(spent[step], 3)))))
     return rows
@@ -255,13 +259,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for seed in seeds_of(args.seeds):
         path = args.runs / f"seed-{seed}.csv"
-        if not path.exists():
-            try:
-                write(path, learn(seed, args.steps))
-            except ImportError as error:
-                print(f"{bench_trl.MISSING}\n({error})")
-                return
-        print(f"{path} is there", file=sys.stderr)
+        if path.exists() and max(row["step"] for row in read(path)) >= args.steps - STEPS_PER_EPISODE:
+            continue
+        try:
+            learn(seed, args.steps, path)
+        except ImportError as error:
+            print(f"{bench_trl.MISSING}\n({error})")
+            return
     rows = [row for path in sorted(args.runs.glob("seed-*.csv")) for row in read(path)]
     write(args.results / "trl_curves.csv", rows)
     (args.results / "trl_curves.svg").write_text(figure(rows), encoding="utf-8")
