@@ -42,7 +42,8 @@ class Rethinking:
 
     fraction: float = 0.0  # q, of the responses that ended by themselves and leave room
     quota: int = 2  # kept per question
-    trigger: str = "uniform"  # or "oracle": verification if y1 is right, correction if not
+    trigger: str = "uniform"  # or "oracle": verification if y1 is right, correction if not; or "wrong":
+    # drawn, where y1 is wrong; the others do not look again
     cutback: float = 0.0  # chance that y1 is first cut back to before its answer
     min_tokens: int = 1  # of y2
     max_tokens: int = 1024
@@ -70,6 +71,8 @@ def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, key
         chosen, cut_back = rng.random() < settings.fraction, rng.random() < settings.cutback
         kind = rng.choice(list(TRIGGERS))
         if not chosen or sample.finish != "stop":
+            return None
+        if settings.trigger == "wrong" and is_right(sample):
             return None
         if settings.trigger == "oracle":
             kind = "self_verification" if is_right(sample) else "self_correction"

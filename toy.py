@@ -13,6 +13,11 @@ a tokenizer of its own and Qwen's special tokens. `toy_policy_dir` makes it by a
 guess dominates. That is the state the paper starts from: a base that can think slowly and rarely does.
 From there, reinforcement learning has to find out which way pays.
 
+A world the other way round (--toy_level inverse) asks "Which is 2 steps before red?". Finding a start
+is hard, checking it is easy: a look tries one, and has a ? where that does not arrive. More looks may follow:
+
+    pink to blue, blue to black? So \\boxed{pink}. Wait, let's double check cyan to blue, blue to ...
+
 Training and held-out questions never share a picture: a hash of the picture decides its side.
 """
 
@@ -22,7 +27,7 @@ import os
 import random
 import re
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -63,6 +68,7 @@ class Recipe:
     reading_mix: tuple = (0.05, 0.8, 0.15)
     final_mix: tuple = (0.55, 0.15, 0.30)
     seed: int = 0
+    inverse: bool = False  # asks for the start of a chain; mixes then are of looks, see `looks`
     family: str = "qwen2_5_vl"  # the policy's architecture, as model.FAMILIES has them
     version: int = 1  # counts changes of the recipe that its fields do not show
 
@@ -72,6 +78,16 @@ LEVELS = {
     # The same base. Four questions in five are soon solved and teach nothing more; the fifth is a chain
     # longer than any it has seen. This is where advantages vanish.
     "hard": Recipe(chances=(8, 0, 0, 0, 1, 0, 1)),
+    # One step back could be read off the picture. The base names the first start that it tries and
+    # knows how to go on, but does so after 3 looks in 100.
+    "inverse": Recipe(
+        inverse=True,
+        chances=(0, 1),
+        warm_chances=(0, 1),
+        reading_mix=(0, 0.5, 0.5),
+        final_mix=(0, 0.97, 0.03),
+        warm_steps=200,
+    ),
 }
 
 
@@ -137,11 +153,20 @@ def draw_world(recipe: Recipe, rng: random.Random, heldout: bool) -> World:
 
 
 def draw_question(recipe: Recipe, rng: random.Random, heldout: bool, qid: str, chances: tuple):
-    """A Question and the path that solves it: (Question, [start, ..., answer])."""
+    """A Question and the path that solves it: (Question, [start, ..., answer]).
+
+    Of an inverse question: the paths of all starts, and the first one alone ends where it should.
+    """
     world = draw_world(recipe, rng, heldout)
     start, steps = rng.choice(world.cells), rng.choices(range(1, len(chances) + 1), chances)[0]
     path = world.follow(start, steps)
     plural = "s" if steps > 1 else ""
+    if recipe.inverse:
+        paths = [path, *(world.follow(cell, steps) for cell in world.cells if cell != start)]
+        if [other[-1] for other in paths].count(path[-1]) > 1:  # the rule compares with one answer
+            return draw_question(recipe, rng, heldout, qid, chances)
+        text = f"{MARKER}Which is {steps} step{plural} before {path[-1]}?"
+        return Question(qid, text, [world.draw()], start, None, f"{steps} step{plural}"), paths
     text = f"{MARKER}Start at {start} and take {steps} step{plural}."
     return Question(qid, text, [world.draw()], path[-1], None, f"{steps} step{plural}"), path
 
@@ -172,6 +197,8 @@ def worked_solution(path: list[str], recipe: Recipe, rng: random.Random, mix: tu
 
     Pieces are tokenised apart, because forced rethinking appends a trigger in just this way.
     """
+    if recipe.inverse:
+        return looks(path, rng, mix[-1])
     way = rng.choices(("fast", "slow", "twice"), mix)[0]
     if way == "slow":
         return [slow_solution(path)]
@@ -182,6 +209,23 @@ def worked_solution(path: list[str], recipe: Recipe, rng: random.Random, mix: tu
     if way == "fast":
         return [guess]
     return [guess, TRIGGERS[rng.choice(list(TRIGGERS))], "\n" + slow_solution(path)]
+
+
+def looks(paths: list[list[str]], rng: random.Random, again: float) -> list[str]:
+    """An inverse question's starts tried at random, the first of `paths` being the right one.
+
+    Each look answers with the start that it tries, wherever that ends. After each, and with the chance
+    `again`, another look follows, up to four: at a start not tried yet, or once more at the right one.
+    """
+    untried, pieces = rng.sample(paths, len(paths)), []
+    path = untried.pop()
+    while True:
+        steps, mark = ", ".join(f"{a} to {b}" for a, b in pairwise(path)), "." if path is paths[0] else "?"
+        pieces.append(f"{steps}{mark} So \\boxed{{{path[0]}}}.")
+        if len(pieces) > 9 or rng.random() >= again:  # four looks: a batch is as long as its longest
+            return pieces
+        pieces += [TRIGGERS[rng.choice(list(TRIGGERS))], "\n"]
+        path = path if path is paths[0] else untried.pop()
 
 
 def way(text: str) -> str:
@@ -299,7 +343,10 @@ def new_policy(
 
 def warm_start(recipe: Recipe, progress=tqdm) -> Policy:
     """The base policy: supervised on worked solutions, first to see, then to guess."""
-    policy = new_policy(recipe.seed, family=recipe.family)
+    if recipe.inverse:  # can follow a chain already, and learns to look for its start
+        policy = load_toy(replace(LEVELS["easy"], family=recipe.family), progress)
+    else:
+        policy = new_policy(recipe.seed, family=recipe.family)
     policy.train()
     rng = random.Random(f"warm start {recipe.seed}")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe.warm_lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -335,7 +382,7 @@ def toy_policy_dir(recipe: Recipe, progress=tqdm) -> Path:
     The warm start does not depend on the seed of a training run: like a published checkpoint, the
     base is one, and seeds differ in what they sample from it.
     """
-    made_by = {k: v for k, v in asdict(recipe).items() if k != "chances"}
+    made_by = {k: v for k, v in asdict(recipe).items() if k != "chances" and v is not False}
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vl-rethinker"
     directory = root / f"toy-{key}"

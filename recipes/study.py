@@ -37,6 +37,19 @@ SHORT_EPISODES = (
 UPDATES = {4: SHORT_EPISODES, 16: LONG_EPISODES}
 HARD = f"--toy_level hard {LONG_EPISODES}"
 PLAIN = {"plain": "--ssr off", "filter": "--ssr filter", "ssr": "--ssr replay"}
+# A world to look again in; room for six looks.
+GUESS = (
+    "--toy_level inverse --episode_queries 64 --batch_size 32 --steps 256 --max_new_tokens 112 "
+    "--heldout 512 --eval_every 32 --save_every 256 --keep_last 1"
+)
+FORCED = {
+    "plain": "--ssr off --rethink_fraction 0",
+    "ssr": "--ssr replay --rethink_fraction 0",
+    "rethink": "--ssr off --rethink_fraction 0.3",
+    "ssr_rethink": "--ssr replay --rethink_fraction 0.3",
+    "rethink_oracle": "--ssr off --rethink_fraction 0.3 --rethink_trigger oracle",
+    "rethink_wrong": "--ssr off --rethink_fraction 0.3 --rethink_trigger wrong",
+}
 # Worlds by the share of questions, in per cent, that are effective late in training.
 WORLDS = {60: "1,0,0,0,2,0,2", 30: "3,0,0,0,1,0,1", 15: "hard", 5: "30,0,0,0,1,0,1"}
 
@@ -92,6 +105,13 @@ EXPERIMENTS = {
             }.items()
         },
         seeds=10,
+    ),
+    "guess": Experiment(
+        "Does Forced Rethinking help where looking again repairs?",
+        {f"guess_{arm}": f"train.py {GUESS} {flags}" for arm, flags in FORCED.items()},
+        seeds=10,
+        against="guess_plain",
+        minutes=4,
     ),
 }
 for share, level in WORLDS.items():

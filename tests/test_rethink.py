@@ -141,6 +141,14 @@ def test_the_oracle_verifies_what_is_right_and_corrects_what_is_wrong(policy):
     assert kinds == [right, wrong, wrong, right]
 
 
+def test_the_trigger_wrong_leaves_what_is_right_alone(policy):
+    samples = [said(policy, reward=reward) for reward in (1.0, 0.0)]
+    of_the_right, of_the_wrong = ask(
+        policy, replace(EVERY, trigger="wrong"), samples, grade=lambda s: s.right
+    )
+    assert of_the_right is None and of_the_wrong.kind in TRIGGERS
+
+
 def test_one_response_s_luck_depends_on_its_question_s_key_and_its_number_alone(policy):
     keys = question_keys([said(policy).prompt.question] * 2, 0, 1)  # one question, asked twice
     settings = Rethinking(fraction=0.5, cutback=0.5)

@@ -32,7 +32,7 @@ from toy import (
     worked_solution,
 )
 
-EASY = LEVELS["easy"]
+EASY, INVERSE = LEVELS["easy"], LEVELS["inverse"]
 LARGE = Recipe(columns=4, rows=3, colours=12, chances=(1, 1, 1, 1, 1))
 
 
@@ -178,6 +178,38 @@ def test_the_ways_come_with_the_chances_of_the_mix():
     assert statistic < limit
 
 
+def test_an_inverse_question_has_the_one_answer_that_following_forward_confirms():
+    for question in toy_questions(INVERSE, 150, "brute force"):
+        arrow = read_picture(question.images[0])
+        words = question.text.removeprefix("<image>").removesuffix("?").split()
+        arrives = []
+        for start in arrow:
+            at = start
+            for _ in range(int(words[2])):
+                at = arrow[at]
+            arrives += [start] if at == words[5] else []
+        assert arrives == [question.answer], question.text
+
+
+def test_looks_follow_the_picture_try_no_start_twice_and_stay_with_the_right_one():
+    rng, numbers = random.Random(0), Counter()
+    for _ in range(300):
+        question, paths = draw_question(INVERSE, rng, False, "", INVERSE.chances)
+        pieces = worked_solution(paths, INVERSE, rng, (0, 0.3, 0.7))
+        arrow, tried = read_picture(question.images[0]), []
+        assert all(trigger in TRIGGERS.values() for trigger in pieces[1::3]) and set(pieces[2::3]) <= {"\n"}
+        for look in pieces[::3]:
+            chain, answer = look.removesuffix("}.").split(" So \\boxed{")
+            links = [tuple(pair.split(" to ")) for pair in chain[:-1].split(", ")]
+            assert all(arrow[a] == b for a, b in links) and links[0][0] == answer
+            assert chain[-1] == ("." if answer == question.answer else "?")
+            assert answer == tried[-1] if question.answer in tried else answer not in tried
+            tried.append(answer)
+        numbers[len(tried)] += 1
+    statistic, limit = chi_squared([numbers[n] for n in (1, 2, 3, 4)], [0.3, 0.21, 0.147, 0.343])
+    assert statistic < limit
+
+
 # ---------------------------------------------------------------------------- the tokenizer
 
 
@@ -317,7 +349,9 @@ def test_what_changes_the_base_changes_its_place_and_what_does_not_does_not(cach
     others = [{"seed": 1}, {"warm_steps": 25}, {"warm_chances": (1, 1)}, {"version": 99}]
     places = {toy_policy_dir(replace(TINY, **change), silent) for change in others}
     assert len(places | {first}) == 5 and len(warm_starts) == 5
-    assert toy_policy_dir(LEVELS["hard"], silent) == toy_policy_dir(EASY, silent)
+    easy, hard, inverse = (toy_policy_dir(LEVELS[name], silent) for name in ("easy", "hard", "inverse"))
+    assert easy == hard != inverse
+    assert easy.name == "toy-b9d31b81e92f", "a base that users have made would be made again"
 
 
 @pytest.mark.parametrize("interrupted", ["warm_start", "save_policy"])
