@@ -4,12 +4,16 @@ import csv
 import json
 from xml.etree import ElementTree
 
+import looks
 import pytest
 import study
 import study_tables
+import torch
+from conftest import random_response
 
 import config
 import toy
+from model import response_logprobs
 from rethink import OUTCOMES
 
 WRITE = """
@@ -123,3 +127,12 @@ def test_tables_and_figures_follow_from_the_csv_files(runs, tmp_path):
             (results / name).unlink()
     study.main(["report", str(results)])
     assert {path.name: path.read_text() for path in results.iterdir()} == first
+
+
+def test_a_prompt_with_a_look_behind_it_goes_on_as_the_response_would(policy, prompts):
+    first, second = (random_response(n, n, policy) for n in (5, 7))
+    groups = [(prompt, [torch.cat((first, second))]) for prompt in prompts]
+    want, _ = response_logprobs(policy, groups)
+    groups = [(looks.continued(prompt, first.tolist()), [second]) for prompt in prompts]
+    found, _ = response_logprobs(policy, groups)
+    torch.testing.assert_close(found, want[:, 5:], rtol=1e-4, atol=1e-4)
