@@ -51,7 +51,7 @@ FORCED = {
     "rethink_wrong": "--ssr off --rethink_fraction 0.3 --rethink_trigger wrong",
 }
 # Worlds by the share of questions, in per cent, that are effective late in training.
-WORLDS = {60: "1,0,0,0,2,0,2", 30: "3,0,0,0,1,0,1", 15: "hard", 5: "30,0,0,0,1,0,1"}
+WORLDS = {60: "0,0,0,0,1", 30: "1,0,0,0,2,0,2", 15: "hard", 5: "1,1,1"}
 
 
 @dataclass
