@@ -77,9 +77,6 @@ class Record:
     answers: dict[int, dict[str, dict]]  # step -> question's id -> its greedy answer
 
 
-# ---------------------------------------------------------------------------- read
-
-
 def read_run(folder: Path, name: str) -> Record:
     """What is in a run's folder. Only metrics.jsonl has to be there."""
     if not folder.is_dir():
@@ -133,9 +130,6 @@ def charts(first: Record) -> list[Chart]:
         Chart("Reward", "mean over an episode's responses", unit, {"reward": ""}),
         *(Chart(*about, {key: ""}) for key, about in LINES.items()),
     ]
-
-
-# ---------------------------------------------------------------------------- tables
 
 
 def table(runs: list[Record], caption: str, rows: dict[str, list[str]]) -> str:
@@ -197,9 +191,6 @@ def steps_of(run: Record) -> str:
 
 def last_step(runs: list[Record]) -> int:
     return max((row["step"] for run in runs for row in run.metrics), default=0)
-
-
-# ---------------------------------------------------------------------------- page
 
 
 def section(name: str, title: str, body: str) -> str:

@@ -100,9 +100,6 @@ def card(question: dict, facts: str, responses: str, is_open: bool) -> str:
     )
 
 
-# ---------------------------------------------------------------------------- held-out answers
-
-
 def heldout(questions: list[dict], answers: dict[int, dict[str, dict]]) -> str:
     """A line for each question, those that changed first; unfolded, what was answered at several steps.
 
@@ -133,9 +130,6 @@ def heldout(questions: list[dict], answers: dict[int, dict[str, dict]]) -> str:
         f"(turned right), {counts[-1]:,} broken (turned wrong){less}."
     )
     return f'<p class="note">{note}</p>{"".join(cards)}'
-
-
-# ---------------------------------------------------------------------------- rollouts
 
 
 def second_look(response: dict) -> str:

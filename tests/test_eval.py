@@ -71,9 +71,6 @@ def model(tmp_path_factory):
     return directory
 
 
-# ---------------------------------------------------------------------------- marking
-
-
 def test_marking_counts_right_wrong_unanswered_truncated_and_missing(tmp_path, mmmu, capsys):
     responses = write_jsonl(tmp_path / "r.jsonl", [
         {"id": "validation_Art_0", "response": "\\boxed{C}"},
@@ -219,9 +216,6 @@ def test_megabench_is_a_mean_over_tasks_and_says_what_it_leaves_out(tmp_path):
     assert partial["correct"] is False
 
 
-# ---------------------------------------------------------------------------- numbers
-
-
 def items(n, cluster=lambda i: "", stratum=lambda i: ""):
     def item(i):
         question = readers.Question(str(i), "", [], "")
@@ -280,9 +274,6 @@ def test_comparing_two_results_is_paired(tmp_path, capsys):
     assert f"p = {scores.sign_test(9, 1):.3g}" in printed
     assert scores.sign_test(9, 1) == pytest.approx(2 * (1 + 10) / math.pow(2, 10))
     assert run("--compare", a, tmp_path / "none.jsonl") == 2
-
-
-# ---------------------------------------------------------------------------- asking
 
 
 @pytest.fixture
@@ -428,9 +419,6 @@ def test_the_toy_world_is_asked_by_default(tmp_path, model, capsys):
     assert run(*flags[:-1], 2) == 0
     assert summary_of(tmp_path / "out", "toy")["n"] == 2
     assert (tmp_path / "out" / "toy.jsonl").read_text() == said  # nothing computed is lost
-
-
-# ---------------------------------------------------------------------------- errors
 
 
 def test_wrong_responses_are_named_and_earlier_results_stay(tmp_path, mmmu, capsys):

@@ -110,9 +110,6 @@ def charts_of(page: str) -> dict[str, list[str]]:
     return {title: re.findall("<title>(.*?)</title>", chart, re.DOTALL) for title, chart in charts}
 
 
-# ---------------------------------------------------------------------------- content
-
-
 def test_every_curve_of_a_run_is_drawn_with_its_values(tmp_path):
     page = page_of(write_run(tmp_path / "run"))
     told = charts_of(page)
@@ -250,9 +247,6 @@ def test_a_resumed_run_writes_held_out_questions_once_and_answers_again(tmp_path
     assert len(path.read_text().splitlines()) == 2
 
 
-# ---------------------------------------------------------------------------- safety
-
-
 def test_whatever_a_model_or_a_data_set_wrote_is_shown_as_text(tmp_path):
     marked = "\\boxed{" + HOSTILE + "} Wait, let's double check" + HOSTILE
     pieces = [[HOSTILE, False], [HOSTILE, True], [marked, False]]
@@ -288,9 +282,6 @@ def test_reports_do_not_wait_for_torch():
     assert done.returncode == 0
 
 
-# ---------------------------------------------------------------------------- odd runs
-
-
 def test_a_run_that_is_still_going_can_be_looked_at(tmp_path):
     folder = write_run(tmp_path / "run", config={"steps": 60})
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -312,8 +303,6 @@ def test_a_run_that_has_hardly_begun_has_a_page(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)
     assert page_of(tmp_path).count("None were written") == 2
 
-
-# ---------------------------------------------------------------------------- in a browser
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -47,9 +47,6 @@ def exchanged(cases: list[Case]) -> list[Case]:
     return [(answer, prediction, *rest) for prediction, answer, *rest in cases]
 
 
-# ------------------------------------------------------------------------------ the policy
-
-
 @pytest.mark.parametrize("kind", CASES)
 def test_each_case_of_the_table_has_its_verdict(kind):
     assert wrongly_judged(CASES[kind]) == []
@@ -84,9 +81,6 @@ def test_a_wrapper_changes_no_verdict(wrapper):
     plain = [c for c in sample if not re.search(r"[$*`\"]|nswer|^\S\)", c[0])]
     assert wrongly_judged([(wrapper % p, *rest) for p, *rest in plain]) == []
     assert wrongly_judged([(p, wrapper % a, *rest) for p, a, *rest in plain]) == []
-
-
-# ------------------------------------------------------------------------------ the box
 
 
 @pytest.mark.parametrize(
@@ -131,9 +125,6 @@ def test_the_reward_is_one_for_a_right_box_and_zero_for_anything_else():
 @pytest.mark.parametrize("pair", [(None, "5"), ("5", None), (5, 5), (b"5", "5"), ([], {}), ("", "")])
 def test_what_is_no_text_is_wrong_and_raises_nothing(pair):
     assert is_correct(*pair) is False and is_correct(*pair, ["5", "6"]) is False
-
-
-# ------------------------------------------------------------------------------ properties
 
 
 def forms(value: Fraction, rng: random.Random) -> list[str]:
@@ -218,8 +209,6 @@ def test_every_letter_in_every_wrapping_is_that_option_and_no_other():
                 if wrapping not in ("[%s]", "%s)", "Option %s"):  # wrappings of letters only
                     assert is_correct(wrapping % options[k], answer, options) == (k == j)
 
-
-# ------------------------------------------------------------------------------ hostile input
 
 HOSTILE = [
     # code, attribute access, templates
