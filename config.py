@@ -190,10 +190,8 @@ def read_flags(kind: type, program: str, description: str, argv: list[str]) -> d
         value = given.get(f.name)
         if isinstance(value, (int, float)):
             low, high = f.metadata["low"], f.metadata["high"]
-            if not value >= low:  # nan too
-                fail(f"--{f.name} {value}: must be at least {low}")
-            if value > high:
-                fail(f"--{f.name} {value}: must be at most {high}")
+            if not low <= value <= high:  # nan too
+                fail(f"--{f.name} {value}: must be at least {low} and at most {high}")
     return given
 
 
