@@ -39,8 +39,6 @@ from record import write_atomically
 
 # Two episodes of four steps with both ideas of the paper.
 BOTH = {"steps": 8, "batch_size": 8, "rethink_fraction": 0.5, "save_every": 3, "keep_last": 9}
-
-
 pytestmark = pytest.mark.usefixtures("reward_by_luck")
 
 
@@ -147,11 +145,10 @@ def sign(directory: Path) -> None:
     ("name", "damage"),
     [
         ("trainer.json", lambda found: {k: v for k, v in found.items() if k != "draws"}),
-        ("trainer.json", lambda found: [found]),
         ("samples.json", lambda found: {"fresh": 5, "buffer": []}),
         ("samples.json", lambda found: {**found, "fresh": [r | {"shiny": 1} for r in found["fresh"]]}),
     ],
-    ids=["lacks_a_key", "a_list", "no_rows", "an_unknown_key"],
+    ids=["lacks_a_key", "no_rows", "an_unknown_key"],
 )  # fmt: skip
 def test_a_checkpoint_of_another_version_is_named_with_what_to_do(
     base, whole, tmp_path, capsys, name, damage
@@ -203,9 +200,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps_and_changed_flags_ar
 
 def test_resuming_is_exact_where_the_vision_tower_has_seen_nothing_yet(base, tmp_path, monkeypatch):
     """Text for an episode, then pictures: the tower's Adam is younger than the others'."""
-    question = toy.toy_questions(toy.LEVELS["easy"], 1, "late")[0]
-    question.images[0].save(tmp_path / "picture.png")
-
+    toy.toy_questions(toy.LEVELS["easy"], 1, "late")[0].images[0].save(tmp_path / "picture.png")
     rows = [{"qid": f"q{i}", "question": f"{i} + {i}?", "answer": "4"} for i in range(4)]
     rows += [row | {"qid": f"p{i}", "image": "picture.png"} for i, row in enumerate(rows)]
     data = tmp_path / "data.jsonl"
@@ -219,10 +214,9 @@ def test_resuming_is_exact_where_the_vision_tower_has_seen_nothing_yet(base, tmp
     let_be_right(monkeypatch, odd_sum)
     settings = {"data": data, "heldout": 0, "steps": 4, "save_every": 1, "keep_last": 9}
     run_training(base, tmp_path / "whole", **settings)
-    for step in (1, 3):
-        out = shutil.copytree(tmp_path / "whole", tmp_path / str(step))
-        for later in range(step + 1, 5):
-            shutil.rmtree(out / f"checkpoint-{later}")
+    for step, later in ((1, "checkpoint-[234]"), (3, "checkpoint-4")):
+        ignore = shutil.ignore_patterns(later)
+        out = shutil.copytree(tmp_path / "whole", tmp_path / str(step), ignore=ignore)
         run_training(base, out, **settings, resume="true")
         assert_same_run(out, tmp_path / "whole")
 
@@ -242,8 +236,8 @@ def test_data_or_a_prompt_that_changed_within_an_episode_is_refused_and_config_j
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run_training(base, out, **settings)
     config = (out / "config.json").read_text()
-    asked, answered = ([rows[0] | {key: "1"}, *rows[1:]] for key in ("question", "answer"))
-    for changed in (rows[1:], rows[::-1], asked, answered):
+    edited = ([rows[0] | {key: "1"}, *rows[1:]] for key in ("question", "answer"))
+    for changed in (rows[1:], rows[::-1], *edited):
         write(changed)
         line = refused(capsys, base, out, **settings, lr=5e-4)
         assert f"the questions of {data}" in line and "resume with the same ones" in line
@@ -276,38 +270,26 @@ def test_other_data_and_fewer_steps_than_are_done_are_refused(base, whole, tmp_p
 
 
 def test_the_last_checkpoints_are_kept_and_what_others_put_beside_them(base, tmp_path):
-    names = ("checkpoint-best-1", "checkpoint-old-99", "checkpoint-\u00b2", "checkpoint-2.bak")
-    for name in names:
-        (tmp_path / name).mkdir()
+    others = [tmp_path / name for name in ("checkpoint-best-1", "checkpoint-\u00b2", "checkpoint-2.bak")]
+    for folder in others:
+        folder.mkdir()
     run_training(base, tmp_path, steps=11, save_every=3, keep_last=2, heldout=0)
     # By number: 11 comes after 9.
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-11"]
-    assert not list(tmp_path.glob("unfinished-*")) and all((tmp_path / name).is_dir() for name in names)
+    assert not list(tmp_path.glob("unfinished-*")) and all(map(Path.is_dir, others))
 
 
-def test_a_checkpoint_loads_by_transformers_with_no_key_missing_or_left(whole):
+def test_a_checkpoint_loads_by_transformers_with_no_key_missing_or_left_and_is_a_model_to_train_on(
+    whole, tmp_path
+):
     directory = list_checkpoints(whole)[-1]
     model, report = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
     assert not any(report.values()), report
     with safe_open(directory / "state-0-of-1.safetensors", framework="pt") as state:
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, state.get_tensor(f"param/model.{name}"))
-
-
-def test_a_checkpoint_is_a_model_to_train_on(whole, tmp_path):
     run_training(whole / "checkpoint-8", tmp_path, steps=1, batch_size=32)
     assert heldout_of(tmp_path)[0]["heldout_accuracy"] == heldout_of(whole)[-1]["heldout_accuracy"]
-
-
-def test_nothing_is_pickled(base, whole, tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("unpickled")
-
-    monkeypatch.setattr(torch, "load", refuse)
-    monkeypatch.setattr("pickle.load", refuse)
-    monkeypatch.setattr("pickle.loads", refuse)
-    out = shutil.copytree(whole, tmp_path / "copy")
-    run_training(base, out, **BOTH | {"steps": 9}, resume="true")
 
 
 def test_a_checkpoint_that_lacks_a_part_or_is_another_model_s_is_named(base, whole, tmp_path, capsys):
@@ -324,7 +306,7 @@ def test_a_checkpoint_that_lacks_a_part_or_is_another_model_s_is_named(base, who
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(base, tmp_path, capsys):
-    tmp_path.joinpath("run").mkdir()
+    (tmp_path / "run").mkdir()
     code = "import record, pathlib, sys; kept = record.lock_folder(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     root = Path(train.__file__).parent
@@ -358,9 +340,6 @@ def test_a_run_whose_last_gradient_is_not_finite_is_saved_and_ruined_weights_are
     assert train.main(flags(base, tmp_path / "ruined", heldout=0)) == 2
     assert "norm.weight is not finite" in capsys.readouterr().err.splitlines()[-1]
     assert [p.name for p in list_checkpoints(tmp_path / "ruined")] == ["checkpoint-2"]
-
-
-# ---------------------------------------------------------------------------- its parts
 
 
 def test_a_sample_survives_json_exactly():
@@ -401,14 +380,8 @@ def test_any_number_of_ranks_finds_its_rows(tmp_path, monkeypatch, rows, before,
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, "old")
-
-    def fail(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError):
-            write_atomically(path, "new")
+    monkeypatch.setattr(os, "replace", lambda *_: None)  # killed before it
+    write_atomically(path, "new")
     assert path.read_text() == "old"
 
 

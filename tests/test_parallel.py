@@ -3,7 +3,6 @@
 Ranks are forked from this process, so whatever a test has replaced here is replaced in them too.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -44,7 +43,6 @@ from data import Question
 from model import Sample, encode
 
 pytestmark = pytest.mark.usefixtures("reward_by_luck")
-BUDGETS = (1, 100, 8192)  # --micro_batch_tokens: one response at a time, some trees, everything
 EPISODES = {"steps": 4, "heldout": 3, "rethink_fraction": 0.5, "save_every": 2, "keep_last": 9}
 
 
@@ -119,7 +117,8 @@ def assert_gradient_of_one(base: Path, out: Path, **changes) -> None:
     assert all(bool(g.any()) for name, g in one.items() if "visual.blocks" in name or "lora" in name)
 
 
-KINDS = {f"budget {n}": {"micro_batch_tokens": n} for n in BUDGETS} | {
+# One response at a time, some trees, everything.
+KINDS = {f"budget {n}": {"micro_batch_tokens": n} for n in (1, 100, 8192)} | {
     "offload": {"offload": "true"}, "lora": {"lora_rank": 3}, "frozen": {"train_vision": "false"},
 }  # fmt: skip
 
@@ -150,16 +149,14 @@ def test_a_run_of_two_nodes_is_saved_once_and_one_rank_goes_on(base, tmp_path):
     assert saved == ["state-0-of-2.safetensors", "state-1-of-2.safetensors"]
     run_training(base, tmp_path, steps=3, rethink_fraction=0.5, resume="true")
     rows = steps_of(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert max(row["logp_mismatch"] for row in rows) < 1e-4
-
-
-@pytest.mark.parametrize("changes", [{"offload": "true"}, {"tensor": 2}], ids=["offload", "together"])
-def test_ranks_that_offload_or_sample_together_train_on_each_response_once(base, tmp_path, changes):
-    rows = trained(base, tmp_path, **changes, steps=2, rethink_fraction=0.5)
-    assert [row["batch_responses"] for row in rows] == [16, 16]
+    assert [(row["step"], row["batch_responses"]) for row in rows] == [(1, 16), (2, 16), (3, 16)]
     assert all(0 < row["reward"] < 1 and row["logp_mismatch"] < 1e-4 for row in rows)
     assert all(0 <= row["heldout_accuracy"] <= 1 for row in heldout_of(tmp_path))
+
+
+def test_ranks_that_offload_train_on_each_response_once(base, tmp_path):
+    rows = trained(base, tmp_path, offload="true", steps=2, rethink_fraction=0.5)
+    assert all(row["batch_responses"] == 16 and row["logp_mismatch"] < 1e-4 for row in rows)
     assert not same_tensors(weights_of(tmp_path / "checkpoint-2"), weights_of(base))
 
 
@@ -191,11 +188,9 @@ def test_decoding_whole_weights_uses_no_collective_so_that_lengths_may_differ(ba
     monkeypatch.setattr(train, "generate", generate)
     monkeypatch.setattr(train, "update", update)
     settings = {"steps": 2, "batch_size": 32, "heldout": 1, "max_new_tokens": 12, "rollout_rows": 8}
-
-    def action():
-        return train.main(flags(base, tmp_path, **settings)), sampling.count, training.count > 0
-
-    assert on_ranks(2, action) == [[0, 0, True]] * 2
+    command = flags(base, tmp_path, **settings)
+    seen = on_ranks(2, lambda: (train.main(command), sampling.count, training.count > 0))
+    assert seen == [[0, 0, True]] * 2
     rows = steps_of(tmp_path)
     assert [(row["response_length"], row["truncated"]) for row in rows] == [((1 + 12) / 2, 0.5)] * 2
 
@@ -308,9 +303,6 @@ def test_one_rank_goes_on_from_two(of_two, base, monkeypatch):
             assert torch.equal(found[kind], torch.cat([part[f"{kind}/{name}"] for part in parts]))
 
 
-# ---------------------------------------------------------------------------- one rank as on a GPU
-
-
 def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(base, tmp_path):
     settings = {"precision": "bf16", "rethink_fraction": 0.5, "gradient_checkpointing": "true"}
     run_training(base, tmp_path, **settings)
@@ -332,8 +324,8 @@ def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(base, tmp_pat
 
 # ---------------------------------------------------------------------------- what goes wrong
 
-GONE = json.dumps({"question": "Is it?", "answer": "no", "image": "gone.png"})
-FINE = json.dumps({"question": "Is it?", "answer": "no"})
+FINE = '{"question": "Is it?", "answer": "no"}'
+GONE = FINE.replace("}", ', "image": "gone.png"}')
 
 
 @pytest.mark.parametrize(
@@ -350,15 +342,11 @@ def test_a_mistake_ends_all_ranks_and_is_said_once(base, tmp_path, monkeypatch, 
     Path("bad.jsonl").write_text(f"{FINE}\n{GONE}\n{FINE}\n{FINE}")
     shutil.copytree(base, "broken", ignore=shutil.ignore_patterns("*.safetensors"))
     log = tmp_path / "log"
-    pids = start_ranks(2, lambda: train.main(flags(base, "out") + as_flags(changes)), log)
+    pids = start_ranks(2, lambda: train.main(flags(base, "out", **changes)), log)
     assert [wait(pid, LIMIT) for pid in pids] == [2, 2]
     said = [log.with_suffix(f".{rank}").read_text().splitlines() for rank in (0, 1)]
     lines, others = ([line for line in text if line.startswith("error: ")] for text in said)
     assert len(lines) == 1 and words in lines[0] and not others
-
-
-def as_flags(changes: dict) -> list[str]:
-    return [text for name, value in changes.items() for text in (f"--{name}", str(value))]
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
