@@ -12,9 +12,10 @@ batches there is one. An episode's batches are chosen in order, as in training (
 replay), but the weights stand still, so that all are gradients at the same point: ratios are 1 and
 nothing is clipped. All arms see the same episodes, and none shares a sample with G.
 
-`adam` compares what Adam makes of both: the first step of each, its momentum apart, with the second moments
-as the run left them. G is noisy too: `ceiling` is the cosine that the true direction would have with it, estimated from
-its two halves. Each checkpoint's numbers are kept in FOLDER; the same command goes on where it ended.
+`adam` compares what Adam makes of both: the first step of each, its momentum apart, with the second
+moments as the run left them. G is noisy too: `ceiling` is the cosine that the true direction would have
+with it, estimated from its two halves. Each checkpoint's numbers are kept in FOLDER; the same command goes
+on where it ended, and writes gradients.csv, .md and .svg to the results.
 """
 
 import csv
@@ -188,7 +189,7 @@ def summaries(rows: list[dict]) -> dict[tuple[str, float, float, str], dict]:
 def table(found: dict) -> str:
     names = {
         "one": "one batch",
-        "spread": "its spread",
+        "spread": "its deviation",
         "mean": "mean of 16",
         "adam": "the same, as Adam scales",
     }
@@ -215,7 +216,10 @@ def figure(found: dict) -> str:
     for k, (name, title) in enumerate(PANELS.items()):
         marks = []
         for arm, colour in colours.items():
-            line = [(math.log2(key[1]), *numbers[name]) for key, numbers in found.items() if key[3] == arm]
+            mine = {
+                key[1]: numbers[name] for key, numbers in found.items() if key[3] == arm and name in numbers
+            }
+            line = [(math.log2(effective), *ends) for effective, ends in mine.items()]
             marks.append(("line", colour, sorted((x, mean) for x, mean, _ in line)))
             marks += [("line", colour, [(x, mean - half), (x, mean + half)]) for x, mean, half in line]
         panels += panel(44 + 330 * k, 258, title, xs, axis(0, 1), marks)
