@@ -24,6 +24,7 @@ import csv
 import math
 import os
 import statistics
+import sys
 import tempfile
 from itertools import accumulate
 from pathlib import Path
@@ -32,6 +33,10 @@ import bench_trl  # first: it puts the repository on the path
 import benching
 import torch
 from transformers import AutoModelForImageTextToText
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
+from study_figures import COLOURS, card, curves
+from study_tables import interval, show
 
 import toy
 import train
@@ -45,9 +50,7 @@ STEPS_PER_EPISODE = QUESTIONS * GROUP // BATCH
 GOAL = 0.95
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 COLUMNS = ("seed", "loop", "step", "accuracy", "tokens", "seconds")
-COLOURS = {"TRL": "#c77700", "ours": "#1f6fd0"}
-# Two-sided 95 % quantile of Student's t by number of seeds.
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+LOOPS = ("TRL", "ours")
 
 
 # ---------------------------------------------------------------------------- one seed
@@ -127,22 +130,6 @@ def write(path: Path, rows: list[dict]) -> None:
 # ---------------------------------------------------------------------------- all seeds
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of the 95 % interval.
-
-    >>> interval([1.0, 2.0, 3.0])[0]
-    2.0
-    """
-    n = len(values)
-    spread = T_95.get(n, 1.96) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return statistics.mean(values), spread
-
-
-def show(values: list[float], digits: int = 3) -> str:
-    mean, half = interval(values)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
-
-
 def by_seed(rows: list[dict], loop: str) -> dict[float, list[dict]]:
     """{seed: its rows in order} of a loop."""
     seeds = sorted({row["seed"] for row in rows})
@@ -152,91 +139,53 @@ def by_seed(rows: list[dict], loop: str) -> dict[float, list[dict]]:
     }
 
 
-def seconds_to(curve: list[dict]) -> float | None:
-    """When it first reached GOAL; None: never."""
-    return next((row["seconds"] for row in curve if row["accuracy"] >= GOAL), None)
+def seconds_to(curve: list[dict]) -> float:
+    """When it first reached GOAL."""
+    return next((row["seconds"] for row in curve if row["accuracy"] >= GOAL), math.inf)
 
 
 def report(rows: list[dict]) -> str:
-    runs = {loop: by_seed(rows, loop) for loop in COLOURS}
+    runs = {loop: by_seed(rows, loop) for loop in LOOPS}
     lines = [
         f"| loop | seeds | accuracy, first episode | last | mean over episodes | seconds per step | seconds to {GOAL} |",
         "|---|---|---|---|---|---|---|",
     ]
-    for loop, curves in runs.items():
-        accuracy = [[row["accuracy"] for row in curve] for curve in curves.values()]
-        pace = [curve[-1]["seconds"] / curve[-1]["step"] for curve in curves.values()]
-        there = [seconds_to(curve) for curve in curves.values()]
-        reached = show(there, 1) if None not in there else f"{len(there) - there.count(None)} of {len(there)}"
+    for loop, seeds in runs.items():
+        accuracy = [[row["accuracy"] for row in curve] for curve in seeds.values()]
+        pace = [curve[-1]["seconds"] / curve[-1]["step"] for curve in seeds.values()]
+        there = [seconds_to(curve) for curve in seeds.values()]
         lines.append(
-            f"| {loop} | {len(curves)} | {show([a[0] for a in accuracy])} | {show([a[-1] for a in accuracy])} | "
-            f"{show([statistics.mean(a) for a in accuracy])} | {show(pace, 2)} | {reached} |"
+            f"| {loop} | {len(seeds)} | {show([a[0] for a in accuracy], 3)} | {show([a[-1] for a in accuracy], 3)} | "
+            f"{show([statistics.mean(a) for a in accuracy], 3)} | {show(pace, 2)} | {show(there, 1)} |"
         )
     pairs = [list(zip(runs["ours"][seed], runs["TRL"][seed])) for seed in runs["ours"]]
     gaps = [[a["accuracy"] - b["accuracy"] for a, b in pair] for pair in pairs]  # [seeds, episodes]
     each = [interval(list(episode)) for episode in zip(*gaps)]
     outside = sum(abs(mean) > half for mean, half in each)
     lines.append(
-        f"\nOurs minus TRL, paired by seed: {show([statistics.mean(gap) for gap in gaps])} on average over the "
+        f"\nOurs minus TRL, paired by seed: {show([statistics.mean(gap) for gap in gaps], 3)} on average over the "
         f"episodes; 0 lies outside the interval of {outside} of {len(each)} episodes (5 % by chance alone: "
         f"{len(each) / 20:.1f})."
     )
     both = [(seconds_to(runs["TRL"][s]), seconds_to(runs["ours"][s])) for s in runs["ours"]]
-    if all(trl and ours for trl, ours in both):
+    if math.isfinite(max(map(max, both))):
         lines.append(f"Seconds to {GOAL}, TRL / ours: {show([trl / ours for trl, ours in both], 2)}.")
     return "\n".join(lines)
 
 
-def panel(x0: int, title: str, unit: str, curves: dict[str, list[tuple]]) -> str:
-    """One chart. curves: loop -> [(x, mean, half-width of its interval), ...]"""
-    left, top, width, height = x0 + 44, 44, 400, 220
-    x_end = max(1, *(x for curve in curves.values() for x, *_ in curve))
-
-    def points(pairs) -> str:
-        return " ".join(
-            f"{left + width * x / x_end:.1f},{top + height * (1 - min(1, max(0, y))):.1f}" for x, y in pairs
-        )
-
-    parts = [f'<text x="{left}" y="26" font-weight="bold" fill="#1d2126">{title}</text>']
-    for i in range(6):
-        y = top + height * (1 - i / 5)
-        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#e3e1da"/>'
-                     f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{i / 5:.1f}</text>')  # fmt: skip
-    parts.append(f'<text x="{left}" y="{top + height + 18}">0</text>'
-                 f'<text x="{left + width / 2}" y="{top + height + 18}" text-anchor="middle">{unit}</text>'
-                 f'<text x="{left + width}" y="{top + height + 18}" text-anchor="end">{x_end:.0f}</text>')  # fmt: skip
-    for loop, curve in curves.items():
-        band = [(x, mean + half) for x, mean, half in curve]
-        band += [(x, mean - half) for x, mean, half in reversed(curve)]
-        parts.append(f'<polygon points="{points(band)}" fill="{COLOURS[loop]}" opacity="0.15"/>')
-    for loop, curve in curves.items():
-        line = points((x, mean) for x, mean, _ in curve)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[loop]}" stroke-width="2.2"/>')
-    return "".join(parts)
-
-
 def figure(rows: list[dict]) -> str:
     """Sampled accuracy over steps and over seconds, as SVG on a card of its own."""
-    over: dict[str, dict[str, list[tuple]]] = {"step": {}, "seconds": {}}
-    for loop in COLOURS:
-        curves = list(by_seed(rows, loop).values())
-        for same in zip(*curves):  # one episode of every seed
-            mean, half = interval([row["accuracy"] for row in same])
-            for x, points in over.items():
-                at = statistics.mean(row[x] for row in same)
-                points.setdefault(loop, []).append((at, mean, 0.0 if math.isnan(half) else half))
-    legend = "".join(
-        f'<rect x="{44 + 90 * i}" y="304" width="18" height="4" fill="{colour}"/>'
-        f'<text x="{68 + 90 * i}" y="310">{loop}</text>'
-        for i, (loop, colour) in enumerate(COLOURS.items())
-    )
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 940 326" font-family="sans-serif" '
-        'font-size="12.5" fill="#4a515a"><rect width="940" height="326" rx="10" fill="#fff"/>'
-        f"{panel(0, 'sampled accuracy over steps', 'optimiser steps', over['step'])}"
-        f"{panel(470, 'sampled accuracy over time', 'seconds, one thread', over['seconds'])}{legend}"
-        f'<text x="926" y="310" text-anchor="end">bands: 95 % intervals of {len(curves)} seeds</text></svg>\n'
-    )
+    over: dict[str, dict[str, tuple]] = {"step": {}, "seconds": {}}
+    for loop in LOOPS:
+        seeds = by_seed(rows, loop).values()
+        episodes = list(zip(*seeds))  # one episode of every seed
+        means, halves = zip(*(interval([row["accuracy"] for row in same]) for same in episodes))
+        halves = [0.0 if math.isnan(half) else half for half in halves]
+        for unit, found in over.items():
+            found[loop] = [statistics.mean(row[unit] for row in same) for same in episodes], means, halves
+    steps = curves(120, "sampled accuracy over optimiser steps", over["step"], (0, 1))
+    seconds = curves(600, "over seconds, one thread", over["seconds"], (0, 1))
+    return card(steps + seconds, dict(zip(LOOPS, COLOURS)), f"95 % intervals of {len(seeds)} seeds")
 
 
 def seeds_of(text: str) -> list[int]:

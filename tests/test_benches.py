@@ -119,4 +119,4 @@ def test_curves_are_compared_seed_by_seed(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "paired by seed: 0.010 ± 0.000" in out and "TRL / ours: 3.00 ± 0.00" in out
     assert len(bench_trl_curves.read(tmp_path / "results" / "trl_curves.csv")) == 8
-    assert (tmp_path / "results" / "trl_curves.svg").read_text().count("<polyline") == 4
+    assert (tmp_path / "results" / "trl_curves.svg").read_text().count("<polygon") == 4
