@@ -36,7 +36,7 @@ def episodes(n: int, updates: int) -> str:
 
 HARD = f"--toy_level hard {episodes(16, 16)}"
 PLAIN = {"plain": "--ssr off", "filter": "--ssr filter", "ssr": "--ssr replay"}
-# A world to look again in; room for six looks.
+# A world to look again in; room for five looks.
 GUESS = (
     "--toy_level inverse --episode_queries 64 --batch_size 32 --steps 256 --max_new_tokens 112 "
     "--heldout 512 --eval_every 32 --save_every 256 --keep_last 1"
@@ -232,7 +232,7 @@ def main(argv: list[str]) -> int:
     report = verbs.add_parser("report", help="tables and figures of the runs that are done")
     report.add_argument("results", type=Path)
     report.add_argument("--runs", type=Path, action="append", default=[],
-                        help="a folder of runs, may be given again; without, the CSV files in RESULTS are read")  # fmt: skip
+                        help="a folder of runs to add to RESULTS, may be given again; else what is there is read")  # fmt: skip
     args = parser.parse_args(argv)
     if args.verb == "plan":
         plan()

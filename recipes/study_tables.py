@@ -5,7 +5,7 @@
     results/runs.csv        a line per run: its numbers at the tokens at which arms are compared
     results/NAME.md, .svg   per experiment; the figure of all map_... is map.svg
 
-The first two are read from the runs, and all else is made from them. Arms are compared at equal sampled
+The first two are read from the runs (lines of other runs stay), and all else is made from them. Arms are compared at equal sampled
 tokens, forced second looks included: each run is read at the most tokens that all runs of its experiment
 have reached, between two measurements by a line (without `equal_tokens`, at its end). Accuracy is that of
 greedy answers to held-out questions; how fast an arm learns is seen in the training reward, which is there
@@ -70,6 +70,15 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def add_lines(path: Path, rows: list[dict]) -> None:
+    """Write the lines of these runs, and keep those of others: a run may be on another machine, or gone."""
+    new, kept = {(row["arm"], str(row["seed"])) for row in rows}, []
+    if path.exists():
+        with open(path, newline="") as file:
+            kept = [row for row in csv.DictReader(file) if (row["arm"], row["seed"]) not in new]
+    write_csv(path, kept + rows)
 
 
 def read_csv(path: Path) -> dict[str, dict[int, dict]]:
@@ -254,12 +263,11 @@ def map_figure(cells: dict) -> str:
 
 
 def write(folders: list[Path], results: Path) -> None:
-    """Read the finished runs in these folders, if any are given; then make what follows from the CSV files."""
+    """Add the finished runs of these folders to the CSV files, and make what follows from them."""
     results.mkdir(parents=True, exist_ok=True)
-    if folders:
-        read = [read_run(run) for folder in folders for run in sorted(folder.iterdir()) if is_done(run)]
-        for name, lines in zip(("episodes", "heldout"), zip(*read)):
-            write_csv(results / f"{name}.csv", list(chain(*lines)))
+    read = [read_run(run) for folder in folders for run in sorted(folder.iterdir()) if is_done(run)]
+    for name, found in zip(("episodes", "heldout"), zip(*read)):
+        add_lines(results / f"{name}.csv", list(chain(*found)))
     episodes, heldout = (read_csv(results / f"{name}.csv") for name in ("episodes", "heldout"))
     lines, cells = [], {}
     for name, experiment in EXPERIMENTS.items():
@@ -281,6 +289,6 @@ def write(folders: list[Path], results: Path) -> None:
             (results / f"{name}.svg").write_text(figure(experiment, budget, runs, episodes))
         if name == "main" and PLAIN.keys() <= runs.keys():
             cells[15, 16] = {arm: runs[arm] for arm in PLAIN}
-    if cells:
+    if len(cells) > 1:
         (results / "map.svg").write_text(map_figure(cells))
     write_csv(results / "runs.csv", lines)

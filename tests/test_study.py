@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from xml.etree import ElementTree
 
 import looks
@@ -128,6 +129,11 @@ def test_tables_and_figures_follow_from_the_csv_files(runs, tmp_path):
             (results / name).unlink()
     study.main(["report", str(results)])
     assert {path.name: path.read_text() for path in results.iterdir()} == first
+    gone = next(runs.glob("plain-*"))
+    shutil.rmtree(gone)
+    study.main(["report", str(results), "--runs", str(runs)])
+    arm, _, seed = gone.name.rpartition("-")
+    assert int(seed) in study_tables.read_csv(results / "heldout.csv")[arm]  # what results/ holds stays
 
 
 def test_a_prompt_with_a_look_behind_it_goes_on_as_the_response_would(policy, prompts):
