@@ -292,6 +292,20 @@ def test_a_checkpoint_loads_by_transformers_with_no_key_missing_or_left_and_is_a
     assert heldout_of(tmp_path)[0]["heldout_accuracy"] == heldout_of(whole)[-1]["heldout_accuracy"]
 
 
+def test_nothing_is_pickled(base, whole, tmp_path, monkeypatch):
+    names = {p.suffix for p in (whole / "checkpoint-8").iterdir()}
+    assert names == {".json", ".jinja", ".safetensors", ""}  # SHA256SUMS
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr("pickle.load", refuse)
+    monkeypatch.setattr("pickle.loads", refuse)
+    out = shutil.copytree(whole, tmp_path / "copy")
+    run_training(base, out, **BOTH | {"steps": 9}, resume="true")
+
+
 def test_a_checkpoint_that_lacks_a_part_or_is_another_model_s_is_named(base, whole, tmp_path, capsys):
     out = shutil.copytree(whole, tmp_path / "copy")
     state = out / "checkpoint-8" / "state-0-of-1.safetensors"
