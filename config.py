@@ -30,15 +30,19 @@ class Config:
     pass_rate_column: str = flag("", "select questions by this column, such as PassRate_7BBase")
     pass_rate_min: float = flag(0.01, "lowest pass rate kept [P: non-zero pass@8]")
     pass_rate_max: float = flag(1.0, "highest pass rate kept")
-    heldout: int = flag(None, "questions not trained on; default: 128, or a tenth of a smaller file", low=0)
+    heldout: int = flag(
+        None, "questions not trained on; default: 128, or a tenth of a smaller file", low=0, high=100_000
+    )
     template: str = flag("bare", "prompt [P: plain in stage 1, rethink in stage 2]", tuple(TEMPLATES))
     min_pixels: int = flag(0, "smallest area of a picture; 0: the checkpoint's [C: 256 visual tokens]", low=0)
     max_pixels: int = flag(0, "largest area of a picture; 0: the checkpoint's [C: 1280 visual tokens]", low=0)
-    max_prompt_tokens: int = flag(4096, "questions with a longer prompt are dropped and counted", low=1)
+    max_prompt_tokens: int = flag(
+        4096, "questions with a longer prompt are dropped and counted", low=1, high=1 << 17
+    )
 
     out: str = flag("", "directory of the run; default: runs/PRESET, numbered if taken")
-    steps: int = flag(60, "optimiser steps; 0: `passes` over the data", low=0)
-    passes: int = flag(3, "passes over the data when steps is 0 [P: at most 3]", low=1)
+    steps: int = flag(60, "optimiser steps; 0: `passes` over the data", low=0, high=10_000_000)
+    passes: int = flag(3, "passes over the data when steps is 0 [P: at most 3]", low=1, high=1_000_000)
     seed: int = flag(0, "all randomness is a function of (seed, step, question, response)")
     save_every: int = flag(50, "steps between checkpoints; the last step always writes one", low=1)
     keep_last: int = flag(2, "checkpoints kept", low=1)
@@ -46,10 +50,10 @@ class Config:
     resume: bool = flag(False, "continue from the newest checkpoint in --out")
     explain: bool = flag(False, "no training: follow one toy question through the method, in numbers")
 
-    episode_queries: int = flag(32, "questions sampled with frozen weights [P: 1024]", low=1)
-    group_size: int = flag(8, "responses per question, G [P: 8]", low=2)
+    episode_queries: int = flag(32, "questions sampled with frozen weights [P: 1024]", low=1, high=100_000)
+    group_size: int = flag(8, "responses per question, G [P: 8]", low=2, high=1024)
     batch_size: int = flag(128, "responses per optimiser step [P: 512]", low=1)
-    max_new_tokens: int = flag(48, "longest response [C: 2048]", low=1)
+    max_new_tokens: int = flag(48, "longest response [C: 2048]", low=1, high=1 << 17)
     # 0 is greedy: all responses of a group would be one; and logits divided by less overflow.
     temperature: float = flag(1.0, "when sampling, and in the log-probabilities [P: 1.0]", low=0.01)
     rollout_rows: int = flag(256, "responses decoded at once on a rank: their KV cache must fit", low=1)

@@ -54,13 +54,17 @@ class Config:
     compare: tuple = flag(None, "compare two OUT/NAME.jsonl question by question")
     show: bool = flag(False, "print ten responses in which no answer was found, and why")
     limit: int = flag(0, "only the first so many questions; 0: all", low=0)
-    samples: int = flag(1, "responses per question: adds pass@k and maj@k [P: 1]", low=1)
+    samples: int = flag(1, "responses per question: adds pass@k and maj@k [P: 1]", low=1, high=1024)
     template: str = flag("", "default: plain [P; 72B card: rethink], own: as in training", tuple(TEMPLATES))
     temperature: float = flag(None, "default: 0, greedy; 0.6 with several samples [C: the same]", low=0)
-    max_new_tokens: int = flag(0, "longest response; 0: 8192 [P], for own as in training, toy 64", low=0)
+    max_new_tokens: int = flag(
+        0, "longest response; 0: 8192 [P], for own as in training, toy 64", low=0, high=1 << 17
+    )
     min_pixels: int = flag(0, "smallest area of a picture; 0: 256 visual tokens [P], the toy's own", low=0)
     max_pixels: int = flag(0, "largest area of a picture; 0: 1280 visual tokens [P], the toy's own", low=0)
-    max_prompt_tokens: int = flag(32768, "questions with a longer prompt get no answer, counted", low=1)
+    max_prompt_tokens: int = flag(
+        32768, "questions with a longer prompt get no answer, counted", low=1, high=1 << 17
+    )
     force_rethink: bool = flag(False, "force every response to look again, too (paper, Fig. 7)")
     rows: int = flag(64, "responses decoded at once: their KV cache must fit", low=1)
     tensor: int = flag(1, "ranks of a node that share every layer and answer together; 1: none", low=1)

@@ -51,6 +51,7 @@ FLAGS = {
     "--steps -1": "--steps -1.*at least 0",
     "--group_size 1": "--group_size 1.*at least 2",
     "--rethink_fraction 1.5": "--rethink_fraction 1.5.*at most 1",
+    "--heldout 2000000000": "--heldout 2000000000.*at most 100000",
     "--temperature 0": "--temperature 0.*at least 0.01",
     "--lora_rank 4 --train_vision true": "--train_vision true.*--lora_rank",
     "--seed 9223372036854775808": "--seed",
