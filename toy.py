@@ -382,6 +382,7 @@ def toy_policy_dir(recipe: Recipe, progress=tqdm) -> Path:
     The warm start does not depend on the seed of a training run: like a published checkpoint, the
     base is one, and seeds differ in what they sample from it.
     """
+    # A switch that is off leaves the names of bases made before there was one as they are.
     made_by = {k: v for k, v in asdict(recipe).items() if k != "chances" and v is not False}
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vl-rethinker"

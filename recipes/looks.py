@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from study import EXPERIMENTS, is_done
-from study_tables import SECOND_LOOKS, interval, write_csv
+from study_tables import SECOND_LOOKS, show, write_csv
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import toy
@@ -86,12 +86,6 @@ def read_run(folder: Path) -> dict:
     return {"arm": arm, "seed": int(seed)} | measure(checkpoint, extra=2) | forced
 
 
-def shown(values: list[float], digits: int) -> str:
-    """Mean and 95 % interval."""
-    mean, half = interval(values)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
-
-
 def table(runs: list[dict]) -> str:
     """Means over seeds; the difference of accuracy to plain GRPO is paired by seed."""
     plain = {run["seed"]: run["right_0"] for run in runs if run["arm"] == "guess_plain"}
@@ -107,8 +101,8 @@ def table(runs: list[dict]) -> str:
     for arm in dict.fromkeys(run["arm"] for run in runs):
         mine = [run for run in runs if run["arm"] == arm]
         paired = [run["right_0"] - plain[run["seed"]] for run in mine if run["seed"] in plain]
-        cells = [arm, str(len(mine)), shown(paired, 3) if arm != "guess_plain" and paired else "–"]
-        cells += [shown([run[name] for run in mine], digits) for name, (_, digits) in COLUMNS.items()]
+        cells = [arm, str(len(mine)), show(paired, 3) if arm != "guess_plain" and paired else "–"]
+        cells += [show([run[name] for run in mine], digits) for name, (_, digits) in COLUMNS.items()]
         attempted = sum(run["attempted"] for run in mine)
         for name in ("wrong_right", "right_wrong"):  # of the looks forced in training
             cells.append(f"{sum(run[name] for run in mine) / attempted:.1%}" if attempted else "–")

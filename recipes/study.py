@@ -202,9 +202,10 @@ def run(name: str, jobs: int, seeds: range | None, out: Path) -> int:
         signal.signal(number, stop)
     with ThreadPool(jobs) as pool:
         for n, folder in enumerate(pool.imap_unordered(make, todo), 1):
-            if not is_done(folder):
+            done = is_done(folder)
+            if not done:
                 failed.append(folder)
-            print(f"{n} of {len(todo)}: {folder}{' failed' * (not is_done(folder))}", flush=True)
+            print(f"{n} of {len(todo)}: {folder}{'' if done else ' failed'}", flush=True)
     for folder in failed:
         print(f"failed: {folder.name}, see {folder}.log", file=sys.stderr)
     lock.close()

@@ -9,6 +9,8 @@ import math
 
 COLOURS = ("#555555", "#c77700", "#1f6fd0", "#b0307a", "#2a8f4a", "#0e7490", "#b3261e", "#6b45c9", "#a07d10")
 TOP, HEIGHT = 44, 190
+# An axis of shares, logarithmic.
+SHARES = [(math.log2(share), f"{share:.0%}") for share in (0.03, 0.06, 0.12, 0.25, 0.5, 1)]
 
 
 def axis(low: float, high: float, most: int = 4) -> list[tuple[float, str]]:
@@ -93,8 +95,7 @@ def over_share(left: float, title: str, found: dict, ends: tuple[float, float]) 
         marks.append(("line", colour, [(x, mean) for x, mean, _ in moved]))
         for x, mean, half in moved:
             marks += [("line", colour, [(x, mean - half), (x, mean + half)]), ("dots", colour, [(x, mean)])]
-    xs = [(math.log2(share), f"{share:.0%}") for share in (0.03, 0.06, 0.12, 0.25, 0.5, 1)]
-    return panel(left, 190, title, xs, axis(*ends), marks)
+    return panel(left, 190, title, SHARES, axis(*ends), marks)
 
 
 def card(panels: str, arms: dict[str, str], note: str) -> str:

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from buffers import WholeEpisode
-from study_figures import COLOURS, axis, card, panel
+from study_figures import COLOURS, SHARES, axis, card, panel
 from study_tables import interval
 
 import checkpoint
@@ -212,7 +212,6 @@ PANELS = {
 def figure(found: dict) -> str:
     """Each number of PANELS over the share of effective questions, which falls as training goes on."""
     panels, colours = "", dict(zip(ARMS, COLOURS))
-    xs = [(math.log2(share), f"{share:.0%}") for share in (0.03, 0.06, 0.12, 0.25, 0.5, 1)]
     for k, (name, title) in enumerate(PANELS.items()):
         marks = []
         for arm, colour in colours.items():
@@ -222,7 +221,7 @@ def figure(found: dict) -> str:
             line = [(math.log2(effective), *ends) for effective, ends in mine.items()]
             marks.append(("line", colour, sorted((x, mean) for x, mean, _ in line)))
             marks += [("line", colour, [(x, mean - half), (x, mean + half)]) for x, mean, half in line]
-        panels += panel(44 + 330 * k, 258, title, xs, axis(0, 1), marks)
+        panels += panel(44 + 330 * k, 258, title, SHARES, axis(0, 1), marks)
     return card(panels, colours, "over the share of effective questions; 95 % intervals")
 
 
