@@ -119,17 +119,6 @@ def random_response(length: int, seed: int, policy: Policy) -> torch.Tensor:
 # ---------------------------------------------------------------------------- oracles
 
 
-@contextlib.contextmanager
-def plain_attention(policy: Policy):
-    """The text model as transformers has it, by the attention that is written out."""
-    config = policy.text_model.config
-    ours, config._attn_implementation = config._attn_implementation, "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = ours
-
-
 def hf_inputs(policy: Policy, prompt, input_ids: torch.Tensor) -> dict:
     """What transformers' own forward and generate take, for one row."""
     inputs = {"input_ids": input_ids[None]}
@@ -156,8 +145,9 @@ def hf_logprobs(policy: Policy, prompt, response, temperature: float = 1.0) -> t
 
 
 def hf_generate(policy: Policy, prompt, max_new_tokens: int) -> torch.Tensor:
-    """The greedy response [R] of transformers' generate."""
-    with plain_attention(policy):
+    """The greedy response [R] of transformers' generate, by the attention that is written out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy.text_model.config, "_attn_implementation", "eager")
         out = policy.model.generate(
             **hf_inputs(policy, prompt, prompt.input_ids), max_new_tokens=max_new_tokens,
             do_sample=False, suppress_tokens=policy.banned_ids, eos_token_id=policy.eos_ids,

@@ -1,12 +1,9 @@
-"""The command line: every field is a flag, presets, and mistakes that are said in one line."""
+"""The command line: every field is a flag; presets."""
 
-import runpy
-import sys
 from dataclasses import asdict, fields
 
 import pytest
 
-import train
 from config import PRESETS, Config, parse, sources
 
 
@@ -77,13 +74,3 @@ def test_help_tells_of_every_flag_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for f in fields(Config):
         assert f"--{f.name} " in text and (f.default in (None, "") or f"(default: {f.default})" in text)
-
-
-def test_a_mistake_ends_the_script_with_status_2_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--ssr", "maybe"])
-    with pytest.raises(SystemExit) as raised:
-        runpy.run_path(train.__file__, run_name="__main__")
-    out, err = capsys.readouterr()
-    assert raised.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
-    assert not list(tmp_path.iterdir())

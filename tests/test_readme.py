@@ -54,11 +54,6 @@ def test_the_new_benchmark_marks_its_rows():
     assert item.rule("5.0") and not item.rule("6") and item.groups == ["dots"]
 
 
-def test_the_first_lines_are_the_two_commands():
-    assert "pip install -r requirements.txt && torchrun train.py" in README[:400]
-    assert "pip install -r requirements.txt pytest pyarrow && pytest" in README[:400]
-
-
 def test_every_file_is_in_the_reading_order():
     table = README[README.index("| file | concept |") :]
     for path in ROOT.glob("*.py"):

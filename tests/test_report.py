@@ -1,20 +1,10 @@
 """What report.py promises: all is in the page; nothing is run or fetched, whoever wrote it."""
 
-import html
 import json
 import re
-import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
-import pytest
-import torch
-
-import report
 from pages import curves, transcripts
-from record import Recorder
 from report import write_report
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -144,26 +134,6 @@ def test_a_rollout_shows_what_was_forced_and_what_came_of_it(tmp_path):
     assert "<|im_end|>" not in elements.text  # the end of a turn is hidden
 
 
-def test_rethinking_that_nobody_forced_is_marked_as_such(tmp_path):
-    said = response([["\\boxed{5}. Wait, let's double check\n\\boxed{7}", False]], right=False, reward=0.0)
-    page = page_of(write_run(tmp_path / "run", samples=[group(0, responses=[said])]))
-    assert "<mark>Wait, let's double check</mark>" in html.unescape(page)
-
-
-def test_groups_tell_what_their_forced_looks_did_and_the_first_that_has_one_is_open(tmp_path):
-    plain = [response([["\\boxed{5}", False]])] * 2
-    # Its first look was cut back before its answer, which was right.
-    lost = response([["It is", False], ["Wait,", True], ["\\boxed{7}", False]], right=False,
-                    reward=0.0, rethought="self_correction", first_right=True)  # fmt: skip
-    kept = response([["\\boxed{5}", False]], not_kept=lost)
-    samples = [group(0, responses=plain), group(2, responses=[*plain, kept]), group(4)]
-    page = page_of(write_run(tmp_path / "run", samples=samples))
-    folded = re.findall(r"<details class=\"card group\"(.*?)</summary>", page, re.DOTALL)
-    assert [" open>" in card for card in folded] == [False, True, False]
-    badges = [re.findall(r'badge">(.*?)<', card) for card in folded]
-    assert badges == [[], ["1 forced: right → wrong 1"], ["1 forced: wrong → right 1"]]
-
-
 def test_held_out_questions_show_what_became_of_their_answers(tmp_path):
     held = answers(("4", "5"), ("5", "5"), ("5", "6"), ("1", "2"), ("4", "5"))
     page = page_of(write_run(tmp_path / "run", held=held))
@@ -206,88 +176,37 @@ def test_a_long_run_gives_a_page_that_still_opens(tmp_path):
     assert "128 of them are in this page" in page and "characters left out" in page
 
 
-def test_what_the_recorder_writes_is_what_the_report_reads(tmp_path):
-    """The two files meet nowhere else, so a renamed field would go unnoticed."""
-    recorder = Recorder(tmp_path, active=True)
-    recorder.start(0, ["--steps", "4"], ranks=1)
-    asked = SimpleNamespace(id="1", text="How many?", answer="5", images=[], category="counting")
-    for step, right in ((0, False), (4, True)):
-        answer = {"step": step, "id": "1", "text": "so", "found": None, "right": right, "tokens": 2}
-        recorder.heldout([asked], {"step": step, "heldout_accuracy": float(right)}, [answer])
-    second = SimpleNamespace(
-        prompt=SimpleNamespace(question=asked), tokens=torch.tensor([1, 2, 3]), text="a b c",
-        mask=torch.tensor([True, False, True]), right=True, reward=1.0, advantage=0.5,
-        finish="stop", rethought="self_correction", first_right=False, second_look=None,
-    )  # fmt: skip
-    first = SimpleNamespace(**vars(second) | {"mask": second.mask | True, "second_look": second})
-    tokenizer = SimpleNamespace(decode=lambda ids: " ".join("?abc"[i] for i in ids))
-    recorder.samples(0, [[first]], tokenizer)
-    page = page_of(tmp_path)
-    assert '<mark class="forced" title="forced">b</mark>' in page.split("not kept")[1]
-    assert "counting" in page and "1 fixed" in page and "train.py --steps 4" in page
-
-
-def test_a_resumed_run_writes_held_out_questions_once_and_answers_again(tmp_path):
-    asked = [SimpleNamespace(id="1", text="?", answer="5", images=[], category="")]
-
-    def measure(recorder, step):
-        answer = {"step": step, "id": "1", "text": "", "found": None, "right": True, "tokens": 1}
-        recorder.heldout(asked, {"step": step, "heldout_accuracy": 1.0}, [answer])
-
-    recorder = Recorder(tmp_path, active=True)
-    for step in (0, 20, 40):
-        measure(recorder, step)
-    measure(Recorder(tmp_path, active=True, resume_step=20), 40)
-    path = tmp_path / "heldout.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [("question" in row, row["step"]) for row in rows] == [
-        (True, 0), (False, 0), (False, 20), (False, 40),
-    ]  # fmt: skip
-    measure(Recorder(tmp_path, active=True), 0)  # from the beginning, where no checkpoint was left
-    assert len(path.read_text().splitlines()) == 2
-
-
-def test_whatever_a_model_or_a_data_set_wrote_is_shown_as_text(tmp_path):
+def test_whatever_a_model_or_a_data_set_wrote_is_text_and_nothing_is_run_or_fetched(tmp_path):
     marked = "\\boxed{" + HOSTILE + "} Wait, let's double check" + HOSTILE
     pieces = [[HOSTILE, False], [HOSTILE, True], [marked, False]]
     row = group(0, text=HOSTILE, responses=[response(pieces, not_kept=response(pieces))])
-    row["question"] |= {"answer": HOSTILE, "images": [PIXEL + '"onload="alert(1)']}
+    images = [PIXEL + '"onload="alert(1)', "https://example.org/x.png", "//example.org/x.png", "x.png"]
+    row["question"] |= {"answer": HOSTILE, "images": images}
     config = {"steps": 4, HOSTILE: HOSTILE}
     held = answers((HOSTILE, HOSTILE), question=lambda id_: question(HOSTILE, HOSTILE))
     held += [{"step": 0, "id": HOSTILE, "text": HOSTILE, "found": HOSTILE, "right": True, "tokens": 1}]
     folder = tmp_path / '" onload="<script>alert(1)<'
     write_run(folder, samples=[row], config=config, held=held)
-    elements = Elements(page_of(folder, write_run(tmp_path / "other")))
-    assert not elements.of("script")
-    assert len(elements.of("img")) == 2 and not any("onload" in x for x in elements.of("img"))
-    assert not any(name.startswith("on") for _, attributes in elements.found for name in attributes)
-    assert elements.text.count("document.title='owned'") >= 6
-
-
-def test_the_page_needs_no_network(tmp_path):
-    row = group(0)
-    row["question"]["images"] = ["https://example.org/x.png", "//example.org/x.png", "x.png", PIXEL]
-    page = page_of(write_run(tmp_path / "run", samples=[row]))
+    page = page_of(folder, write_run(tmp_path / "other"))
     elements = Elements(page)
-    assert [picture["src"] for picture in elements.of("img")] == [PIXEL]
-    assert not elements.of("link") and not elements.of("iframe")
-    assert not any("href" in attributes for _, attributes in elements.found)
+    assert elements.text.count("document.title='owned'") >= 6
+    assert not any(elements.of(tag) for tag in ("script", "link", "iframe"))
+    assert [picture["src"][:22] for picture in elements.of("img")] == ["data:image/png;base64,"] * 2
+    names = {name for _, attributes in elements.found for name in attributes}
+    assert not any(name.startswith("on") or name == "href" for name in names)
     assert "url(" not in page and "@import" not in page
     assert "default-src 'none'" in elements.of("meta")[2]["content"]
 
 
-def test_reports_do_not_wait_for_torch():
-    code = "import sys, report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=report.PAGE.parents[1], check=False)
-    assert done.returncode == 0
-
-
-def test_a_run_that_is_still_going_can_be_looked_at(tmp_path):
+def test_a_run_that_is_still_going_or_has_hardly_begun_can_be_looked_at(tmp_path):
     folder = write_run(tmp_path / "run", config={"steps": 60})
     for name in ("metrics.jsonl", "samples.jsonl"):
         with open(folder / name, "a") as file:
             file.write('{"step": 5, "rew')
     assert "4 of 60 steps" in page_of(folder)
+    for text in ("", '{"step": 0, "heldout_accuracy": 0.5}\n', '{"step"'):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert page_of(tmp_path).count("None were written") == 2
 
 
 def test_what_was_not_measured_is_left_out(tmp_path):
@@ -296,43 +215,3 @@ def test_what_was_not_measured_is_left_out(tmp_path):
     assert ">Held-out accuracy</h3>" not in page  # no chart; in the summary, a dash
     assert "–</td>" in page and "nan" not in page
     assert charts_of(page)["Gradient norm"] == ["step 1\n1.5", "step 3\n1.5"]
-
-
-@pytest.mark.parametrize("text", ["", '{"step": 0, "heldout_accuracy": 0.5}\n', '{"step"'])
-def test_a_run_that_has_hardly_begun_has_a_page(tmp_path, text):
-    (tmp_path / "metrics.jsonl").write_text(text)
-    assert page_of(tmp_path).count("None were written") == 2
-
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-
-# The page in a frame as wide as a phone.
-DRIVER = r"""
-<iframe style="width: 390px; height: 800px" srcdoc="{page}"></iframe>
-<script>
-onload = () => {{
-  const page = document.querySelector("iframe").contentDocument;
-  const seen = {{title: page.title, width: page.documentElement.scrollWidth}};
-  document.body.textContent = "SEEN" + JSON.stringify(seen) + "SEEN";
-}};
-</script>"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_in_a_browser_the_page_fits_a_phone_and_runs_no_script(tmp_path):
-    rows = [group(0, "unbreakable" * 60, [response([[HOSTILE, False]])]), group(2)]
-    page = page_of(write_run(tmp_path / "run", samples=rows, held=answers(("4", "5"))))
-    # As if escaping had been forgotten: the security policy has to hold by itself.
-    page = page.replace("<h1>", f"{HOSTILE}<h1>")
-    (tmp_path / "driver.html").write_text(DRIVER.format(page=html.escape(page)), encoding="utf-8")
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-        (tmp_path / "driver.html").as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    seen = json.loads(html.unescape(done.stdout.split("SEEN")[1]))
-    assert seen["title"] == "run: VL-Rethinker report"
-    assert seen["width"] <= 390

@@ -112,15 +112,8 @@ def test_tables_and_figures_follow_from_the_csv_files(runs, tmp_path):
     results = tmp_path / "results"
     study.main(["report", str(results), "--runs", str(runs)])
     first = {path.name: path.read_text() for path in results.iterdir()}
-    assert first.keys() == {
-        "episodes.csv",
-        "heldout.csv",
-        "runs.csv",
-        "main.md",
-        "main.svg",
-        "map_60_4.md",
-        "map.svg",
-    }
+    made = "episodes.csv heldout.csv runs.csv main.md main.svg map_60_4.md map.svg"
+    assert first.keys() == set(made.split())
     for name, text in first.items():
         if name.endswith(".svg"):
             ElementTree.fromstring(text)

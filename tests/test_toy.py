@@ -9,28 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import chi_squared
+from tqdm import tqdm
 
 import toy
 from data import UserError
 from model import encode, load_policy, response_logprobs
 from rethink import TRIGGERS
-from toy import (
-    CELL,
-    COLOURS,
-    LEVELS,
-    SPECIAL,
-    Recipe,
-    World,
-    draw_question,
-    new_policy,
-    question_by_id,
-    slow_solution,
-    toy_policy_dir,
-    toy_questions,
-    toy_tokenizer,
-    way,
-    worked_solution,
-)
+from toy import COLOURS, LEVELS, Recipe, draw_question, toy_policy_dir, toy_questions, way, worked_solution
 
 EASY, INVERSE = LEVELS["easy"], LEVELS["inverse"]
 LARGE = Recipe(columns=4, rows=3, colours=12, chances=(1, 1, 1, 1, 1))
@@ -39,8 +24,8 @@ LARGE = Recipe(columns=4, rows=3, colours=12, chances=(1, 1, 1, 1, 1))
 def read_picture(image) -> dict[str, str]:
     """{colour of a cell: colour of its dot}, from the pixels."""
     names = {colour: name for name, colour in COLOURS.items()}
-    columns, rows = image.width // CELL, image.height // CELL
-    corners = [(x * CELL, y * CELL) for y in range(rows) for x in range(columns)]
+    columns, rows = image.width // toy.CELL, image.height // toy.CELL
+    corners = [(x * toy.CELL, y * toy.CELL) for y in range(rows) for x in range(columns)]
     return {
         names[image.getpixel((x + 1, y + 1))]: names[image.getpixel((x + 14, y + 14))] for x, y in corners
     }
@@ -54,7 +39,7 @@ def test_answers_are_right_by_following_the_dots_of_the_picture(recipe):
     steps_seen = set()
     for question in toy_questions(recipe, 150, "brute force"):
         [image] = question.images
-        assert image.size == (recipe.columns * CELL, recipe.rows * CELL)
+        assert image.size == (recipe.columns * toy.CELL, recipe.rows * toy.CELL)
         arrow = read_picture(image)
         assert len(arrow) == recipe.columns * recipe.rows, "every cell has a colour of its own"
         words = question.text.removeprefix("<image>").split()
@@ -80,43 +65,19 @@ def test_chains_have_the_lengths_that_the_recipe_gives_chances():
 
 
 @pytest.mark.parametrize("recipe", [EASY, LARGE], ids=["easy", "large"])
-def test_held_out_pictures_never_meet_training(recipe):
+def test_held_out_pictures_one_in_eight_never_meet_training(recipe):
     def pictures(heldout):
         questions = toy_questions(recipe, 300, 0, heldout)
         return {q.images[0].tobytes() for q in questions}
 
     assert not pictures(True) & pictures(False)
-    worlds = [toy.draw_world(recipe, random.Random(i), i % 2 == 0) for i in range(100)]
-    assert [world.heldout() for world in worlds] == [i % 2 == 0 for i in range(100)]
-
-
-def test_the_side_of_a_picture_is_a_property_of_the_picture_and_one_in_eight_is_held_out():
     rng = random.Random(0)
-    colours = list(COLOURS)[:6]
-    sides = []
-    for _ in range(4000):
-        cells = rng.sample(colours, 6)
-        points_to = [rng.choice([c for c in cells if c != cell]) for cell in cells]
-        side = World(3, cells, points_to).heldout()
-        assert World(3, list(cells), list(points_to)).heldout() == side
-        sides.append(side)
-    statistic, limit = chi_squared([sum(sides), 4000 - sum(sides)], [1 / 8, 7 / 8])
+    worlds = [toy.draw_world(recipe, rng, i % 2 == 0) for i in range(100)]
+    assert [world.heldout() for world in worlds] == [i % 2 == 0 for i in range(100)]
+    cells = list(COLOURS)[:6]
+    held = sum(toy.World(3, cells, rng.choices(cells, k=6)).heldout() for _ in range(4000))
+    statistic, limit = chi_squared([held, 4000 - held], [1 / 8, 7 / 8])
     assert statistic < limit
-
-
-def test_the_warm_start_sees_no_held_out_picture(monkeypatch, tiny_policies):
-    drawn = []
-    real = toy.draw_world
-
-    def watched(recipe, rng, heldout):
-        drawn.append(real(recipe, rng, heldout))
-        return drawn[-1]
-
-    monkeypatch.setattr(toy, "draw_world", watched)
-    toy.warm_start(replace(TINY, warm_steps=4), silent)
-    in_the_warm_start = drawn[-4 * TINY.warm_batch :]
-    assert len(in_the_warm_start) == 32
-    assert not any(world.heldout() for world in in_the_warm_start)
 
 
 def test_questions_are_a_function_of_their_arguments():
@@ -129,10 +90,6 @@ def test_questions_are_a_function_of_their_arguments():
     for other in (asked(EASY, 20, 1), asked(EASY, 20, 0, heldout=True)):
         assert not {row[0] for row in other} & {row[0] for row in first}
         assert [row[1:] for row in other] != [row[1:] for row in first]
-    for qid, text, answer, picture in first:
-        again = question_by_id(EASY, qid)
-        assert (again.id, again.text, again.answer) == (qid, text, answer)
-        assert again.images[0].tobytes() == picture
 
 
 # ---------------------------------------------------------------------------- worked solutions
@@ -148,7 +105,7 @@ def test_worked_solutions_are_right_in_the_ways_that_say_they_are():
         steps = [tuple(pair.split(" to ")) for pair in pairs.split(", ")]
         assert all(arrow[a] == b for a, b in steps)
         assert steps[0][0] in question.text and answer == question.answer == steps[-1][1]
-        assert slow == slow_solution(path) and way(slow) == "slow"
+        assert slow == toy.slow_solution(path) and way(slow) == "slow"
 
         guess, trigger, second = worked_solution(path, EASY, rng, (0, 0, 1))
         assert guess.removeprefix("Looks like \\boxed{").removesuffix("}.") != question.answer
@@ -159,23 +116,19 @@ def test_worked_solutions_are_right_in_the_ways_that_say_they_are():
         assert guess.startswith("Looks like \\boxed{") and way(guess) == "fast"
 
 
-def test_a_guess_is_right_by_chance_alone():
-    rng = random.Random(1)
-    right = 0
-    for _ in range(3000):
-        question, path = draw_question(EASY, rng, False, "", (1,))
-        [guess] = worked_solution(path, EASY, rng, (1, 0, 0))
-        right += f"\\boxed{{{question.answer}}}" in guess
-    statistic, limit = chi_squared([right, 3000 - right], [1 / 6, 5 / 6])
-    assert statistic < limit
-
-
-def test_the_ways_come_with_the_chances_of_the_mix():
-    rng = random.Random(2)
-    _, path = draw_question(EASY, rng, False, "", (1, 1, 1))
-    ways = Counter(way("".join(worked_solution(path, EASY, rng, (0.5, 0.2, 0.3)))) for _ in range(2000))
-    statistic, limit = chi_squared([ways["fast"], ways["slow"], ways["twice"]], [0.5, 0.2, 0.3])
-    assert statistic < limit
+def test_the_ways_come_with_the_chances_of_the_mix_and_a_guess_is_right_by_chance_alone():
+    rng, ways, right = random.Random(2), Counter(), 0
+    for _ in range(4000):
+        question, path = draw_question(EASY, rng, False, "", (1, 1, 1))
+        text = "".join(worked_solution(path, EASY, rng, (0.5, 0.2, 0.3)))
+        ways[way(text)] += 1
+        right += way(text) == "fast" and f"\\boxed{{{question.answer}}}" in text
+    for counts, chances in (
+        ([ways["fast"], ways["slow"], ways["twice"]], [0.5, 0.2, 0.3]),
+        ([right, ways["fast"] - right], [1 / 6, 5 / 6]),
+    ):
+        statistic, limit = chi_squared(counts, chances)
+        assert statistic < limit
 
 
 def test_an_inverse_question_has_the_one_answer_that_following_forward_confirms():
@@ -215,101 +168,79 @@ def test_looks_follow_the_picture_try_no_start_twice_and_stay_with_the_right_one
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return toy_tokenizer()
+    return toy.toy_tokenizer()
 
 
-def unicode_text(rng: random.Random) -> str:
-    """Characters from anywhere in Unicode, spaces and control characters among them."""
-    ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
-    return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(60)))
-
-
-def test_any_text_can_be_written_and_read_back(tokenizer):
+def test_any_text_can_be_written_and_read_back_and_makes_no_special_token(tokenizer):
+    special = [tokenizer.convert_tokens_to_ids(token) for token in toy.SPECIAL]
+    assert special == list(range(len(toy.SPECIAL))) == tokenizer("".join(toy.SPECIAL)).input_ids
+    assert tokenizer.eos_token == "<|im_end|>" != tokenizer.pad_token
     rng = random.Random(0)
-    texts = [unicode_text(rng) for _ in range(300)]
+    ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+    texts = ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(30)) for _ in range(400)]
     texts += ["", " ", "  a  ", "\n\n\n", "Wait , what ' s this ?", "I'm, don't .", "é日本\u200d👩‍👩‍👧",
               "\\boxed{\\frac{1}{2}}", "redblue boxed{red}", "< | image_pad | >"]  # fmt: skip
     for text in texts:
-        assert tokenizer.decode(tokenizer(text).input_ids) == text
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text and not set(ids) & set(special)
 
 
 @pytest.mark.parametrize("colour", COLOURS)
 def test_a_colour_is_one_token_and_the_same_wherever_it_stands(tokenizer, colour):
     ids = tokenizer(colour).input_ids
     assert len(ids) == 1
-    for text in ("Start at {} and take 2 steps.", "{} to red, ", "red to {}.", "\\boxed{{{}}}.",
-                 "\n{} to red"):  # fmt: skip
-        assert ids[0] in tokenizer(text.format(colour)).input_ids
-        assert tokenizer(text.format(colour)).input_ids.count(ids[0]) == 1 + (
-            colour == "red" and "red" in text
-        )
-
-
-def test_special_tokens_are_single_ids_that_plain_text_never_makes(tokenizer):
-    special = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
-    assert special == list(range(len(SPECIAL)))
-    assert tokenizer("".join(SPECIAL)).input_ids == special
-    rng = random.Random(1)
-    said = {i for _ in range(100) for i in tokenizer(unicode_text(rng)).input_ids}
-    assert not said & set(special)
-    assert tokenizer.eos_token == "<|im_end|>" != tokenizer.pad_token
+    for text in (
+        "Start at {} and take 2 steps.",
+        "{} to red, ",
+        "red to {}.",
+        "\\boxed{{{}}}.",
+        "\n{} to red",
+    ):
+        text = text.format(colour)
+        assert tokenizer(text).input_ids.count(ids[0]) == text.count(colour)
 
 
 # ---------------------------------------------------------------------------- the base policy
 
 TINY = Recipe(columns=3, rows=1, colours=4, chances=(1,), warm_chances=(1,), warm_steps=24,
               warm_batch=8, warm_lr=1e-2)  # fmt: skip
-
-
-class silent:
-    """A progress bar that shows nothing."""
-
-    def __init__(self, items, **_):
-        self.items = items
-
-    def __iter__(self):
-        return iter(self.items)
-
-    def set_postfix(self, **_):
-        pass
+silent = functools.partial(tqdm, disable=True)
 
 
 @pytest.fixture
 def tiny_policies(monkeypatch):
     """Make the warm start train a model of a few thousand parameters."""
-    small = functools.partial(new_policy, hidden=32, layers=1, heads=2)
+    small = functools.partial(toy.new_policy, hidden=32, layers=1, heads=2)
     monkeypatch.setattr(toy, "new_policy", small)
     return small
 
 
-def solution_loss(policy, recipe: Recipe) -> float:
+def solution_loss(policy) -> float:
     """Mean negative log-likelihood of slow solutions to held-out questions."""
     groups = []
     rng = random.Random("held out")
     for _ in range(8):
-        question, path = draw_question(recipe, rng, True, "", recipe.chances)
-        ids = policy.tokenizer(slow_solution(path)).input_ids
+        question, path = draw_question(TINY, rng, True, "", TINY.chances)
+        ids = policy.tokenizer(toy.slow_solution(path)).input_ids
         groups.append((encode(policy, question, "bare"), [torch.tensor(ids)]))
     with torch.no_grad():
         logprobs, _ = response_logprobs(policy, groups)
     return -logprobs.sum().item() / sum(len(ys[0]) for _, ys in groups)
 
 
-def test_a_new_policy_is_a_function_of_its_seed_and_leaves_torch_s_alone():
-    torch.manual_seed(3)
-    want = torch.rand(3)
-    torch.manual_seed(3)
-    a, b, c = (new_policy(seed, hidden=32, layers=1, heads=2) for seed in (0, 0, 1))
-    assert torch.equal(torch.rand(3), want)
-    pairs = list(zip(a.parameters(), b.parameters(), c.parameters()))
-    assert all(torch.equal(x, y) for x, y, _ in pairs)
-    assert not all(torch.equal(x, z) for x, _, z in pairs)
+def test_a_few_steps_of_the_warm_start_lower_the_loss_and_see_no_held_out_picture(tiny_policies, monkeypatch):
+    drawn, real = [], toy.draw_world
 
+    def watched(recipe, rng, heldout):
+        drawn.append(real(recipe, rng, heldout))
+        return drawn[-1]
 
-def test_a_few_steps_of_the_warm_start_lower_the_loss(tiny_policies):
-    before = solution_loss(tiny_policies(TINY.seed), TINY)
-    after = solution_loss(toy.warm_start(TINY, silent), TINY)
-    assert after < before / 2
+    before = solution_loss(tiny_policies(TINY.seed))
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "draw_world", watched)
+        policy = toy.warm_start(TINY, silent)
+    assert solution_loss(policy) < before / 2
+    assert len(drawn) >= 24 * 8 and not any(world.heldout() for world in drawn)
 
 
 @pytest.fixture
@@ -331,42 +262,34 @@ def warm_starts(monkeypatch, tiny_policies) -> list:
     return ran
 
 
+def is_base_of_seed(directory: Path, seed: int) -> bool:
+    loaded, want = load_policy(str(directory)), toy.new_policy(seed)
+    return all(torch.equal(a, b) for a, b in zip(loaded.parameters(), want.parameters()))
+
+
 def test_the_base_is_made_once_and_kept_in_the_user_s_cache(cache, warm_starts):
     directory = toy_policy_dir(TINY, silent)
     stamps = {file: file.stat().st_mtime_ns for file in directory.iterdir()}
-    assert toy_policy_dir(TINY, silent) == directory
-    assert warm_starts == [TINY]
+    for recipe in (TINY, replace(TINY, chances=(1, 2))):  # the chances are asked, not taught
+        assert toy_policy_dir(recipe, silent) == directory
+    assert warm_starts == [TINY] and list(cache.iterdir()) == [directory]
     assert {file: file.stat().st_mtime_ns for file in directory.iterdir()} == stamps
-    assert list(cache.iterdir()) == [directory] and directory.name.startswith("toy-")
-    loaded = load_policy(str(directory))
-    want = new_policy(TINY.seed, hidden=32, layers=1, heads=2)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), want.parameters()))
-
-
-def test_what_changes_the_base_changes_its_place_and_what_does_not_does_not(cache, warm_starts):
-    first = toy_policy_dir(TINY, silent)
-    assert toy_policy_dir(replace(TINY, chances=(1, 2)), silent) == first  # asked, not taught
+    assert is_base_of_seed(directory, TINY.seed)
     others = [{"seed": 1}, {"warm_steps": 25}, {"warm_chances": (1, 1)}, {"version": 99}]
     places = {toy_policy_dir(replace(TINY, **change), silent) for change in others}
-    assert len(places | {first}) == 5 and len(warm_starts) == 5
-    easy, hard, inverse = (toy_policy_dir(LEVELS[name], silent) for name in ("easy", "hard", "inverse"))
-    assert easy == hard != inverse
+    assert len(places | {directory}) == 5
+    easy = toy_policy_dir(EASY, silent)
     assert easy.name == "toy-b9d31b81e92f", "a base that users have made would be made again"
 
 
-@pytest.mark.parametrize("interrupted", ["warm_start", "save_policy"])
-def test_an_interrupted_warm_start_leaves_nothing_that_looks_whole(
-    cache, warm_starts, monkeypatch, interrupted
-):
+def test_an_interrupted_warm_start_leaves_nothing_that_looks_whole(cache, warm_starts, monkeypatch):
+    def stop(policy, directory):
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as during:
-
-        def stop(*arguments):
-            if interrupted == "save_policy":
-                Path(arguments[1]).mkdir(exist_ok=True)
-                (Path(arguments[1]) / "config.json").write_text("{}")
-            raise KeyboardInterrupt
-
-        during.setattr(toy, interrupted, stop)
+        during.setattr(toy, "save_policy", stop)
         with pytest.raises(KeyboardInterrupt):
             toy_policy_dir(TINY, silent)
     assert list(cache.iterdir()) == []
@@ -379,14 +302,12 @@ def test_of_two_processes_that_make_it_at_once_the_first_one_s_stays(cache, warm
     def slower(recipe, progress):
         monkeypatch.setattr(toy, "warm_start", other)
         toy_policy_dir(recipe, progress)  # the other process, meanwhile
-        return new_policy(99, hidden=32, layers=1, heads=2)
+        return toy.new_policy(99)
 
     monkeypatch.setattr(toy, "warm_start", slower)
     directory = toy_policy_dir(TINY, silent)
     assert list(cache.iterdir()) == [directory]
-    loaded = load_policy(str(directory))
-    want = new_policy(TINY.seed, hidden=32, layers=1, heads=2)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), want.parameters()))
+    assert is_base_of_seed(directory, TINY.seed)
 
 
 def test_a_cache_that_cannot_be_written_is_found_before_the_work(monkeypatch, tmp_path, warm_starts):
