@@ -214,7 +214,7 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def find_damage(directory: Path) -> str | None:
-    """What is not as `save` wrote it, in words. All ranks must ask."""
+    """What is not as `save_run` wrote it, in words. All ranks must ask."""
     if not (directory / SUMS).is_file():
         return f"{directory / SUMS} is missing"
     lines = (directory / SUMS).read_text(errors="replace").splitlines()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from data import TEMPLATES, UserError
 
-# The architectures that tests hold against transformers; the code itself asks the model what it is.
+# The architectures that `model.load_policy` takes; tests hold each of them against transformers.
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 MIN_PIXELS, MAX_PIXELS = 256 * 28 * 28, 1280 * 28 * 28  # the paper's; 28 x 28 are a visual token
 SIZE = (1 << 31) - 1  # no number is larger: sizes of tensors, seeds, and well within float32

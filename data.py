@@ -132,24 +132,29 @@ def open_image(source) -> Image.Image:
     return image
 
 
-def check_images(questions: list[Question], progress=iter) -> list[list[tuple]]:
-    """Each question's picture sizes, (width, height). Raises UserError for the first broken picture."""
-
-    def size(question: Question, source) -> tuple:
+def load_pictures(question: Question) -> list[Image.Image]:
+    """A question's pictures, opened. Raises UserError for one that is missing or broken."""
+    pictures = []
+    for source in question.images:
         where = question.place or f"question {question.id}"
         name = f"picture {source}" if isinstance(source, (str, Path)) else "embedded picture"
         try:
-            return open_image(source).size
+            pictures.append(open_image(source))
         except FileNotFoundError:
             how = "put it where the row says, relative to the data file (unpack an archive)"
             raise UserError(f"{where}: {name} does not exist; {how}") from None
         except BROKEN_IMAGE as error:
             reason = re.sub(r"<.*>", "unknown format", str(error))
             raise UserError(f"{where}: {name} cannot be read ({reason}); replace the picture") from None
+    return pictures
 
+
+def check_images(questions: list[Question], progress=iter) -> list[list[tuple]]:
+    """Each question's picture sizes, (width, height). Raises UserError for the first broken picture."""
     with ThreadPoolExecutor() as pool:
         try:
-            return list(progress(pool.map(lambda q: [size(q, source) for source in q.images], questions)))
+            sizes = pool.map(lambda q: [picture.size for picture in load_pictures(q)], questions)
+            return list(progress(sizes))
         except UserError:
             pool.shutdown(cancel_futures=True)  # the others need not be decoded
             raise

@@ -339,7 +339,7 @@ def sample_token(policy: Policy, hidden, temperature: float, luck, place):
     else:
         logprobs = (logits / temperature).log_softmax(-1)
         cumulative = logprobs.exp().cumsum(-1)
-        # Below the last entry, not 1: rounding must lead neither past the end nor to a chance of 0.
+        # u stays below the last entry, which rounding leaves beside 1: the search never runs past the end.
         total = cumulative[:, -1:]
         u = (total * uniform(luck, place)[:, None]).to(total.dtype)
         u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))

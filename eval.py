@@ -21,8 +21,7 @@ wait for each other.
 
 import os
 
-# Before torch loads: threads that wait sleep, so that another program costs only its share of the
-# cores. Spinning, the default, is several times slower beside one.
+# Before torch loads, as in train.py: threads that wait sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import itertools
@@ -109,9 +108,10 @@ def read_items(name: str, config: Config) -> list[Item]:
     else:
         import toy  # imports torch; marking the other benchmarks does not
 
-        level = trainer_config(config.model).get("toy_level", "easy")
         # The same questions as training measures on.
-        questions = toy.toy_questions(toy.level(level), 128, 0, heldout=True)
+        trained = trainer_config(config.model)
+        recipe, n = toy.level(trained.get("toy_level", "easy")), trained.get("heldout") or 128
+        questions = toy.toy_questions(recipe, n, 0, heldout=True)
 
     def rule(question):
         return lambda text: is_correct(text, question.answer, question.choices)

@@ -47,7 +47,7 @@ def group_advantages(rewards: torch.Tensor, scale: str = "mean", baseline=None) 
     mean = torch.where(equal, group[:, :1], group.mean(-1, keepdim=True))
     if scale == "mean":
         return rewards - mean
-    # The population's deviation, so that one success in G does not depend on a correction for G.
+    # Divided by G, not by G - 1: one success among G then has an advantage of sqrt(G - 1).
     return (rewards - mean) / group.std(-1, correction=0, keepdim=True).masked_fill(equal, 1.0)
 
 
@@ -141,7 +141,7 @@ class TokenLogprobs(torch.autograd.Function):
         """hidden [K, D], weight [V, D], targets [K] -> log-probability [K], entropy [K] in fp32."""
         logprobs, entropies, log_zs = [], [], []
         for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK)):
-            logits = masked_logits(h, weight, banned_ids).div_(temperature)  # [K, V]
+            logits = masked_logits(h, weight, banned_ids).div_(temperature)  # [up to CHUNK, V]
             log_z = logits.logsumexp(-1)
             logits.sub_(log_z[:, None])
             logprobs.append(logits.gather(-1, t[:, None])[:, 0])
@@ -162,7 +162,7 @@ class TokenLogprobs(torch.autograd.Function):
         parts = (x.split(CHUNK) for x in (hidden, targets, log_z, grad / ctx.temperature))
         for h, t, z, g in zip(*parts):
             logits = masked_logits(h, weight, ctx.banned_ids).div_(ctx.temperature)
-            d = logits.sub_(z[:, None]).exp_().mul_(-g[:, None])  # [K, V]: minus what is expected
+            d = logits.sub_(z[:, None]).exp_().mul_(-g[:, None])  # [up to CHUNK, V]: minus what is expected
             d = d.scatter_add_(1, t[:, None], g[:, None]).to(h.dtype)  # and plus what was said
             grad_hidden.append(d @ weight)
             if grad_weight is not None:

@@ -28,7 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from config import FAMILIES
-from data import MARKER, MIN_SIDE, Question, UserError, open_image, prompt_text, read_json
+from data import MARKER, MIN_SIDE, Question, UserError, load_pictures, prompt_text, read_json
 from grpo import token_logprobs
 from rethink import second_start
 from tree import Trees, build_trees, pack_pictures, pad_rows, tree_attention, vision_layout
@@ -62,7 +62,7 @@ class Sample:
 
     prompt: Prompt
     tokens: torch.Tensor  # [R], EOS included where the policy sampled it
-    logprobs: torch.Tensor  # [R], under the policy that sampled them; where forced, of what it replaced
+    logprobs: torch.Tensor  # [R], under the policy that sampled them; where forced, not meaningful
     mask: torch.Tensor  # [R], True = sampled by the policy, False = forced
     text: str
     finish: str  # "stop" (EOS) or "length" (reached the limit)
@@ -238,8 +238,7 @@ def encode(policy: Policy, question: Question, template: str = "plain") -> Promp
     """Encode a question: chat template, pictures resized and patched, one IMAGE_PAD per visual token."""
     pixels, grid = None, torch.zeros(0, 3, dtype=torch.long)
     if question.images:
-        images = [open_image(source) for source in question.images]
-        features = policy.image_processor(images=images, return_tensors="pt")
+        features = policy.image_processor(images=load_pictures(question), return_tensors="pt")
         pixels, grid = features["pixel_values"], features["image_grid_thw"]
     pieces = chat_text(policy, question, template).split(IMAGE_PAD)
     counts = (grid.prod(-1) // policy.image_processor.merge_size**2).tolist()

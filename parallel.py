@@ -38,7 +38,7 @@ from model import Policy
 PATIENCE = timedelta(hours=3)
 PULSE = 2.0  # seconds between two signs of life
 SILENT = 90  # pulses missed, three minutes, and a rank is lost; what holds Python may take one
-GO_ON = "go on with --resume and the same flags as before"  # from nothing, where there is no checkpoint
+GO_ON = "go on with --resume and the same flags as before"  # which begins anew where there is no checkpoint
 
 ended = threading.Event()  # set where this process leaves the others
 

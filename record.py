@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from data import NUMBER, UserError, open_image, read_jsonl
+from data import NUMBER, UserError, load_pictures, read_jsonl
 from rethink import OUTCOMES
 from ssr import effective_sample_size
 
@@ -202,12 +202,11 @@ def describe(sample, tokenizer) -> dict:
 def show_question(question) -> dict:
     """A question as the page needs it, its pictures within."""
     row = {name: getattr(question, name) for name in ("id", "text", "answer", "category")}
-    return row | {"images": [thumbnail(source) for source in question.images]}
+    return row | {"images": [thumbnail(picture) for picture in load_pictures(question)]}
 
 
-def thumbnail(source, side: int = 336) -> str:
+def thumbnail(image, side: int = 336) -> str:
     """A picture as a data URI of at most `side` pixels: drawings as PNG, photographs as JPEG."""
-    image = open_image(source).convert("RGB")
     image.thumbnail((side, side))
     coded = []
     for kind in ("png", "jpeg"):

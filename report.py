@@ -38,7 +38,7 @@ LINES = {  # of metrics.jsonl: key -> (title, note, unit)
     "response_length": ("Response length", "mean, in tokens", "tokens"),
     "truncated": ("Cut off", "share of responses that reached the length limit", "%"),
     "entropy": ("Entropy", "of the next token; near 0 nothing is explored any more", "nats"),
-    "clip_fraction": ("Clipped", "share of tokens outside the clip range", "%"),
+    "clip_fraction": ("Clipped", "share of tokens whose gradient the clip has stopped", "%"),
     "sft_loss": ("SFT loss", "on the second looks that were kept", "nats"),
     "grad_norm": ("Gradient norm", "before clipping", ""),
     "lr": ("Learning rate", "with warm-up and decay", ""),

@@ -8,8 +8,9 @@ of the responses and the policy continues. Where the new answer is correct, y re
 
     L = L_GRPO + c * mean of -log pi(y_t)  over the tokens of the kept ones
 
-The EOS of y1 is removed. Trigger tokens are *forced*: context for y2, never in the policy-gradient
-loss (the policy did not choose them), always in the second one (there it learns to choose them).
+The EOS of y1 is removed. Trigger tokens are *forced* (by `rollout.advance`, which notes it in
+`Sample.mask`): context for y2, never in the policy-gradient loss (the policy did not choose them), always
+in the second one (there it learns to choose them).
 
 What we do differently from the released code: the trigger is drawn without looking at the label
 (`oracle` has the code's rule, which knows whether y1 was right); a kept response is compared with the
@@ -177,5 +178,5 @@ def before_rethinking(text: str) -> str:
 
 
 def share_rethinking(text: str) -> float:
-    """What follows of a response that looks again: a share of its letters, so of its tokens."""
+    """The share of a response that follows its first trigger phrase, in letters: about that of its tokens."""
     return 1 - len(before_rethinking(text)) / len(text)

@@ -119,9 +119,10 @@ def _judge(prediction: str, answer: str, choices: list[str] | None) -> bool:
     if choices and tidy(prediction) != tidy(answer):
         chosen, right = (named(text, choices) for text in (prediction, answer))
         if chosen is not None and right is not None:
+            both = chosen & right
             # Two options may share one text: then the text is right, alone or after either letter.
-            alike = chosen & right in (chosen, right) and same_text(prediction, answer)
-            return bool(chosen & right) and (chosen == right or alike)
+            alike = both in (chosen, right) and same_text(prediction, answer)
+            return bool(both) and (chosen == right or alike)
     return same_text(prediction, answer)
 
 

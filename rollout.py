@@ -16,7 +16,7 @@ policy's, which PPO's ratio needs), and a mask that is False where a token was f
 A response's randomness is its own: a hash of its question's key, its member and the token's place. So the
 same responses come out beside whatever else is sampled, in any order, on any number of rows and ranks.
 
-Forced tokens are how Forced Rethinking (paper, Section 4.3; rethink.py) is sampled: when a row
+Forced tokens are how Forced Rethinking (rethink.py) is sampled: when a row
 ends, `extend` may set it back behind some token and queue others; the row goes on from its own
 cache, in the same batch, and nothing is computed twice.
 
@@ -36,8 +36,8 @@ from decoding import Cache, Group, Seat, as_cuda_graph, decode_step, prefill, re
 from model import Policy, Prompt, Sample, decode
 from rethink import Continuation
 
-# Where nobody waits, rows are dropped once at most this share of them still decodes. A GPU records its step
-# anew when they are.
+# Once no question waits and at most this share of the rows still decodes, rows that have ended are dropped. A
+# GPU then records its step anew.
 PACK_BELOW = {"cpu": 0.75, "cuda": 0.5}
 # Looking at `done` makes the host wait for a GPU; a row that has ended decodes on until then.
 CHECK_EVERY = {"cpu": 2, "cuda": 16}
@@ -117,8 +117,11 @@ def question_keys(questions: Iterable[Question], *of) -> list[str]:
     >>> question_keys([Question(id, "", [], "") for id in "aba"], 0, 16)
     ["(0, 16) 'a' 1", "(0, 16) 'b' 1", "(0, 16) 'a' 2"]
     """
-    seen: Counter = Counter()
-    return [question_key(q.id, seen.update([q.id]) or seen[q.id], *of) for q in questions]
+    seen, keys = Counter(), []
+    for question in questions:
+        seen[question.id] += 1
+        keys.append(question_key(question.id, seen[question.id], *of))
+    return keys
 
 
 def luck_of(*key) -> int:

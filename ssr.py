@@ -4,10 +4,10 @@
 gives no gradient. As a policy improves, fewer and fewer samples of a batch are effective (the
 paper's 72B: from 40 % to below 20 % in 256 steps). SSR keeps the batch full of effective ones:
 
-    D_eff  = samples of the fresh batch with |A| > 0
-    B      = B + D_eff                             before drawing: fresh samples may be replayed
-    n      = max(0, N - |D_eff|)
-    D_buf  = n draws from B with P(j) = |A_j|^alpha / sum_k |A_k|^alpha
+    D_eff   = samples of the fresh batch of N with |A| > 0
+    buffer  = buffer + D_eff                       before drawing: fresh samples may be replayed
+    n       = N - |D_eff|
+    D_buf   = n draws from the buffer with P(j) = |A_j|^alpha / sum_k |A_k|^alpha
     train on D_eff + D_buf
 
 The unit is one sample, with the log-probabilities of the policy that sampled it: the clipped ratio
@@ -21,8 +21,8 @@ effective. Here an empty buffer draws nothing.
 A draw is a function of (seed, how many draws came before it): resuming needs the buffer's samples
 and one number. No model and no tensors: a sample is anything with an `.advantage`.
 
-Your own rule of replay: `train.main(argv, buffer=...)` takes any object with `begin`, `add`, `draw` and
-a length, whose `samples` and `draws` a checkpoint can keep; recipes/buffers.py has three.
+Your own rule of replay: `train.main(argv, buffer=...)` takes any object with `begin`, `add` and
+`draw`, whose `samples` and `draws` a checkpoint can keep; recipes/buffers.py has three.
 
 Next: rethink.py, how a policy that never looks twice can learn to.
 """
@@ -54,7 +54,7 @@ class ReplayBuffer:
         return len(self.samples)
 
     def begin(self, samples) -> None:
-        """A new episode, of these samples. This buffer takes them batch by batch, as `add` brings them."""
+        """Start an episode of these samples. This buffer starts empty; `add` fills it batch by batch."""
         self.clear()
 
     def add(self, samples) -> None:

@@ -44,6 +44,7 @@ from rethink import TRIGGERS, rethinks
 
 CELL = 28  # pixels on a side: one visual token
 INITIALIZER_RANGE = 0.08  # the default of 0.02 learns two to three times slower at this size
+MOST_LOOKS = 4  # in the warm start of the inverse world: a batch is as long as its longest
 COLOURS = {
     "red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 220, 50),
     "pink": (250, 150, 190), "black": (20, 20, 20), "white": (250, 250, 250), "cyan": (70, 210, 220),
@@ -69,7 +70,7 @@ class Recipe:
     final_mix: tuple = (0.55, 0.15, 0.30)
     seed: int = 0
     inverse: bool = False  # asks for the start of a chain; mixes then are of looks, see `looks`
-    family: str = "qwen2_5_vl"  # the policy's architecture, as model.FAMILIES has them
+    family: str = "qwen2_5_vl"  # the policy's architecture, as config.FAMILIES has them
     version: int = 1  # counts changes of the recipe that its fields do not show
 
 
@@ -215,14 +216,14 @@ def looks(paths: list[list[str]], rng: random.Random, again: float) -> list[str]
     """An inverse question's starts tried at random, the first of `paths` being the right one.
 
     Each look answers with the start that it tries, wherever that ends. After each, and with the chance
-    `again`, another look follows, up to four: at a start not tried yet, or once more at the right one.
+    `again`, another look follows, up to MOST_LOOKS: at a start not tried yet, or once more at the right one.
     """
     untried, pieces = rng.sample(paths, len(paths)), []
     path = untried.pop()
     while True:
         steps, mark = ", ".join(f"{a} to {b}" for a, b in pairwise(path)), "." if path is paths[0] else "?"
         pieces.append(f"{steps}{mark} So \\boxed{{{path[0]}}}.")
-        if len(pieces) > 9 or rng.random() >= again:  # four looks: a batch is as long as its longest
+        if pieces.count("\n") == MOST_LOOKS - 1 or rng.random() >= again:
             return pieces
         pieces += [TRIGGERS[rng.choice(list(TRIGGERS))], "\n"]
         path = path if path is paths[0] else untried.pop()
@@ -382,7 +383,7 @@ def toy_policy_dir(recipe: Recipe, progress=tqdm) -> Path:
     The warm start does not depend on the seed of a training run: like a published checkpoint, the
     base is one, and seeds differ in what they sample from it.
     """
-    # A switch that is off leaves the names of bases made before there was one as they are.
+    # Switches that are off are left out of the name: a new one does not rename the bases that exist.
     made_by = {k: v for k, v in asdict(recipe).items() if k != "chances" and v is not False}
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vl-rethinker"

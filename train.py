@@ -92,7 +92,7 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
         groups, outcomes = keep_second_looks(c, groups)
         if c.recompute_logprobs:
             differences = compare_logprobs(run, groups)
-    if not c.recompute_logprobs:  # with the weights sharded, as in training
+    if not c.recompute_logprobs:  # each rank runs just one micro-batch, so the weights are sharded again
         differences = compare_logprobs(run, groups)
     counts.update(outcomes)
     counts.update(mismatch_tokens=len(differences), mismatch=float(differences.abs().sum()))
@@ -235,7 +235,7 @@ class Terms:
     losses: torch.Tensor  # the clipped surrogate
     clipped: torch.Tensor  # True where the clip stopped the gradient
     weights: torch.Tensor  # of a token in the mean over the optimiser batch, times its draws
-    sft_loss: torch.Tensor  # a number: the share of the mean NLL of the kept second looks
+    sft_loss: torch.Tensor  # a number: this micro-batch's part of the mean -log pi of kept second looks
 
     @property
     def loss(self) -> torch.Tensor:
@@ -476,11 +476,12 @@ def train(run: Run, record: Recorder) -> None:
             record.metrics(row)
             bar.set_postfix({label: f"{row[name]:.3g}" for label, name in SHOWN.items()}, refresh=False)
             bar.update()
-            stop = any(parallel.gather([run.interrupted])) or run.not_finite >= STOP_AFTER
+            ruined = run.not_finite >= STOP_AFTER
+            stop = ruined or any(parallel.gather([run.interrupted]))
             # Before measuring: should that fail, nothing computed is lost.
             if stop or run.step == run.total_steps or (run.not_finite == 0 and run.step % c.save_every == 0):
                 checkpoint.save_run(run)
-            if run.not_finite >= STOP_AFTER:
+            if ruined:
                 what = f"step {run.step}: {STOP_AFTER} gradients in a row were not finite"
                 raise UserError(f"{what}; {checkpoint.RUINED}")
             if stop:
@@ -490,7 +491,8 @@ def train(run: Run, record: Recorder) -> None:
 
 
 def main(argv: list[str], grade: Grade | None = None, buffer: ReplayBuffer | None = None) -> int:
-    """The command line: 0 when all went well, 2 for something the user can put right.
+    """The command line: 0 when all went well, 2 for something the user can put right, 1 when another rank
+    was lost, 130 when stopped at once.
 
     grade   your own reward, in place of --reward: (text of the response, Question) -> a number
     buffer  what to replay from in place of a ReplayBuffer: see ssr.py

@@ -115,7 +115,7 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]]) -> Trees:
     input_ids = torch.zeros(N, T, dtype=torch.long)
     branch = torch.full((N, T), -1)
     position_ids = torch.zeros(3, N, T, dtype=torch.long)
-    predictor, targets, lengths, own, row = [], [], [], [], []
+    predictor, targets, own, row = [], [], [], []
     for n, (prompt, responses) in enumerate(groups):
         P = len(prompt.input_ids)
         input_ids[n, :P] = prompt.input_ids
@@ -134,15 +134,15 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]]) -> Trees:
             own.append(n * T + torch.arange(start, start + R))
             row.append(n)
             start += R
-    prompts, lengths = (branch == 0).sum(-1), [len(y) for y in targets]  # [N], and G of each
+    prompt_lengths, lengths = (branch == 0).sum(-1), [len(y) for y in targets]  # [N]; over all branches
 
     def pad(chosen: list[int]) -> Responses:
         tokens = pad_sequence([own[i] for i in chosen], batch_first=True, padding_value=-1)  # [B, R]
-        # Not one token for all padding: gradients are added up there, one after the other on a GPU.
+        # Padding points at many tokens: at one, a GPU would add up its gradients one after the other.
         other = torch.arange(tokens.numel()).view_as(tokens) % (N * T)
         source = torch.where(tokens >= 0, tokens, other).flatten()
         rows = torch.tensor([row[i] for i in chosen])
-        mask = response_mask(prompts[rows], int(prompts.max()), tokens.shape[1])
+        mask = response_mask(prompt_lengths[rows], int(prompt_lengths.max()), tokens.shape[1])
         return Responses(tokens, source, rows, mask)
 
     pictures = join_pictures([prompt for prompt, _ in groups])
@@ -172,16 +172,16 @@ def join_pictures(prompts: list) -> tuple[torch.Tensor | None, torch.Tensor | No
     return tuple(map(torch.cat, zip(*pictures))) or (None, None)
 
 
-def response_mask(prompts: torch.Tensor, P: int, R: int) -> torch.Tensor:
+def response_mask(prompt_lengths: torch.Tensor, P: int, R: int) -> torch.Tensor:
     """What the tokens of B responses see, [B, 1, R, P + R]: all of the prompt, then causally themselves.
 
     >>> response_mask(torch.tensor([1]), P=2, R=2).int()
     tensor([[[[1, 0, 1, 0],
               [1, 0, 1, 1]]]], dtype=torch.int32)
     """
-    prompt = torch.arange(P) < prompts[:, None, None, None]  # [B, 1, 1, P]
+    prompt = torch.arange(P) < prompt_lengths[:, None, None, None]  # [B, 1, 1, P]
     own = torch.ones(R, R, dtype=torch.bool).tril()
-    return torch.cat((prompt.expand(-1, -1, R, -1), own.expand(len(prompts), 1, -1, -1)), dim=-1)
+    return torch.cat((prompt.expand(-1, -1, R, -1), own.expand(len(prompt_lengths), 1, -1, -1)), dim=-1)
 
 
 def carried_attention(module, query, key, value, attention_mask, attend=None, **options):

@@ -216,8 +216,8 @@ def rethinking(items: list[Item], by_item: list[list[dict]]) -> dict:
     for (_, line), first in zip(own, before, strict=True):
         helped += credit(line) - credit(first)
         spent += first["correct"] * share_rethinking(line["response"]) * (line["tokens"] or 0)
-    rates = {"rethinks": len(own) / len(pairs), "overthinking": spent / len(pairs)}
-    summary = {"rethinks_helped": helped} | {key: round(value, 6) for key, value in rates.items()}
+    totals = {"rethinks": len(own), "rethinks_helped": helped, "overthinking": spent}
+    summary = {key: round(value / len(pairs), 6) for key, value in totals.items()}
     forced = [(line, line["again"]) for _, line in pairs if "again" in line]
     if forced:
 

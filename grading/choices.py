@@ -98,25 +98,25 @@ def named(text: str, choices: Sequence[str], strict: bool = True) -> frozenset[s
     letters = set(LETTERS[: len(choices)] or LETTERS)
     found = read_label(tidied)
     letter = frozenset(found.letter.upper()) if found else frozenset()
-    if found and not found.text and found.letter in letters:
+    if found and not found.text and found.letter in letters:  # B
         return letter
     equal = _equal(tidied, choices)
-    if equal or (found and not found.text):
+    if equal or (found and not found.text):  # cat
         return equal or _equal(found.letter, choices) or letter
     found = found if letter <= letters else None
     meant = found and (_by_text(found.text, choices) or _by_text(_FRAME.sub(r"\1", found.text), choices))
-    if meant and letter <= meant:
+    if meant and letter <= meant:  # B. cat, where B is the cat
         return letter
     several = read_letters(tidied)
-    if several and several <= letters:
+    if several and several <= letters:  # A and C
         return _by_text(text, choices) or several
-    if found and found.sure:
+    if found and found.sure:  # B. and another text: ambiguous if it is another option's
         return frozenset() if strict and meant else letter
     said = None if strict else _SAID.match(tidied)
-    if said and (equal := _equal(said[1], choices)):
+    if said and (equal := _equal(said[1], choices)):  # No, it is not
         return equal
     after = _AFTER.fullmatch(tidied)
-    if after and after[2] in letters and (meant := _by_text(after[1], choices)):
+    if after and after[2] in letters and (meant := _by_text(after[1], choices)):  # cat (B)
         return frozenset(after[2]) if after[2] in meant or not strict else frozenset()
     return _by_text(text, choices)
 

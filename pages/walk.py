@@ -116,7 +116,7 @@ def tell(run: Run, group: list, responses: str, merged: list, i: int, counts, id
     """The lesson about what `follow` found, where member i is replaced by its second look."""
     c, policy, prompt, first, y = run.config, run.policy, group[0].prompt, group[i], merged[i]
     P, T, G = len(prompt.input_ids), trees.branch.shape[1], len(group)
-    size, effective, keep = len(merged + idle), len(run.buffer), y.mask.tolist().index(False)
+    size, effective, keep = len(merged + idle), len(run.buffer.samples), y.mask.tolist().index(False)
     words = WORDS.read_text(encoding="utf-8").format(
         c=c, counts=counts, first=first, y=y, prompt=prompt, before=before, after=after, i=i + 1, P=P, T=T,
         G=G, flags=f" --out {c.out}" if c.out else "", today=datetime.date.today(), torch=torch.__version__,
@@ -127,6 +127,7 @@ def tell(run: Run, group: list, responses: str, merged: list, i: int, counts, id
         over=", divided by their standard deviation" if c.advantage == "std" else "",
         end=" ".join(pieces(policy, first.tokens[keep:])), looks=look_rows(policy, first, y, keep),
         outcomes=", ".join(f"{name} {counts[key]}" for key, name in OUTCOMES.items() if counts[key]),
+        replaced=" and ".join(f"#{k}" for k, (a, b) in enumerate(zip(group, merged), 1) if a is not b),
         idle=quoted(idle[0].prompt), idle_reward=idle[0].reward, size=size, effective=effective,
         places_left=size - effective, replay=replay_rows(merged, run.buffer, draws), separate=G * P + T - P,
         clip=(1 - c.clip_low, 1 + c.clip_high), loss=loss_rows(policy, y, i, before, after),

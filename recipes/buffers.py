@@ -24,9 +24,6 @@ class WholeEpisode:
     def __init__(self, seed: int):
         self.seed, self.samples, self.draws = seed, [], 0
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def begin(self, samples) -> None:
         self.samples = [s for s in samples if is_effective(s)]
 
@@ -43,9 +40,6 @@ class TwoEpisodes:
     def __init__(self, seed: int):
         self.seed, self.samples, self.draws = seed, [], 0
         self.old = 0  # samples[:old] are the last episode's
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def begin(self, samples) -> None:
         self.samples = self.samples[self.old :]
@@ -64,9 +58,6 @@ class AtMost:
     def __init__(self, seed: int, most: int):
         self.seed, self.most, self.samples, self.draws = seed, most, [], 0
         self.drawn = Counter()  # by identity
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def begin(self, samples) -> None:
         self.samples, self.drawn = [], Counter()

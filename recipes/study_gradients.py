@@ -162,20 +162,43 @@ def as_csv(rows: list[dict]) -> str:
 # ---------------------------------------------------------------------------- what comes of it
 
 
-def summary(rows: list[dict]) -> dict[str, tuple[float, float]]:
-    """Of one arm at one checkpoint: (mean, half-width of the 95 % interval over episodes) of each number."""
-    episodes, values = defaultdict(list), defaultdict(list)
+def by_episode(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Of one arm at one checkpoint: {number: {episode: its value}}; no cosine where no batch has a gradient."""
+    episodes, values = defaultdict(list), defaultdict(dict)
     for row in rows:
         episodes[row["episode"]].append(row)
-    for *batches, mean in episodes.values():
+    for episode, (*batches, mean) in episodes.items():
         cosines = [float(row["cosine"]) for row in batches if row["cosine"] != ""]
-        values["given"].append(len(cosines) / len(batches))
+        values["given"][episode] = len(cosines) / len(batches)
         if cosines:
-            values["one"].append(sum(cosines) / len(cosines))
-            values["spread"].append(float(torch.tensor(cosines).std(correction=0)))
-            values["mean"].append(float(mean["cosine"]))
-            values["adam"].append(float(mean["adam"]))
-    return {name: interval(xs) for name, xs in values.items()}
+            values["one"][episode] = sum(cosines) / len(cosines)
+            values["spread"][episode] = float(torch.tensor(cosines).std(correction=0))
+            values["mean"][episode] = float(mean["cosine"])
+            values["adam"][episode] = float(mean["adam"])
+    return values
+
+
+def summary(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """Of one arm at one checkpoint: (mean, half-width of the 95 % interval over episodes) of each number."""
+    return {name: interval(list(values.values())) for name, values in by_episode(rows).items()}
+
+
+def against_plain(rows: list[dict]) -> str:
+    """A line per arm: its cosines minus plain's, paired by checkpoint and episode."""
+    found = defaultdict(lambda: defaultdict(dict))  # number -> arm -> (step, episode) -> value
+    for step, arm in dict.fromkeys((row["step"], row["arm"]) for row in rows):
+        mine = [row for row in rows if (row["step"], row["arm"]) == (step, arm)]
+        for name, values in by_episode(mine).items():
+            found[name][arm] |= {(step, episode): value for episode, value in values.items()}
+    lines = ["| minus plain, all checkpoints | pairs | one batch | mean of 16 |", "|---" * 4 + "|"]
+    for arm in list(ARMS)[1:]:
+        pairs = {}
+        for name in ("one", "mean"):
+            plain, other = found[name]["plain"], found[name][arm]
+            pairs[name] = [other[key] - plain[key] for key in plain.keys() & other.keys()]
+        cells = [f"{mean:+.3f} ± {half:.3f}" for mean, half in map(interval, pairs.values())]
+        lines.append(f"| {arm} | {len(pairs['one'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def summaries(rows: list[dict]) -> dict[tuple[str, float, float, str], dict]:
@@ -245,8 +268,9 @@ def main(folder: str = "runs/gradients", results: str = "results") -> int:
     results.mkdir(exist_ok=True)
     (results / "gradients.csv").write_text(as_csv(rows))
     (results / "gradients.svg").write_text(figure(found))
-    (results / "gradients.md").write_text(table(found) + "\n")
-    print(table(found))
+    text = f"{against_plain(rows)}\n\n{table(found)}\n"
+    (results / "gradients.md").write_text(text)
+    print(text)
     return 0
 
 

@@ -29,7 +29,7 @@ from rethink import OUTCOMES
 T_95 = {
     2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262,
     11: 2.228, 12: 2.201, 13: 2.179, 14: 2.160, 15: 2.145, 16: 2.131, 17: 2.120, 18: 2.110, 19: 2.101,
-    20: 2.093,
+    20: 2.093, 25: 2.064,
 }  # fmt: skip
 LONG = ("5 steps", "7 steps")  # chains longer than those of the warm start
 FIXED = 0.86  # the training reward that "steps to" asks for

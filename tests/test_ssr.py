@@ -132,7 +132,7 @@ def test_no_sample_is_drawn_more_often_than_allowed():
     assert buffer.draw(3) == [a] * 3
     buffer.add([b])
     assert Counter(buffer.draw(9)) == {a: 1, b: 4}  # a batch that cannot be filled
-    assert len(buffer) == 0 and buffer.draw(2) == []
+    assert buffer.samples == [] and buffer.draw(2) == []
     buffer.begin([a])
     buffer.add([a])
     assert buffer.draw(9) == [a] * 4  # allowed again
