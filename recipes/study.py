@@ -39,7 +39,7 @@ PLAIN = {"plain": "--ssr off", "filter": "--ssr filter", "ssr": "--ssr replay"}
 # A world to look again in; room for five looks.
 GUESS = (
     "--toy_level inverse --episode_queries 64 --batch_size 32 --steps 256 --max_new_tokens 112 "
-    "--heldout 512 --eval_every 32 --save_every 256 --keep_last 1"
+    "--heldout 512 --eval_every 64 --save_every 256 --keep_last 1"
 )
 FORCED = {
     "plain": "--ssr off --rethink_fraction 0",
