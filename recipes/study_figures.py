@@ -100,11 +100,11 @@ def over_share(left: float, title: str, found: dict, ends: tuple[float, float]) 
 
 def card(panels: str, arms: dict[str, str], note: str) -> str:
     """The figure. arms: {name: colour} of the legend; the note stands at its right."""
-    legend = "".join(
-        f'<rect x="{44 + 110 * i}" y="280" width="18" height="4" fill="{colour}"/>'
-        f'<text x="{68 + 110 * i}" y="286">{arm}</text>'
-        for i, (arm, colour) in enumerate(arms.items())
-    )
+    legend, left = "", 44
+    for arm, colour in arms.items():
+        legend += f'<rect x="{left}" y="280" width="18" height="4" fill="{colour}"/>'
+        legend += f'<text x="{left + 24}" y="286">{arm}</text>'
+        left += 44 + 7 * len(arm)
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 300" font-family="sans-serif" '
         'font-size="12" fill="#4a515a"><rect width="1000" height="300" rx="10" fill="#fff"/>'

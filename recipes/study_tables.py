@@ -195,9 +195,10 @@ def table(experiment, budget: float, runs: dict) -> str:
 
 
 def mean_curves(runs: dict, episodes: dict, budget: float) -> dict:
-    """{arm: (thousand tokens, mean, half-width)} of the training reward."""
-    found, grid = {}, np.linspace(0, budget, 33)
+    """{arm: (thousand tokens, mean, half-width)} of the training reward, to where its first run ends."""
+    found = {}
     for arm, seeds in runs.items():
+        grid = np.linspace(0, min(budget, *(episodes[arm][seed]["tokens"][-1] for seed in seeds)), 33)
         lines = [np.interp(grid, *(episodes[arm][seed][k] for k in ("tokens", "reward"))) for seed in seeds]
         mean, half = np.transpose([interval(list(column)) for column in np.transpose(lines)])
         found[arm] = (list(grid / 1e3), list(mean), list(np.nan_to_num(half)))
@@ -216,7 +217,7 @@ def compared(runs: dict, against: str, name: str) -> dict:
 
 def figure(experiment, budget: float, runs: dict, episodes: dict) -> str:
     """Learning curves, and differences to the arm that the others are compared with."""
-    lines = mean_curves(runs, episodes, budget)
+    lines, names = mean_curves(runs, episodes, budget), [arm.removeprefix("guess_") for arm in runs]
     highest, lowest = (end(y for _, mean, _ in lines.values() for y in mean) for end in (max, min))
     panels = study_figures.curves(40, "training reward", lines, (lowest, highest))
     left = 420
@@ -226,10 +227,11 @@ def figure(experiment, budget: float, runs: dict, episodes: dict) -> str:
         ("mean reward", "area"),
     ):
         if found := compared(runs, experiment.against, name):
+            found = {arm.removeprefix("guess_"): ends for arm, ends in found.items()}
             panels += study_figures.forest(left, 160, title, found, named=left == 420)
             left += 190
     note = f"thousand tokens; differences to {experiment.against}; 95 % intervals"
-    return study_figures.card(panels, dict(zip(runs, study_figures.COLOURS)), note)
+    return study_figures.card(panels, dict(zip(names, study_figures.COLOURS)), note)
 
 
 def map_figure(cells: dict) -> str:
