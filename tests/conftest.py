@@ -175,6 +175,12 @@ def chi_squared(counts, probabilities) -> tuple[float, float]:
     return statistic, (len(counts) - 1) * (1 - k + 3.0902 * k**0.5) ** 3
 
 
+def follows(counts, probabilities) -> bool:
+    """False for 1 in 1000 counts that do follow the probabilities."""
+    statistic, limit = chi_squared(counts, probabilities)
+    return statistic < limit
+
+
 class StaysOn(TorchDispatchMode):
     """Refuses operations that take a tensor of another device: on a GPU they would wait for it.
 

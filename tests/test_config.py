@@ -25,7 +25,6 @@ def test_presets_change_defaults_and_flags_change_presets():
     assert config.model == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert config.lr == 3e-6 != PRESETS["7b"]["lr"]
     assert config.group_size == Config().group_size == 8
-    assert parse(["--preset", "7b", "--data", "f.parquet", "--template", "bare"]).template == "bare"
 
 
 def test_a_real_model_on_a_file_takes_no_setting_of_the_toy_s():
@@ -60,12 +59,6 @@ def test_the_large_presets_are_the_papers(name):
     assert (config.clip_low, config.clip_high, config.gradient_checkpointing) == (0.2, 0.35, True)
     column = {"7b": "PassRate_7BBase", "72b": "PassRate_32BTrained"}[name]
     assert config.pass_rate_column == column and config.pass_rate_min > 0
-
-
-@pytest.mark.parametrize("text", ["true", "True", None])
-def test_a_switch_may_stand_alone_or_take_a_value(text):
-    assert parse(["--resume"] + ([text] if text else [])).resume is True
-    assert parse(["--resume", "false"]).resume is False
 
 
 def test_help_tells_of_every_flag_with_its_default(capsys):

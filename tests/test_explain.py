@@ -76,8 +76,3 @@ def test_a_policy_that_never_finds_an_answer_ends_in_one_line(policy, monkeypatc
     c = parse(flags.split())
     with pytest.raises(UserError, match="none of 2 questions shows it all"):
         walk.find_questions(walk.new_run(c, policy), train)
-
-
-def test_other_questions_are_refused():
-    with pytest.raises(UserError, match="toy world"):
-        walk.explain(parse(["--model", "toy", "--data", "x.parquet"]), train)

@@ -7,8 +7,6 @@ import torch
 
 from grpo import group_advantages, is_clipped, policy_loss, token_weights
 
-T, F = True, False
-
 
 def rows(*values):
     return torch.tensor(values, dtype=torch.float32)
@@ -59,7 +57,7 @@ def test_the_clipped_loss_by_hand_on_both_sides():
 
 def test_masked_places_give_no_loss_no_gradient_and_no_nan_whatever_they_hold():
     garbage = [float("nan"), float("inf"), -float("inf"), 1e30, -1e30]
-    mask = torch.tensor([[T] + [F] * 5, [T] + [F] * 5])
+    mask = torch.tensor([[True] + [False] * 5] * 2)
     new = rows([0.1, *garbage], [-0.1, *garbage]).requires_grad_()
     old = rows([0.0, *reversed(garbage)], [0.0, *garbage])
     loss = policy_loss(new, old, rows(1, -1).flatten(), mask)

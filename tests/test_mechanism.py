@@ -5,7 +5,7 @@ import pytest
 import study_gradients
 import torch
 from conftest import relative_difference
-from tiny import flags, read_jsonl, steps_of
+from tiny import flags, heldout_of, steps_of
 
 import train
 from config import parse
@@ -91,8 +91,7 @@ def test_imitation_trains_the_base_on_right_responses_alone_and_rl_goes_on_from_
             assert row["sft_loss"] > 0 == row["loss"]
         else:
             assert not all(b.sample.right for b in branches) and row["sft_loss"] == 0
-    rows = read_jsonl(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows if "heldout_accuracy" in row] == [0, 2, 4, 6]
+    assert [row["step"] for row in heldout_of(tmp_path)] == [0, 2, 4, 6]
     assert (tmp_path / "checkpoint-6").is_dir()
 
 

@@ -7,14 +7,12 @@ import pytest
 import torch
 from conftest import (
     QUESTIONS,
-    StaysOn,
     hf_distribution,
     hf_inputs,
     hf_logprobs,
     noise_image,
     random_response,
     relative_difference,
-    to_meta,
 )
 from PIL import Image
 from safetensors.torch import save_file
@@ -25,7 +23,6 @@ import model
 import toy
 from data import Question, UserError
 from model import encode, load_policy, prompt_length, response_logprobs, save_policy
-from tree import build_trees
 
 # ---------------------------------------------------------------------------- the tree
 
@@ -42,21 +39,6 @@ def test_tree_logprobs_and_entropies_equal_those_of_separate_rows(policy, prompt
         want[0, : len(y)] = table.gather(1, y[:, None])[:, 0]
         want[1, : len(y)] = torch.special.entr(table.exp()).sum(-1)
         torch.testing.assert_close(torch.stack([got, entropy]), want, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_tree_is_trained_without_looking_at_a_value(own_policy, kept):
-    """Two groups of unlike lengths, without the vision tower: on a GPU the host would wait."""
-    short, long = (encode(own_policy, Question("q", "What? " * n, [], ""), "bare") for n in (1, 9))
-    said = [torch.tensor([30, 31, 32]), torch.tensor([33])]
-    trees = build_trees([(short, said), (long, said[1:])]).to("meta")
-    if not kept:
-        own_policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = to_meta(own_policy.train())
-    with StaysOn("meta") as watch:
-        policy(trees)[0].sum().backward()
-    assert watch.operations > 100
-    assert policy.text_model.layers[0].mlp.up_proj.weight.grad is not None
 
 
 def test_gradient_checkpointing_changes_no_gradient(own_policy, prompts):

@@ -138,13 +138,12 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        storages = [
+        made, given = (
             [x.untyped_storage() for x in tree_leaves(xs) if isinstance(x, torch.Tensor)]
             for xs in (out, (args, kwargs))
-        ]
-        given = {x._cdata for x in storages[1]}
-        for storage in storages[0]:
-            if storage._cdata not in given and storage._cdata not in self.sizes:
+        )
+        for storage in made:
+            if storage._cdata not in {x._cdata for x in given} | self.sizes.keys():
                 self.sizes[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
         self.peak = max(self.peak, sum(self.sizes.values()))

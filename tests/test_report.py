@@ -156,18 +156,18 @@ def test_a_reward_of_ones_own_is_a_number_on_an_axis_that_fits(tmp_path):
 
 def test_a_long_run_gives_a_page_that_still_opens(tmp_path):
     """1,000 steps at the paper's size: 256 photographs, 63 measurements, answers of 2048 tokens."""
-    photo = PIXEL + "A" * 40_000
+    photo, words = PIXEL + "A" * 40_000, "Let us see, 3 < 4. " * 400
     asked = [question(f"q{i}") | {"images": [photo]} for i in range(256)]
     held = [{"step": 0, "question": q} for q in asked]
-    for step in range(0, 1001, 16):
-        held += [{"step": step, "id": q["id"], "text": "Let us see, 3 < 4. " * 400, "found": None,
-                  "right": False, "tokens": 2048} for q in asked[:: 1 if step in (0, 992) else 64]]  # fmt: skip
-    said = [response([["Look, 3 < 4. " * 600, False], ["Wait,", True], ["so 5. " * 600, False]])] * 8
-    samples = [group(step, responses=said) for step in range(0, 1000, 8)]
-    for row in samples:
-        row["question"] |= {"images": [photo] * 3}
-    rows = [metrics_row(step) for step in range(1, 1001)]
-    page = page_of(write_run(tmp_path / "run", rows, samples, held=held))
+    held += [
+        {"step": step, "id": q["id"], "text": words, "found": None, "right": False, "tokens": 2048}
+        for step in range(0, 1001, 16)
+        for q in asked[:: 1 if step in (0, 992) else 64]
+    ]
+    said = [response([[words, False], ["Wait,", True], [words, False]])] * 8
+    pictured = question("1") | {"images": [photo] * 3}
+    samples = [group(step, responses=said) | {"question": pictured} for step in range(0, 1000, 8)]
+    page = page_of(write_run(tmp_path / "run", list(map(metrics_row, range(1, 1001))), samples, held=held))
     assert len(page.encode()) < 10_000_000
     told = charts_of(page)["Reward"]
     assert len(told) <= curves.MOST_POINTS and told[-1] == "step 1,000\n50 %"

@@ -1,13 +1,12 @@
 """Forced Rethinking: who looks again, what is kept, and what it earns."""
 
-import math
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import chi_squared
+from conftest import follows
 
 import train
 from config import Config
@@ -30,9 +29,8 @@ def said(policy, text="Looks like \\boxed{red}.", finish="stop", reward=0.0) -> 
     ids = policy.tokenizer(text, add_special_tokens=False).input_ids
     ids += [policy.tokenizer.eos_token_id] if finish == "stop" else []
     R = len(ids)
-    everywhere = torch.ones(R, dtype=torch.bool)
     return Sample(
-        prompt(), torch.tensor(ids), torch.zeros(R), everywhere, text, finish, True, reward > 0, reward
+        prompt(), torch.tensor(ids), torch.zeros(R), torch.ones(R) > 0, text, finish, True, reward > 0, reward
     )
 
 
@@ -62,17 +60,6 @@ def ask(policy, settings, samples, limit=100, grade=None):
     return [extend(0, g, sample) for g, sample in enumerate(samples)]
 
 
-# ---------------------------------------------------------------------------- the triggers
-
-
-def test_the_triggers_are_the_paper_s_to_the_character():
-    assert TRIGGERS == {
-        "self_questioning": "\n\nWait, does it seem right?",
-        "self_correction": "\n\nWait, there might be a mistake",
-        "self_verification": "\n\nWait, let's double check",
-    }
-
-
 # ---------------------------------------------------------------------------- who looks again
 
 
@@ -86,8 +73,7 @@ def test_the_share_of_eligible_responses_is_q_and_the_triggers_are_uniform(polic
     kinds = Counter(e and e.kind for e in asked)
     third = fraction / 3
     counts = [kinds[kind] for kind in (None, *TRIGGERS)]
-    statistic, limit = chi_squared(counts, [1 - fraction, third, third, third])
-    assert statistic < limit
+    assert follows(counts, [1 - fraction, third, third, third])
 
 
 def test_a_response_that_was_cut_off_or_would_be_cut_back_to_nothing_is_not_extended(policy):
@@ -145,8 +131,7 @@ def test_the_share_that_is_cut_back_to_before_its_last_answer_is_the_one_asked_f
     kept = Counter(policy.tokenizer.decode(sample.tokens[: e.keep]).strip() for e in asked)
     counts = [kept[sample.text], kept["\\boxed{日本}? So"]]
     assert sum(counts) == 2000
-    statistic, limit = chi_squared(counts, [0.7, 0.3])
-    assert statistic < limit
+    assert follows(counts, [0.7, 0.3])
 
 
 # ---------------------------------------------------------------------------- what is kept
@@ -207,27 +192,19 @@ def test_a_second_look_without_a_box_of_its_own_is_no_answer_and_not_kept(policy
     assert merged == [[first]] and counts["no_answer"] == 1 and counts["kept"] == 0
 
 
-@pytest.mark.parametrize("scale", ["mean", "std"])
-def test_the_baseline_is_the_group_s_before_replacement(scale):
-    """Rewards 1 0 0 0, mean 1/4, deviation sqrt(3)/4; the kept one gets 1 - 1/4 over it."""
+@pytest.mark.parametrize(
+    ("scale", "baseline", "wins", "loses"),
+    [("mean", "before", 0.75, -0.25), ("std", "before", 3**0.5, -(3**-0.5)), ("mean", "after", 0.5, -0.5)],
+)
+def test_the_baseline_is_the_group_s_before_replacement_or_by_flag_after(scale, baseline, wins, loses):
+    """Of rewards 1 0 0 0 the mean is 1/4, the deviation sqrt(3)/4; of 1 0 1 0 the mean is 1/2."""
     kept = again(reward=1.0)
     first = group(1.0, 0.0, 0.0, 0.0, second_looks=[(2, kept)])
     train.compare([first], scale)
-    before = [s.advantage for s in first]
-    [merged], _ = train.keep_second_looks(Config(rethink_fraction=1.0, advantage=scale), [first])
-    size = {"mean": 1.0, "std": math.sqrt(3) / 4}[scale]
-    assert merged[2] is kept and kept.advantage == pytest.approx(0.75 / size)
-    for i in (0, 1, 3):  # siblings are neither lifted nor pushed down
-        assert merged[i].advantage == before[i] == pytest.approx((first[i].reward - 0.25) / size)
-
-
-def test_after_replacement_all_advantages_are_taken_anew():
-    """The code's form: rewards 1 0 1 0 have the mean 1/2."""
-    first = group(1.0, 0.0, 0.0, 0.0, second_looks=[(2, again(reward=1.0))])
-    train.compare([first], "mean")
-    after = Config(rethink_fraction=1.0, rethink_baseline="after")
-    [merged], _ = train.keep_second_looks(after, [first])
-    assert [s.advantage for s in merged] == [0.5, -0.5, 0.5, -0.5]
+    c = Config(rethink_fraction=1.0, advantage=scale, rethink_baseline=baseline)
+    [merged], _ = train.keep_second_looks(c, [first])
+    assert merged == [first[0], first[1], kept, first[3]]
+    assert [s.advantage for s in merged] == pytest.approx([wins, loses, wins, loses])
 
 
 def test_the_second_loss_is_taken_on_trigger_tokens_always_and_on_y1_by_flag():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from buffers import BUFFERS
-from conftest import chi_squared
+from conftest import follows
 
 from ssr import ReplayBuffer, is_effective, replay_batch
 
@@ -44,12 +44,8 @@ def test_algorithm_1_worked_by_hand():
     # D_eff = {f}; B = {a, c, f}; n = 3.
     assert batch[0] is f and len(batch) == 4 and set(batch[1:]) <= {a, c, f}
     assert buffer.samples == [a, c, f]
-
-
-def test_more_effective_samples_than_the_batch_holds_are_all_trained():
-    """max(0, N - |D_eff|): nothing is cut."""
-    fresh = samples(0.25, -0.75, 0.5)
-    assert replay_batch(fresh, ReplayBuffer(), size=2) == fresh
+    # max(0, N - |D_eff|): where more are effective than the batch holds, none is cut.
+    assert replay_batch([a, c, f], buffer, size=2) == [a, c, f]
 
 
 # ---------------------------------------------------------------------------- the law of the draws
@@ -61,12 +57,9 @@ def test_draw_frequencies_follow_the_power_of_the_advantage(alpha):
     buffer, kept = filled(*advantages, alpha=alpha, seed=1)
     counts = Counter(s for _ in range(40) for s in buffer.draw(250))
     weights = [abs(a) ** alpha for a in advantages]
-    probabilities = [w / sum(weights) for w in weights]
-    statistic, limit = chi_squared([counts[s] for s in kept], probabilities)
-    assert statistic < limit
+    assert follows([counts[s] for s in kept], [w / sum(weights) for w in weights])
     other = [abs(a) ** (alpha + 0.2) for a in advantages]  # an exponent so close is told apart
-    statistic, limit = chi_squared([counts[s] for s in kept], [w / sum(other) for w in other])
-    assert statistic > limit
+    assert not follows([counts[s] for s in kept], [w / sum(other) for w in other])
 
 
 @pytest.mark.parametrize("alpha", [0, 0.01, 2])
@@ -75,12 +68,6 @@ def test_what_has_no_finite_gradient_is_never_stored_nor_drawn(alpha):
     buffer, kept = filled(0.0, 0.5, -0.0, math.nan, math.inf, -math.inf, -0.5, 0.0, alpha=alpha)
     assert buffer.samples == [kept[1], kept[6]]
     assert set(buffer.draw(600)) == {kept[1], kept[6]}
-
-
-@pytest.mark.parametrize("alpha", [300, 1e6, math.inf])
-def test_a_huge_alpha_draws_the_largest_and_overflows_nowhere(alpha):
-    buffer, kept = filled(1e-3, -1.0, 50.0, -50.0, 0.5, alpha=alpha)
-    assert set(buffer.draw(500)) == {kept[2], kept[3]}
 
 
 # ---------------------------------------------------------------------------- state
@@ -146,5 +133,4 @@ def test_each_buffer_draws_in_proportion_to_the_advantage(name):
         buffer.begin(kept)
         buffer.add(kept)
         counts.update(buffer.draw(2))
-    statistic, limit = chi_squared([counts[s] for s in kept], [1 / 13, 2 / 13, 4 / 13, 6 / 13])
-    assert statistic < limit
+    assert follows([counts[s] for s in kept], [1 / 13, 2 / 13, 4 / 13, 6 / 13])
