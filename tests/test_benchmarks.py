@@ -119,7 +119,12 @@ def option(text: str) -> str | None:
     return "".join(letters) if len(letters) == 1 else None
 
 
-READ = {"answers": rules.extract, "numbers": number, "options 40, 50, 60, 70": option}
+def listed(text: str) -> str | None:
+    found = choices.parse_choices(text)
+    return found and " | ".join(found)
+
+
+READ = {"answers": rules.extract, "numbers": number, "options 40, 50, 60, 70": option, "lists of options": listed}
 
 
 @pytest.mark.parametrize("kind", READ)

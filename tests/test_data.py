@@ -15,7 +15,6 @@ from data import (
     check_images,
     load_questions,
     open_image,
-    parse_choices,
     prompt_text,
 )
 from reward import reward
@@ -48,25 +47,6 @@ def test_the_templates_are_the_paper_s_to_the_character():
         "etc. Remember to put your final answer within \\boxed{}."
     )
     assert prompt_text(question, "bare") == "What is it?"
-
-
-@pytest.mark.parametrize(
-    ("text", "choices"),
-    [
-        ("Which?\nChoices:\n(A) 3 cm\n(B) 4 cm\n(C) \n(D) 5", ["3 cm", "4 cm", "", "5"]),
-        ("Choices: none.\nWhich?\nChoices:\nA. x\n B: y ", ["x", "y"]),
-        ("Which?\nOptions:\nA. red\nB. green", ["red", "green"]),
-        ("Which? OPTIONS: (A)red (B)green", ["red", "green"]),
-        ("Which?\nA) red\nB) green\n", ["red", "green"]),
-        ("Answer choices:\na) red\nb) green", ["red", "green"]),
-        ("Which of these options: Choices: A. red, B. green", ["red", "green"]),
-        ("Which?", None), ("Choices:\n(A) one", None), ("Choices:\n(B) x\n(C) y", None),
-        ("Choices:\n(A) x\n(C) y", None), ("(A) x\n(B) y\nWhich is longer?", None),
-        ("Find\n(a) its area\n(b) its height", None), ("What are the options: or none?", None),
-    ],
-)  # fmt: skip
-def test_choices_are_read_in_virl39k_s_form_and_in_others(text, choices):
-    assert parse_choices(text) == choices
 
 
 @pytest.mark.parametrize("choices", [["3 cm", "4 cm"], ["A. 3 cm", "B. 4 cm"], [" 3 cm", "4 cm "]])
