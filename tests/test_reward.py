@@ -47,12 +47,6 @@ def test_each_case_of_the_table_has_its_verdict_also_with_the_sides_exchanged(ki
     assert wrongly_judged(CASES[kind]) == wrongly_judged(exchanged) == []
 
 
-def test_the_table_is_large_and_balanced():
-    cases = [case for kind in CASES.values() for case in kind]
-    assert len(cases) > 1500 and len(set(map(str, cases))) == len(cases)
-    assert 0.3 < sum(not case[2] for case in cases) / len(cases) < 0.7
-
-
 def test_the_policy_in_the_docstring_is_the_policy_of_the_code():
     rows = re.findall(r"^    (.+?) +\| (.+?) +\| (True|False)", reward_module.__doc__, re.MULTILINE)
     assert len(rows) > 30
@@ -158,20 +152,6 @@ def test_what_sympy_rewrites_keeps_its_value_and_what_it_changes_does_not():
         assert is_correct(*texts) == verdicts[-1], texts
         assert is_correct(f"z = {texts[0]}", f"{texts[1]} - z = 0") == verdicts[-1], texts
     assert min(verdicts.count(True), verdicts.count(False)) > 20
-
-
-def test_every_letter_in_every_wrapping_is_that_option_and_no_other():
-    options = ["red", "green", "blue", "black", "white"]
-    wrappings = ["%s", "(%s)", "%s.", "%s)", r"\text{%s}", r"\textbf{(%s)}", "Option %s", "[%s]"]
-    wrappings += ["The answer is %s", "The correct answer is (%s).", "answer: %s", "**%s**"]
-    for k, letter in enumerate("ABCDE"):
-        for wrapping in wrappings:
-            for j, answer in enumerate("ABCDE"):
-                assert is_correct(wrapping % letter, answer) == (k == j)
-                assert is_correct(wrapping % letter, options[j], options) == (k == j)
-                assert is_correct(wrapping % letter.lower(), answer, options) == (k == j)
-                if wrapping not in ("[%s]", "%s)", "Option %s"):  # wrappings of letters only
-                    assert is_correct(wrapping % options[k], answer, options) == (k == j)
 
 
 LISTED = (FOLDER / "hostile_cases.txt").read_text(encoding="utf-8").splitlines()[1:]
