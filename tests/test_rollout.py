@@ -1,22 +1,20 @@
 """Sampling, held against plain transformers' generate and forward."""
 
-import copy
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 
+import bench_paths
+import benching
 import pytest
 import torch
 from conftest import StaysOn, chi_squared, hf_distribution, hf_generate, hf_inputs, hf_logprobs, to_meta
 
 import decoding
-import model
 import rollout
-import toy
-from data import UserError
 from decoding import uniform
 from model import decode, response_logprobs
 from rollout import Continuation, generate, luck_of, question_keys
-from tree import build_trees
 
 
 def drawn(prompts, seed: int) -> list[str]:
@@ -39,9 +37,12 @@ def test_greedy_equals_generate_of_transformers_token_for_token(policy, prompts)
     for prompt, group in zip(prompts, groups):
         want = hf_generate(policy, prompt, 40)
         lengths.append(len(want))
+        with torch.no_grad():
+            logprobs = hf_logprobs(policy, prompt, want)  # at temperature 1
         for sample in group:
             assert sample.prompt is prompt
             assert torch.equal(sample.tokens, want)
+            torch.testing.assert_close(sample.logprobs, logprobs, atol=1e-4, rtol=0)
     assert len(set(lengths)) == len(lengths), "the rows must end at different times"
 
 
@@ -81,13 +82,6 @@ def test_behaviour_logprobs_equal_the_training_forward(policy, prompts, temperat
         assert sample.mask.all() and sample.mask.shape == sample.logprobs.shape == (R,)
     finishes = Counter(sample.finish for sample in samples)
     assert finishes["stop"] and finishes["length"]
-
-
-def test_greedy_logprobs_are_those_at_temperature_1(policy, prompts):
-    for prompt, [sample] in zip(prompts, generate(policy, prompts, 1, 20, temperature=0)):
-        with torch.no_grad():
-            want = hf_logprobs(policy, prompt, sample.tokens)
-        torch.testing.assert_close(sample.logprobs, want, atol=1e-4, rtol=0)
 
 
 def pooled(counts: Counter, probability: torch.Tensor) -> tuple[float, float]:
@@ -131,18 +125,6 @@ def test_uniform_numbers_are_those_of_splitmix64_and_are_uniform():
     pairs = torch.histogramdd(torch.stack((drawn[:-1], drawn[1:]), 1), 7, range=[0.0, 1, 0, 1]).hist
     statistic, limit = chi_squared(pairs.flatten(), torch.full((49,), 1 / 49))
     assert statistic < limit
-
-
-def test_all_randomness_comes_from_the_keys(policy, prompts):
-    def sample(seed):
-        groups = generate(policy, prompts, 4, 20, 1.0, drawn(prompts, seed))
-        return [s.tokens.tolist() for group in groups for s in group]
-
-    torch.manual_seed(0)
-    first = sample(3)
-    torch.manual_seed(1)
-    assert sample(3) == first
-    assert sample(4) != first
 
 
 def said(group) -> list[list[list[int]]]:
@@ -195,95 +177,29 @@ def test_an_id_of_chance_0_is_not_drawn_where_rounding_opens_a_gap(policy, monke
 # ---------------------------------------------------------------------------- bfloat16
 
 
-def add_key_bias(policy, score: float) -> None:
-    """Add `score` to every attention score, by biases of q and k in the slowest rotary dimension."""
-    with torch.no_grad():
-        for layer in policy.text_model.layers:
-            d = layer.self_attn.head_dim
-            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-                projection.bias.view(-1, d)[:, d // 2 - 1] += (score * d**0.5) ** 0.5
-
-
-def sampled_and_trained(policy, prompts, monkeypatch) -> tuple:
-    """Log-distributions [K, V] at each token that is said greedily, by the decoder and by the training
-    forward; and the tokens."""
-    said, trained = [], []
-    sample, score = rollout.sample_token, model.token_logprobs
-
-    def watch_sampling(policy, hidden, *rest):
-        said.append(hidden)
-        return sample(policy, hidden, *rest)
-
-    def watch_training(hidden, *rest):
-        trained.append(hidden)
-        return score(hidden, *rest)
-
-    monkeypatch.setattr(rollout, "sample_token", watch_sampling)
-    monkeypatch.setattr(model, "token_logprobs", watch_training)
-    policy.eos_ids = [0]  # greedy decoding does not say it here: all rows stay
-    groups = generate(policy, prompts, 1, 20, temperature=0)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
-    trees = [(prompts[i], [groups[i][0].tokens]) for i in order]  # as the rows were filled
-    with torch.no_grad():
-        policy(build_trees(trees))
-    hidden = torch.stack(said, dim=1).flatten(0, 1), torch.cat(trained)
-    weight = policy.head_weight().double()
-    tables = ((h.double() @ weight.T).log_softmax(-1).detach() for h in hidden)
-    return *tables, [group[0].tokens for group in groups]
-
-
-@pytest.mark.parametrize("score", [0, 100, 1000, 5000])
-def test_in_bf16_the_policy_that_samples_is_the_policy_that_learns(prompts, monkeypatch, score):
-    """Qwen's keys carry biases of hundreds; scores rounded to bf16 gave 2e-3, 3e-3 and 3e-2 here."""
-    policy = toy.new_policy(0, hidden=64, layers=2, heads=4)
-    add_key_bias(policy, score)
-    exact = copy.deepcopy(policy.bfloat16()).float()
-    sampled, trained, tokens = sampled_and_trained(policy, prompts, monkeypatch)
-    assert (sampled.exp() * (sampled - trained)).sum(-1).mean() < 2e-4
-    if score <= 100:  # beyond, keys rounded to bf16 say something else, in training too
-        for prompt, y in zip(prompts, tokens):
-            with torch.no_grad():
-                table = hf_distribution(exact, prompt, y)
-            likeliest, said = table.amax(-1), table.gather(1, y[:, None])[:, 0]
-            torch.testing.assert_close(said, likeliest, atol=0.02, rtol=0)
+@pytest.mark.parametrize("score", bench_paths.SCORES)
+def test_in_bf16_the_policy_that_samples_is_the_policy_that_learns(score):
+    """Qwen's keys carry biases of hundreds; what happens where scores are rounded is in test_benches.py."""
+    policy = benching.random_policy(benching.SHAPES["quick"], "cpu", torch.bfloat16)
+    bench_paths.speak_up(policy)
+    bench_paths.add_key_bias(policy, score)
+    sampled, trained = bench_paths.sampled_and_trained(policy, 48, 24)
+    assert bench_paths.kl(trained, sampled) < 2e-4
 
 
 # ---------------------------------------------------------------------------- what a Sample holds
 
 
-def test_a_response_ends_at_its_first_eos_or_at_the_limit(policy, prompts):
-    for group in generate(policy, prompts, 8, 15, 1.0, drawn(prompts, 7)):
-        for s in group:
-            *before, last = (i in policy.eos_ids for i in s.tokens.tolist())
-            assert not any(before)
-            assert s.finish == ("stop" if last else "length")
-            assert last or len(s.tokens) == 15
-            assert s.text == decode(policy, s.tokens)
-            assert s.second_look is None and s.rethought is None
-
-
-def test_a_limit_of_one_token_is_legal(policy, prompts):
-    for group in generate(policy, prompts, 3, 1, 1.0, drawn(prompts, 8)):
-        assert [len(s.tokens) for s in group] == [1, 1, 1]
-
-
-def test_no_prompts_give_no_responses(policy):
-    assert generate(policy, [], 4, 10) == []
-
-
-@pytest.mark.parametrize("extended", [False, True])
-def test_every_response_is_handed_on_once_when_it_is_complete(policy, prompts, extended):
-    extend = extend_every([30, 31], 12) if extended else None
-    seen = []
-    groups = generate(
-        policy, prompts, 5, 12, 1.0, drawn(prompts, 9), extend, 10,
-        lambda n, g, sample: seen.append((n, g, id(sample), id(sample.second_look))),
-    )  # fmt: skip
-    assert sorted(seen) == [
-        (n, g, id(sample), id(sample.second_look))
-        for n, group in enumerate(groups)
-        for g, sample in enumerate(group)
-    ]
+@pytest.mark.parametrize("limit", [15, 1])
+def test_a_response_ends_at_its_first_eos_or_at_the_limit(policy, prompts, limit):
+    assert generate(policy, [], 8, limit) == []
+    for s in chain(*generate(policy, prompts, 8, limit, 1.0, drawn(prompts, 7))):
+        *before, last = (i in policy.eos_ids for i in s.tokens.tolist())
+        assert not any(before)
+        assert s.finish == ("stop" if last else "length")
+        assert last or len(s.tokens) == limit
+        assert s.text == decode(policy, s.tokens)
+        assert s.second_look is None and s.rethought is None
 
 
 def test_the_policy_is_left_in_the_mode_it_was_in(own_policy, prompts):
@@ -324,31 +240,19 @@ def test_a_prefill_is_bounded_by_tokens(own_policy, prompts, monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-@pytest.mark.parametrize("some_have_left", [False, True])
-def test_a_decoding_step_looks_at_no_value_and_copies_from_no_other_device(
-    own_policy, prompts, temperature, some_have_left
-):
+def test_a_decoding_step_looks_at_no_value_and_copies_from_no_other_device(own_policy, prompts, temperature):
     """What a CUDA graph needs, seen without a GPU: the step runs where tensors have no values."""
     extend = extend_every([30, 31], 16)
     sampler = rollout.Sampler(own_policy, prompts, 2, 16, temperature, None, extend, 8)
     with torch.no_grad():
         sampler.enter()
-    if some_have_left:
-        for row in (1, 2, 5, 6, 7):
-            sampler.cache.leave(sampler.seats[row], [])
-            sampler.seats[row] = None
     sampler.arrange(8)
-    assert len(sampler.rows.done) == (3 if some_have_left else 8)
-    sampler.policy = to_meta(own_policy)
-    sampler.eos = sampler.eos.to("meta")
-    for thing in (sampler.rows, *(x for x in vars(sampler.cache).values() if isinstance(x, decoding.Pages))):
-        for name, value in vars(thing).items():
-            if isinstance(value, torch.Tensor):
-                setattr(thing, name, value.to("meta"))
-            elif name in "kv":
-                setattr(thing, name, [x.to("meta") for x in value])
-    layout = sampler.cache.layout
-    layout.update({name: tensor.to("meta") for name, tensor in layout.items()})
+    sampler.policy, sampler.eos = to_meta(own_policy), sampler.eos.to("meta")
+    sampler.rows = rollout.Rows(*(x.to("meta") for x in vars(sampler.rows).values()))
+    cache = sampler.cache
+    for pages in (cache.prompts, cache.responses):
+        pages.change(lambda x: x.to("meta"))
+    cache.layout = {name: x.to("meta") for name, x in cache.layout.items()}
     with torch.no_grad():
         sampler.next_token()  # once as it is, as before recording
         memory = addresses(sampler)
@@ -392,16 +296,6 @@ def test_a_recorded_step_meets_its_memory_where_it_was(own_policy, prompts, monk
     assert 2 < len(records) < len(replays)
 
 
-def test_a_step_that_cannot_be_recorded_is_named_with_the_way_around(monkeypatch):
-    def fail(*args, **kwargs):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", fail)
-    with pytest.raises(UserError, match=r"not permitted.*--cuda_graphs false"):
-        rollout.as_cuda_graph(lambda: None)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_recorded_steps_decode_and_sample_as_they_should(own_policy, prompts):
     policy = own_policy.to("cuda")
@@ -438,9 +332,9 @@ class Scripted:
         self.shapes = set()
         for name in ("prefill", "decode_step", "sample_token"):
             monkeypatch.setattr(rollout, name, getattr(self, name))
+        for name in ("CHECK_EVERY", "PACK_BELOW"):
+            monkeypatch.setattr(rollout, name, {"cpu": getattr(rollout, name)["cuda"]})
         monkeypatch.setattr(rollout, "decode", lambda policy, tokens: "")
-        monkeypatch.setattr(rollout, "CHECK_EVERY", {"cpu": rollout.CHECK_EVERY["cuda"]})
-        monkeypatch.setattr(rollout, "PACK_BELOW", {"cpu": rollout.PACK_BELOW["cuda"]})
         store = decoding.Cache.store
 
         def watched(cache, groups, keys, values):
@@ -477,65 +371,42 @@ class Scripted:
         return token, torch.zeros(len(token))
 
 
-def in_fixed_batches(groups, rows: int, P: int, longest: int) -> tuple[int, int]:
-    """(steps, peak) as before rows were refilled: batches run until their last row ends, rows that have
-    ended leave at three quarters, and a row's cache doubles when the longest outgrows it."""
-    group_size, steps, peak = len(groups[0]), 0, 0
-    for i in range(0, len(groups), rows // group_size):
-        batch = [
-            (n, len(s.tokens)) for n in range(len(groups))[i : i + rows // group_size] for s in groups[n]
-        ]
-        said, size = 1, 0
-        while live := [row for row in batch if row[1] > said]:
-            run = min(16 - said % 16, longest - said)
-            batch = live if len(live) <= 0.75 * len(batch) else batch
-            span = min(-(-(said + run) // 256) * 256, longest)
-            size = size if span <= size else min(2 * span, longest)
-            peak = max(peak, len(batch) * size + len({n for n, _ in batch}) * P)
-            said, steps = said + run, steps + run
-    return steps, peak
-
-
+# The last two: the steps that these responses take in batches that run until their last row ends, and the
+# tokens that such a batch's cache has room for: ended rows leave at three quarters, and it doubles when outgrown.
 @pytest.mark.parametrize(
-    ("questions", "group_size", "rows", "mean", "sigma", "longest", "P"),
+    ("questions", "group_size", "rows", "mean", "sigma", "longest", "steps", "peak"),
     [
-        (128, 8, 256, 500, 0.5, 2048, 400),
-        (128, 8, 256, 500, 0.7, 2048, 400),
-        (128, 8, 256, 500, 0.9, 2048, 400),
-        (256, 1, 64, 1000, 0.7, 8192, 400),
+        (128, 8, 256, 500, 0.5, 2048, 7596, 224_768),
+        (128, 8, 256, 500, 0.7, 2048, 8188, 178_688),
+        (128, 8, 256, 500, 0.9, 2048, 8188, 164_864),
+        (256, 1, 64, 1000, 0.7, 8192, 20_364, 123_904),
     ],
-)  # fmt: skip
+)
 def test_refilled_rows_take_few_steps_and_no_more_memory(
-    prompts, monkeypatch, questions, group_size, rows, mean, sigma, longest, P
+    prompts, monkeypatch, questions, group_size, rows, mean, sigma, longest, steps, peak
 ):
-    """Training's shape at three spreads of length, and evaluation's."""
+    """Training's shape at three spreads of length, and evaluation's; prompts of 400 tokens."""
     policy = Scripted(monkeypatch, mean, sigma, longest)
-    one = replace(prompts[0], input_ids=torch.zeros(P, dtype=torch.long))
+    one = replace(prompts[0], input_ids=torch.zeros(400, dtype=torch.long))
     groups = generate(policy, [one] * questions, group_size, longest, max_rows=rows)
     lengths = [len(s.tokens) for group in groups for s in group]
     assert len(lengths) == questions * group_size
-    before, peak_before = in_fixed_batches(groups, rows, P, longest)
     assert policy.steps <= sum(lengths) / rows + max(lengths)
-    assert policy.steps <= before / 2
-    assert policy.peak <= peak_before
+    assert policy.steps <= steps / 2
+    assert policy.peak <= peak
     assert len(policy.shapes) <= 24
 
 
 # ---------------------------------------------------------------------------- forced tokens
 
 
-def extend_every(forced, limit, keep=None, only=None):
-    """Extend each response that ended by itself and leaves room, or the one (n, g) `only`.
-
-    `keep` tokens of it stay, or all but its EOS.
-    """
+def extend_every(forced, limit, keep=None):
+    """Extend each response that ended by itself and leaves room. `keep` tokens of it stay, or all but its EOS."""
 
     def extend(n, g, sample):
         kept = keep or len(sample.tokens) - 1
-        fits = 1 <= kept and kept + len(forced) <= limit
-        if sample.finish != "stop" or not fits or only not in (None, (n, g)):
-            return None
-        return Continuation(kept, forced, "a kind")
+        fits = sample.finish == "stop" and 1 <= kept and kept + len(forced) <= limit
+        return Continuation(kept, forced, "a kind") if fits else None
 
     return extend
 
@@ -586,47 +457,28 @@ def test_forced_tokens_stand_where_they_were_fed(policy, prompts, temperature):
     assert seen["stop"] and seen["length"]
 
 
-@pytest.mark.parametrize("max_rows", [256, 2])
-def test_a_greedy_second_look_equals_generate_from_prompt_response_and_trigger(policy, prompts, max_rows):
+@pytest.mark.parametrize(("max_rows", "keep"), [(256, None), (2, None), (256, 1)])
+def test_a_greedy_second_look_equals_generate_from_prompt_response_and_trigger(
+    policy, prompts, max_rows, keep
+):
+    """From all of the response but its EOS, or cut back to its first token."""
     forced = [30, 31, 32]
-    groups = generate(policy, prompts, 2, 60, 0, None, extend_every(forced, 60), max_rows)
+    groups = generate(policy, prompts, 2, 60, 0, None, extend_every(forced, 60, keep), max_rows)
     extended = 0
     for prompt, group in zip(prompts, groups):
         for first in group:
             assert torch.equal(first.tokens, hf_generate(policy, prompt, 60))
-            if first.second_look is not None:
+            again = first.second_look
+            if again is not None:
                 extended += 1
-                begun = torch.cat([first.tokens[:-1], torch.tensor(forced)])
+                begun = torch.cat([first.tokens[: keep or -1], torch.tensor(forced)])
                 rest = go_on(policy, prompt, begun, 60 - len(begun))
-                assert torch.equal(first.second_look.tokens, torch.cat([begun, rest]))
+                assert torch.equal(again.tokens, torch.cat([begun, rest]))
+                assert (~again.mask).nonzero()[:, 0].tolist() == [len(begun) - i for i in (3, 2, 1)]
+                with torch.no_grad():
+                    want = hf_logprobs(policy, prompt, again.tokens)
+                torch.testing.assert_close(again.logprobs[again.mask], want[again.mask], atol=1e-4, rtol=0)
     assert extended >= 6
-
-
-def test_a_response_can_be_cut_back_before_it_goes_on(policy, prompts):
-    forced = [30, 31]
-    groups = generate(policy, prompts, 1, 60, 0, extend=extend_every(forced, 60, keep=1))
-    for prompt, [first] in zip(prompts, groups):
-        begun = torch.cat([first.tokens[:1], torch.tensor(forced)])
-        again = first.second_look
-        assert torch.equal(again.tokens, torch.cat([begun, go_on(policy, prompt, begun, 57)]))
-        assert (~again.mask).nonzero()[:, 0].tolist() == [1, 2]
-        with torch.no_grad():
-            want = hf_logprobs(policy, prompt, again.tokens)
-        torch.testing.assert_close(again.logprobs[again.mask], want[again.mask], atol=1e-4, rtol=0)
-
-
-def test_the_limit_may_be_reached_in_the_second_part_or_right_after_the_trigger(policy, prompts):
-    [[free]] = generate(policy, [prompts[1]], 1, 60, 0, extend=extend_every([30, 31, 32], 60))
-    start, end = len(free.tokens) + 2, len(free.second_look.tokens)
-    assert free.second_look.finish == "stop" and end - start >= 3
-    for limit in range(start, end + 1):
-        extend = extend_every([30, 31, 32], limit)
-        [[first]] = generate(policy, [prompts[1]], 1, limit, 0, extend=extend)
-        again = first.second_look
-        assert same(first, free)
-        assert again.tokens.equal(free.second_look.tokens[:limit])
-        assert again.finish == ("stop" if limit == end else "length")
-        assert int((~again.mask).sum()) == 3
 
 
 @pytest.mark.parametrize("more", [1, 3])
@@ -638,18 +490,15 @@ def test_a_second_look_ends_at_a_limit_of_its_own(own_policy, prompts, more):
         how = extend_every([30, 31], 60)(n, g, sample)
         return how and replace(how, limit=how.keep + 2 + more)
 
-    keys = drawn(prompts, 12)
-    free = generate(policy, prompts, 6, 60, 1.0, keys, extend_every([30, 31], 60))
-    bound = generate(policy, prompts, 6, 60, 1.0, keys, extend)
+    keys, every = drawn(prompts, 12), extend_every([30, 31], 60)
+    free, bound = (chain(*generate(policy, prompts, 6, 60, 1.0, keys, e)) for e in (every, extend))
     finishes = Counter()
-    for group, others in zip(free, bound):
-        for first, other in zip(group, others):
-            assert same(first, other)
-            if first.second_look:
-                whole, cut = first.second_look.tokens, other.second_look
-                limit = len(first.tokens) - 1 + 2 + more
-                assert cut.tokens.equal(whole[:limit])
-                ended = int(cut.tokens[-1]) in policy.eos_ids
-                assert cut.finish == ("stop" if ended else "length") and (ended or len(cut.tokens) == limit)
-                finishes[cut.finish] += 1
+    for first, other in zip(free, bound):
+        assert same(first, other)
+        if first.second_look:
+            cut, limit = other.second_look, len(first.tokens) - 1 + 2 + more
+            assert cut.tokens.equal(first.second_look.tokens[:limit])
+            ended = int(cut.tokens[-1]) in policy.eos_ids
+            assert cut.finish == ("stop" if ended else "length") and (ended or len(cut.tokens) == limit)
+            finishes[cut.finish] += 1
     assert finishes["length"] > 2

@@ -1,21 +1,19 @@
 """The loop, end to end: runs of seconds on a tiny policy, in this process."""
 
+import itertools
 import json
 import math
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 from buffers import BUFFERS
-from conftest import hf_logprobs
+from conftest import hf_logprobs, noise_image, relative_difference
 from tiny import (
     flags,
     heldout_of,
     let_be_right,
     lucky,
-    odd_start,
-    odd_sum,
     read_jsonl,
     run_training,
     same_tensors,
@@ -25,9 +23,10 @@ from tiny import (
 
 import toy
 import train
-from config import Config
+from checkpoint import list_checkpoints
+from config import parse
 from data import UserError, load_questions
-from model import Sample, encode, load_policy, save_policy
+from model import encode, load_policy
 from rethink import TRIGGERS
 
 # What other tools may count on in a line of metrics.jsonl.
@@ -75,7 +74,7 @@ def test_sampling_and_training_agree_and_counts_of_second_looks_add_up(finished)
         assert sum(row[f"rethink_{name}"] for name in outcomes) == row["rethink_attempted"]
         assert 6 < row["rethink_attempted"] < 26  # half of 32; some run into the limit
         assert row["rethink_kept"] <= row["rethink_wrong_right"] + row["rethink_right_right"]
-        assert row["rethought"] == row["rethink_kept"] / 32
+        assert row["rethought"] == row["rethink_kept"] / 32 and 0 < row["prompt_share"] < 1
 
 
 def test_samples_show_pictures_and_tell_forced_text_from_sampled(finished):
@@ -96,20 +95,17 @@ def test_samples_show_pictures_and_tell_forced_text_from_sampled(finished):
     assert any(response["rethought"] for response in responses)
 
 
-def test_the_last_line_says_what_was_learnt_and_where_it_is(base, tmp_path, capsys):
-    run_training(base, tmp_path, steps=2)
-    last = capsys.readouterr().out.splitlines()[-1]
-    before, after = (row["heldout_accuracy"] for row in heldout_of(tmp_path))
-    assert last.startswith("2 steps; held-out accuracy")
-    assert f"{before:.2f} -> {after:.2f}" in last and str(tmp_path / "checkpoint-2") in last
-
-
-def test_without_out_runs_are_numbered_and_resuming_asks_which(base, tmp_path, monkeypatch, capsys):
+def test_runs_without_out_are_numbered_and_the_last_line_says_what_was_learnt_and_where_it_is(
+    base, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    command = flags(base, "", steps=1, heldout=0)
+    command = flags(base, "", steps=1)
     del command[command.index("--out") : command.index("--out") + 2]
     assert train.main(command) == train.main(command) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
     assert [len(steps_of(tmp_path / "runs" / name)) for name in ("toy", "toy-2")] == [1, 1]
+    before, after = (row["heldout_accuracy"] for row in heldout_of(tmp_path / "runs/toy-2"))
+    assert f"held-out accuracy {before:.2f} -> {after:.2f}" in last and "runs/toy-2/checkpoint-1" in last
     assert train.main([*command, "--resume"]) == 2 and "--out" in capsys.readouterr().err
 
 
@@ -117,13 +113,12 @@ def test_without_out_runs_are_numbered_and_resuming_asks_which(base, tmp_path, m
 
 
 def spy_on_updates(monkeypatch) -> list:
-    """Collect (run, branches, gradients before clipping) of every optimiser step."""
+    """Collect (branches, gradient before clipping) of every optimiser step."""
     seen, real = [], train.update
 
     def update(run, branches):
         def note(optimizer, args, kwargs):
-            gradients = {n: p.grad.clone() for n, p in run.policy.named_parameters()}
-            seen.append((run, branches, gradients))
+            seen.append((branches, torch.cat([p.grad.flatten() for p in run.policy.parameters()])))
 
         handle = run.optimizer.register_step_pre_hook(note)
         numbers = real(run, branches)
@@ -136,51 +131,37 @@ def spy_on_updates(monkeypatch) -> list:
 
 def formula_loss(run, branches) -> torch.Tensor:
     """The loss as the paper writes it, a response at a time, by transformers' own forward pass."""
-    c = run.config
-    policy_terms, policy_weights, imitation = [], [], []
+    c, terms, imitation = run.config, [], []  # terms: (sum, what it is a sum of)
     for b in branches:
         s = b.sample
         logprobs = hf_logprobs(run.policy, s.prompt, s.tokens, c.temperature)
         ratio = (logprobs - s.logprobs).exp()
         clipped = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
-        terms = -torch.minimum(ratio * s.advantage, clipped * s.advantage)[s.mask]
-        for _ in range(b.draws):
-            if c.average == "sequence":
-                policy_terms.append(terms.mean())
-                policy_weights.append(1)
-            else:
-                policy_terms.append(terms.sum())
-                policy_weights.append(len(terms))
+        losses = -torch.minimum(ratio * s.advantage, clipped * s.advantage)[s.mask]
+        by_response = c.average == "sequence"
+        terms += [(losses.mean(), 1) if by_response else (losses.sum(), len(losses))] * b.draws
         if b.imitate:
             imitation.append(-logprobs)
-    loss = torch.stack(policy_terms).sum() / sum(policy_weights)
-    if imitation:
-        loss = loss + c.rethink_sft_coef * torch.cat(imitation).mean()
-    return loss
-
-
-def relative_distance(a: dict, b: dict) -> float:
-    difference = math.sqrt(sum(float((a[n] - b[n]).square().sum()) for n in a))
-    return difference / math.sqrt(sum(float(b[n].square().sum()) for n in b))
+    loss = sum(total for total, _ in terms) / sum(count for _, count in terms)
+    return loss + c.rethink_sft_coef * torch.cat(imitation).mean() if imitation else loss
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        {"average": "sequence", "advantage": "std"},
-        {"ssr": "off", "rethink_fraction": 0, "temperature": 0.8},
+        {"average": "sequence", "advantage": "std", "micro_batch_tokens": 150},
+        {"ssr": "off", "rethink_fraction": 0, "temperature": 0.8, "micro_batch_tokens": 1},
     ],
     ids=["token", "sequence", "plain"],
 )
-def test_the_gradient_is_that_of_the_formula(base, tmp_path, monkeypatch, changes):
+def test_the_gradient_is_that_of_the_formula_whatever_the_micro_batches(base, tmp_path, monkeypatch, changes):
     expected, real = [], train.choose_batch
 
     def choose_batch(run):
         branches = real(run)
-        loss = formula_loss(run, branches)
-        gradients = torch.autograd.grad(loss, list(run.policy.parameters()))
-        expected.append(dict(zip(dict(run.policy.named_parameters()), gradients)))
+        gradients = torch.autograd.grad(formula_loss(run, branches), list(run.policy.parameters()))
+        expected.append(torch.cat([g.flatten() for g in gradients]))
         return branches
 
     monkeypatch.setattr(train, "choose_batch", choose_batch)
@@ -188,29 +169,11 @@ def test_the_gradient_is_that_of_the_formula(base, tmp_path, monkeypatch, change
     settings = {"rethink_fraction": 0.5, "max_grad_norm": 0, "steps": 4, "heldout": 0, "lr": 1e-3}
     run_training(base, tmp_path, **settings | changes)
     assert len(seen) == 4
-    for (_, branches, gradients), formula in zip(seen, expected):
-        assert relative_distance(gradients, formula) < 1e-4
+    for (_, gradient), formula in zip(seen, expected):
+        assert relative_difference(gradient, formula) < 1e-4
     if not changes:
-        assert any(b.draws > 1 for _, branches, _ in seen for b in branches)
-        assert any(b.imitate for _, branches, _ in seen for b in branches)
-
-
-def test_micro_batches_do_not_change_the_gradient(base, tmp_path, monkeypatch):
-    seen, cuts, real = spy_on_updates(monkeypatch), [], train.token_terms
-
-    def count(*args):
-        cuts[-1] += 1
-        return real(*args)
-
-    monkeypatch.setattr(train, "token_terms", count)
-    for tokens in (1, 150, 8192):
-        cuts.append(0)
-        run_training(base, tmp_path / str(tokens), steps=1, heldout=0, rethink_fraction=0.5,
-                     batch_size=32, micro_batch_tokens=tokens)  # fmt: skip
-    assert cuts[0] > cuts[1] > cuts[2] == 1
-    whole = seen[2][2]
-    for _, _, gradients in seen[:2]:
-        assert relative_distance(gradients, whole) < 1e-5
+        assert any(b.draws > 1 for branches, _ in seen for b in branches)
+        assert any(b.imitate for branches, _ in seen for b in branches)
 
 
 def test_recomputed_log_probabilities_take_the_place_of_the_sampled(base, tmp_path, monkeypatch, capsys):
@@ -224,16 +187,7 @@ def test_recomputed_log_probabilities_take_the_place_of_the_sampled(base, tmp_pa
                 one.logprobs = one.logprobs + 1.0
         return groups
 
-    compare = train.compare_logprobs
-
-    def compact(run, groups):
-        differences = compare(run, groups)
-        for sample in (s for group in groups for s in group):  # a view would travel with its whole row
-            assert sample.logprobs.untyped_storage().nbytes() == 4 * len(sample.tokens)
-        return differences
-
     monkeypatch.setattr(train, "generate", wrong)
-    monkeypatch.setattr(train, "compare_logprobs", compact)
     settings = {"steps": 1, "heldout": 0, "rethink_fraction": 0.5, "batch_size": 32}
     clipped = []
     for recompute in ("false", "true"):
@@ -247,92 +201,29 @@ def test_recomputed_log_probabilities_take_the_place_of_the_sampled(base, tmp_pa
     assert clipped[0] > 0 == clipped[1]
 
 
-def test_the_mismatch_is_measured_where_nothing_is_trained(base, tmp_path, monkeypatch, capsys):
-    let_be_right(monkeypatch, lambda sample: False)
-    run_training(base, tmp_path, steps=2, heldout=0)
-    for row in steps_of(tmp_path):
-        assert row["skipped"] and 0 < row["logp_mismatch"] < row["logp_mismatch_max"] < 1e-4
-        assert 0 <= row["logp_mismatch_kl"] < 1e-8
-    assert "warning" not in capsys.readouterr().out
-
-
-def test_without_replay_samples_without_advantage_count_and_are_not_run(base, tmp_path, monkeypatch):
-    ran, real = [], train.token_terms
-
-    def watch(run, branches, *rest):
-        ran.extend(b.sample.advantage for b in branches)
-        return real(run, branches, *rest)
-
-    monkeypatch.setattr(train, "token_terms", watch)
-    run_training(base, tmp_path, steps=1, heldout=0, ssr="off", batch_size=32)
-    [row] = steps_of(tmp_path)
-    assert row["batch_responses"] == 32 > len(ran) > 0 and 0.0 not in ran
-    assert 0 < row["prompt_share"] < 1
-
-
-def test_the_next_micro_batch_is_laid_out_while_this_one_is_trained_on(monkeypatch, prompts):
-    """In order, one ahead and no further; what goes wrong there is raised here."""
-    laid_out = []
-
-    def build(groups):
-        laid_out.append(len(groups[0][1][0]))
-        if laid_out[-1] == 2:
-            raise UserError("no picture")
-        return SimpleNamespace(to=lambda device: len(groups[0][1][0]))
-
-    monkeypatch.setattr(train, "build_trees", build)
-    monkeypatch.setattr(train, "with_pixels", lambda policy, prompt: prompt)
-    branches = [
-        train.Branch(Sample(prompts[0], torch.ones(n), torch.ones(n), torch.ones(n), "", "stop"))
-        for n in (5, 4, 3, 2, 1)
-    ]
-    run = SimpleNamespace(policy=SimpleNamespace(device="cpu"), config=Config(micro_batch_tokens=1))
-    seen = []
-    with pytest.raises(UserError, match="no picture"):
-        for [branch], trees in train.micro_batches(run, branches):
-            assert len(branch.sample.tokens) == trees
-            seen.append(trees)
-            assert len(laid_out) <= len(seen) + 1
-    assert seen == [5, 4, 3] and laid_out == [5, 4, 3, 2]
-
-
 # ---------------------------------------------------------------------------- the reward
 
 
 def test_an_own_reward_trains_and_the_rule_measures(base, tmp_path):
-    own = tmp_path / "own.py"
+    """By the flag, or as an argument of `main`: the same run."""
+
+    def brief(text, question):
+        return 1 / (1 + len(text))
+
+    own, settings = tmp_path / "own.py", {"rethink_fraction": 0.5, "steps": 2}
     own.write_text("def brief(text, question):\n    return 1 / (1 + len(text))\n")
-    out = run_training(base, tmp_path / "run", reward=f"{own}:brief", rethink_fraction=0.5, steps=2)
-    samples = read_jsonl(out / "samples.jsonl")
+    flag = run_training(base, tmp_path / "flag", reward=f"{own}:brief", **settings)
+    samples = read_jsonl(flag / "samples.jsonl")
     responses = [r for row in samples for r in row["responses"] if not r["rethought"]]
     assert all(r["reward"] == pytest.approx(1 / (1 + len(r["text"]))) for r in responses)
-    row = steps_of(out)[0]
-    assert (
-        row["rethink_kept"]
-        <= row["rethink_wrong_right"] + row["rethink_right_right"] + row["rethink_no_answer"]
-    )  # the stand-in for the rule asks for no box
-    measured = heldout_of(out)[0]
-    assert measured["heldout_accuracy"] in [n / 4 for n in range(5)]
-    # The same function as an argument: the same run.
-    flagged = steps_of(out)
+    assert heldout_of(flag)[0]["heldout_accuracy"] in [n / 4 for n in range(5)]
     argument = tmp_path / "argument"
-    assert train.main(flags(base, argument, rethink_fraction=0.5, steps=2),
-                      grade=lambda text, question: 1 / (1 + len(text))) == 0  # fmt: skip
-    assert [r["reward"] for r in steps_of(argument)] == [r["reward"] for r in flagged]
+    assert train.main(flags(base, argument, **settings), grade=brief) == 0
+    assert [row["reward"] for row in steps_of(argument)] == [row["reward"] for row in steps_of(flag)]
+    assert json.loads((argument / "config.json").read_text())["reward"].startswith("test_train:")
 
 
-# ---------------------------------------------------------------------------- off means off
-
-
-def test_without_replay_and_rethinking_their_flags_change_nothing(base, tmp_path):
-    run_training(base, tmp_path / "plain", ssr="off", heldout=0, steps=2)
-    run_training(base, tmp_path / "flags", ssr="off", heldout=0, steps=2, rethink_fraction=0, rethink_quota=1,
-                 rethink_sft_coef=1.0, rethink_sft_on="second", rethink_trigger="oracle",
-                 rethink_cutback=1.0, rethink_min_tokens=5, rethink_baseline="after", ssr_alpha=3)  # fmt: skip
-    assert steps_of(tmp_path / "plain") == steps_of(tmp_path / "flags")
-    plain, other = (weights_of(tmp_path / name / "checkpoint-2") for name in ("plain", "flags"))
-    assert same_tensors(plain, other)
-    assert not same_tensors(plain, weights_of(base))
+# ---------------------------------------------------------------------------- replay
 
 
 def test_replay_keeps_the_batch_full_and_filter_does_not(base, tmp_path, monkeypatch):
@@ -349,7 +240,7 @@ def test_nothing_is_replayed_from_an_earlier_episode(base, tmp_path, monkeypatch
     seen = spy_on_updates(monkeypatch)
     rows = steps_of(run_training(base, tmp_path, steps=6, heldout=0))
     replayed = 0
-    for step, (_, branches, _) in enumerate(seen):
+    for step, (branches, _) in enumerate(seen):
         assert all(b.sample.step == step - step % 2 for b in branches)  # two steps an episode
         draws = sum(b.draws - (b.fresh and b.draws > 0) for b in branches)
         replayed += draws
@@ -362,36 +253,38 @@ def test_nothing_is_replayed_from_an_earlier_episode(base, tmp_path, monkeypatch
 def test_what_is_replayed_is_an_argument(base, tmp_path, monkeypatch):
     seen = spy_on_updates(monkeypatch)
     assert train.main(flags(base, tmp_path, steps=6, heldout=0), buffer=BUFFERS["two"](seed=2)) == 0
-    episodes = [{(step - b.sample.step) // 2 for b in branches} for step, (_, branches, _) in enumerate(seen)]
+    episodes = [{(step - b.sample.step) // 2 for b in branches} for step, (branches, _) in enumerate(seen)]
     assert {0, 1} in episodes and max(map(max, episodes)) == 1
 
 
 @pytest.mark.parametrize("ssr", ["filter", "replay"])
-def test_a_step_without_anything_effective_is_skipped_and_counted(base, tmp_path, monkeypatch, ssr):
+def test_a_step_without_anything_effective_is_skipped_and_counted_and_the_mismatch_measured(
+    base, tmp_path, monkeypatch, capsys, ssr
+):
     let_be_right(monkeypatch, lambda sample: True)
     rows = steps_of(run_training(base, tmp_path, ssr=ssr, heldout=0))
     assert [row["skipped"] for row in rows] == [True] * 4
-    assert all(row["reward"] == 1 and row["effective_queries"] == 0 for row in rows)
-    assert all(row["lr"] is row["entropy"] is None for row in rows)
+    for row in rows:
+        assert row["reward"] == 1 and row["effective_queries"] == 0 and row["lr"] is row["entropy"] is None
+        assert 0 < row["logp_mismatch"] < row["logp_mismatch_max"] < 1e-4
+        assert 0 <= row["logp_mismatch_kl"] < 1e-8
+    assert "warning" not in capsys.readouterr().out
     assert same_tensors(weights_of(tmp_path / "checkpoint-4"), weights_of(base))
 
 
 # ------------------------------------------------------------------ gradients that are not finite
 
 
-def spoil(monkeypatch, steps: set[int]) -> dict:
+def spoil(monkeypatch, steps: set[int]) -> list:
     """Make the loss of these steps nan; note the weights after each step."""
-    weights, real_loss, real_step = {}, train.policy_loss, train.train_step
-    current = [0]
+    weights, real_loss, real_step = [], train.policy_loss, train.train_step
 
     def policy_loss(*args):
-        loss = real_loss(*args)
-        return loss * math.nan if current[0] in steps else loss
+        return real_loss(*args) * (math.nan if len(weights) + 1 in steps else 1.0)
 
     def train_step(run, seconds):
-        current[0] = run.step + 1
         row = real_step(run, seconds)
-        weights[run.step] = {n: p.detach().clone() for n, p in run.policy.named_parameters()}
+        weights.append({n: p.detach().clone() for n, p in run.policy.named_parameters()})
         return row
 
     monkeypatch.setattr(train, "policy_loss", policy_loss)
@@ -399,13 +292,15 @@ def spoil(monkeypatch, steps: set[int]) -> dict:
     return weights
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_leaves_the_weights(base, tmp_path, monkeypatch):
-    weights = spoil(monkeypatch, {2, 3})
+def test_a_step_that_is_not_finite_is_skipped_leaves_the_weights_and_may_be_the_last(
+    base, tmp_path, monkeypatch
+):
+    weights = spoil(monkeypatch, {2, 4})
     rows = steps_of(run_training(base, tmp_path, heldout=0))
-    assert [row["skipped"] for row in rows] == [False, True, True, False]
-    assert same_tensors(weights[1], weights[2]) and same_tensors(weights[2], weights[3])
-    assert not same_tensors(weights[3], weights[4])
-    assert all(bool(w.isfinite().all()) for w in weights[4].values())
+    assert [row["skipped"] for row in rows] == [False, True, False, True]
+    assert [same_tensors(a, b) for a, b in itertools.pairwise(weights)] == [True, False, True]
+    assert all(bool(w.isfinite().all()) for w in weights[-1].values())
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-4"]
 
 
 def test_five_steps_in_a_row_that_are_not_finite_stop_the_run(base, tmp_path, monkeypatch, capsys):
@@ -417,120 +312,66 @@ def test_five_steps_in_a_row_that_are_not_finite_stop_the_run(base, tmp_path, mo
     assert len(steps_of(tmp_path)) == 8
 
 
-@pytest.mark.parametrize("ssr", ["replay", "off"])
-def test_a_broken_weight_stops_the_run(base, tmp_path, monkeypatch, capsys, ssr):
-    real = train.prepare
+@pytest.mark.parametrize(
+    ("steps", "said"), [(4, "norm.weight is not finite"), (6, "log-probabilities are not finite")]
+)
+def test_ruined_weights_stop_the_run_and_are_not_saved(base, tmp_path, monkeypatch, capsys, steps, said):
+    """Ruined in the fourth step, and found when the last checkpoint is due, or when an episode is sampled."""
+    real = train.choose_batch
 
-    def ruined(*args):
-        prepared = real(*args)
-        with torch.no_grad():
-            prepared.policy.text_model.norm.weight[0] = math.nan
-        return prepared
+    def choose_batch(run):
+        if run.step == 3:
+            run.policy.text_model.norm.weight.data[0] = math.nan
+        return real(run)
 
-    monkeypatch.setattr(train, "prepare", ruined)
-    assert train.main(flags(base, tmp_path, steps=20, heldout=0, ssr=ssr)) == 2
-    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(train, "choose_batch", choose_batch)
+    assert train.main(flags(base, tmp_path, steps=steps, heldout=0)) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
 # ---------------------------------------------------------------------------- a file of questions
 
 
-SMALL = {"min_pixels": 28 * 28, "max_pixels": 64 * 28 * 28}  # as the tiny policy's own
-
-
 @pytest.fixture(scope="module")
 def questions_file(tmp_path_factory):
     """Ten questions: one without a picture, one with two, the others with one."""
-    folder = tmp_path_factory.mktemp("data")
-    recipe, lines = toy.LEVELS["easy"], []
-    (folder / "images").mkdir()
-    for i, question in enumerate(toy.toy_questions(recipe, 10, "file")):
-        names = [f"images/{i}.png"] * (0 if i == 0 else 2 if i == 1 else 1)
-        for name in names:
-            question.images[0].save(folder / name)
-        text = question.text.removeprefix("<image>") if i == 0 else question.text
-        lines.append({"qid": f"q{i}", "question": text, "image": names, "category": "toy",
-                      "answer": f"\\boxed{{{question.answer}}}"})  # fmt: skip
-    return write_lines(folder / "train.jsonl", lines)
-
-
-def write_lines(path, rows):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    noise_image(84, 56).save(path.with_name("a.png"))
+    images = [[], ["a.png", "a.png"], *[["a.png"]] * 8]
+    rows = [{"qid": f"q{i}", "question": "?", "image": x, "answer": "red"} for i, x in enumerate(images)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def spy_on_questions(monkeypatch) -> tuple[list, list]:
-    """The ids asked in training, in order, and those asked in measuring."""
-    trained, measured = [], []
-    real_sample, real_measure = train.sample_episode, train.measure
-
-    def sample_episode(run):
-        groups, counts = real_sample(run)
-        trained.extend(group[0].prompt.question.id for group in groups)
-        return groups, counts
-
-    def measure(run):
-        measured.extend(question.id for question in run.heldout)
-        return real_measure(run)
-
-    monkeypatch.setattr(train, "sample_episode", sample_episode)
-    monkeypatch.setattr(train, "measure", measure)
-    return trained, measured
+def prepared(base, out, data, **changes):
+    pixels = {"min_pixels": 28 * 28, "max_pixels": 64 * 28 * 28}  # as the tiny policy's own
+    return train.prepare(parse(flags(base, out, data=data, template="bare", **pixels, **changes)))
 
 
-def test_a_file_with_pictures_is_passed_over_and_some_of_it_held_out(
-    base, questions_file, tmp_path, monkeypatch
+def test_a_file_is_passed_over_in_a_new_order_each_time_and_some_of_it_held_out(
+    base, questions_file, tmp_path
 ):
-    let_be_right(monkeypatch, odd_sum)
-    trained, measured = spy_on_questions(monkeypatch)
-    out = run_training(base, tmp_path, data=questions_file, template="plain", heldout=2, steps=0,
-                       passes=2, **SMALL)  # fmt: skip
-    # 2 passes over 8 questions x 8 responses are 8 steps of 16.
-    assert len(steps_of(out)) == 8 and len(heldout_of(out)) == 2
-    held = set(measured)
-    assert len(held) == 2 and not held & set(trained)
-    assert Counter(trained[:8]) == Counter(trained[8:]) == Counter(set(trained))
-    assert trained[:8] != trained[8:]  # every pass in an order of its own
-    assert not same_tensors(weights_of(out / "checkpoint-8"), weights_of(base))
+    run = prepared(base, tmp_path, questions_file, heldout=2, steps=0, passes=2)
+    assert run.total_steps == 8  # 2 passes over 8 questions x 8 responses, in batches of 16
+    asked = []
+    for run.episode in range(4):
+        asked += [question.id for question in train.episode_questions(run)]
+    held = {question.id for question in run.heldout}
+    assert len(held) == 2 and not held & set(asked)
+    assert Counter(asked[:8]) == Counter(asked[8:]) == Counter(set(asked))
+    assert asked[:8] != asked[8:]
 
 
-def test_long_prompts_are_dropped_and_counted_never_cut(base, questions_file, tmp_path, monkeypatch, capsys):
-    trained, _ = spy_on_questions(monkeypatch)
-    policy, [longest, *others] = load_policy(str(base)), load_questions(questions_file)[1::-1]
-    limit = len(encode(policy, longest, "bare").input_ids)  # with its two pictures
-    assert limit > len(encode(policy, *others, "bare").input_ids)
-    settings = {
-        "data": questions_file,
-        "heldout": 0,
-        "steps": 1,
-        "episode_queries": 9,
-        "batch_size": 72,
-    } | SMALL
-    run_training(base, tmp_path / "short", **settings, template="bare", max_prompt_tokens=limit - 1)
+def test_long_prompts_are_dropped_and_counted_never_cut(base, questions_file, tmp_path, capsys):
+    policy = load_policy(str(base))
+    lengths = {q.id: len(encode(policy, q, "bare").input_ids) for q in load_questions(questions_file)}
+    limit = lengths["q1"] - 1  # with its two pictures
+    run = prepared(base, tmp_path / "short", questions_file, heldout=0, max_prompt_tokens=limit)
+    assert {question.id for question in run.questions} == lengths.keys() - {"q1"}
     assert "dropped 1 of 10 questions" in capsys.readouterr().out
-    assert "q1" not in trained and len(set(trained)) == 9
-    assert train.main(flags(base, tmp_path / "none", **settings, max_prompt_tokens=3)) == 2
-    assert "every prompt is longer" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------- learning
-
-
-def test_a_handful_of_steps_raises_the_reward_of_a_bandit(tmp_path, monkeypatch):
-    """A random policy learns to begin with an odd token, from nothing but the reward."""
-    save_policy(toy.new_policy(1, hidden=32, layers=2, heads=2), tmp_path / "random")
-    let_be_right(monkeypatch, odd_start)
-    settings = {"steps": 20, "group_size": 16, "batch_size": 64, "max_new_tokens": 2, "lr": 3e-2}
-    out = run_training(tmp_path / "random", tmp_path / "run", **settings, heldout=0)
-    rewards = [row["reward"] for row in steps_of(out)]
-    assert rewards[0] < 0.7 and min(rewards[-3:]) > 0.85, rewards
-
-
-def test_the_learning_rate_rises_then_falls():
-    c = Config(warmup=0.1, final_lr=0.5)
-    rates = [train.lr_factor(step, 100, c) for step in range(101)]
-    assert rates[:10] == sorted(rates[:10]) and rates[0] == 0.1 and max(rates) == 1.0
-    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == 0.5
+    with pytest.raises(UserError, match="every prompt is longer"):
+        prepared(base, tmp_path / "none", questions_file, heldout=0, max_prompt_tokens=3)
 
 
 def test_one_seed_is_one_run_and_another_seed_another(base, tmp_path):

@@ -204,11 +204,6 @@ def lucky(sample) -> bool:
     return guess in ("red", "green", "blue") and not sample.prompt.question.id.endswith("3")
 
 
-def odd_start(sample) -> bool:
-    """Right when the first token is odd: half of what a random policy says."""
-    return int(sample.tokens[0]) % 2 == 1
-
-
 def odd_sum(sample) -> bool:
     """Right for about half of the responses of a policy that varies them at all."""
     return int(sample.tokens.sum()) % 2 == 1
