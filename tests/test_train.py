@@ -9,6 +9,7 @@ import pytest
 import torch
 from buffers import BUFFERS
 from conftest import hf_logprobs, noise_image, relative_difference
+from test_data import write_jsonl
 from tiny import (
     flags,
     heldout_of,
@@ -340,8 +341,7 @@ def questions_file(tmp_path_factory):
     noise_image(84, 56).save(path.with_name("a.png"))
     images = [[], ["a.png", "a.png"], *[["a.png"]] * 8]
     rows = [{"qid": f"q{i}", "question": "?", "image": x, "answer": "red"} for i, x in enumerate(images)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_jsonl(path, rows)
 
 
 def prepared(base, out, data, **changes):
