@@ -1,37 +1,17 @@
 """What a run is made of: a small file is a normal first try, and mistakes are found before training."""
 
 import json
-import types
 from dataclasses import replace
 
 import pytest
-import tiny
+from test_data import write_jsonl
+from tiny import flags, run_training
 
 import parallel
 import prepare
-import toy
 import train
 from config import Config
 from data import Question, UserError
-
-BARE = {"template": "bare", "steps": 1, "batch_size": 32, "heldout": 1, "max_new_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def mine(tmp_path_factory):
-    """Twenty own questions, as someone writes them down: no ids, two pictures, options in a list."""
-    folder = tmp_path_factory.mktemp("mine")
-    for i, question in enumerate(toy.toy_questions(toy.LEVELS["easy"], 2, "mine")):
-        question.images[0].save(folder / f"{i}.png")
-    rows = [
-        {"question": f"{i}: which colour?", "images": ["0.png", "1.png"], "choices": ["red", "green"],
-         "answer": "AB"[i % 2]}
-        for i in range(20)
-    ]  # fmt: skip
-    path = folder / "mine.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
 
 # ---------------------------------------------------------------------------- a small file
 
@@ -48,9 +28,8 @@ def test_by_default_a_tenth_of_a_file_is_held_out_and_never_more_than_128(monkey
 
 
 def test_the_same_questions_are_held_out_whatever_the_pass_rate_the_order_and_the_seed(tmp_path):
-    path = tmp_path / "mine.jsonl"
     rows = [{"qid": i, "question": "?", "answer": 1, "rate": i % 10 / 10} for i in range(100)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_jsonl(tmp_path / "mine.jsonl", rows)
     config = Config(model="m", data=str(path), heldout=20)
     ranges = [("", 0, 1), ("rate", 0.5, 1), ("rate", 0, 0.4)]
     runs = [
@@ -63,12 +42,12 @@ def test_the_same_questions_are_held_out_whatever_the_pass_rate_the_order_and_th
     heldout = {q.id for q in runs[0][1]}
     for training, kept_out in runs:
         assert {q.id for q in kept_out} == heldout and not heldout & {q.id for q in training}
-    path.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    write_jsonl(path, rows[::-1])
     assert {q.id for q in prepare.load_data(replace(config, seed=1))[1]} == heldout
 
 
 @pytest.mark.parametrize(("n", "group_size"), [(1, 8), (7, 5), (63, 2)])
-def test_sizes_that_do_not_fit_are_lowered_and_said_in_one_line(n, group_size, capsys):
+def test_sizes_that_do_not_fit_are_lowered_and_said_in_one_line(n, group_size, monkeypatch, capsys):
     config = Config(data="mine.csv", heldout=2, episode_queries=64, group_size=group_size,
                     batch_size=16 * group_size)  # fmt: skip
     prepare.fit_sizes(config, n)
@@ -79,25 +58,9 @@ def test_sizes_that_do_not_fit_are_lowered_and_said_in_one_line(n, group_size, c
     again = replace(config)
     prepare.fit_sizes(again, n)  # as when the run is resumed
     assert again == config and "->" not in capsys.readouterr().out
-
-
-def test_twenty_own_questions_train_and_are_recorded(base, mine, tmp_path, capsys):
-    """Everything else is the preset's: only what bounds the test's time is given."""
-    flags = {"model": base, "data": mine, "out": tmp_path, "max_new_tokens": 12, "passes": 1,
-             "group_size": 2, "batch_size": 64, "max_pixels": 64 * 28 * 28, "min_pixels": 28 * 28}  # fmt: skip
-    assert train.main([word for k, v in flags.items() for word in (f"--{k}", str(v))]) == 0
-    said = capsys.readouterr().out
-    assert "settings: preset own (" in said and "--batch_size 64 -> 36" in said
-    assert len(tiny.steps_of(tmp_path)) == 1 and len(tiny.heldout_of(tmp_path)) == 2
-    config = json.loads((tmp_path / "config.json").read_text())
-    sizes = [config[name] for name in ("heldout", "episode_queries", "batch_size", "preset")]
-    assert sizes == [2, 18, 36, "own"]
-
-
-def test_more_ranks_than_questions_are_refused(monkeypatch):
-    monkeypatch.setattr(parallel, "world", lambda: 4)
-    with pytest.raises(UserError, match="--episode_queries 3 cannot be shared by 4 ranks"):
-        prepare.fit_sizes(Config(data="mine.csv"), 3)
+    monkeypatch.setattr(parallel, "world", lambda: n + 1)
+    with pytest.raises(UserError, match=f"--episode_queries {n} cannot be shared by {n + 1} ranks"):
+        prepare.fit_sizes(config, n)
 
 
 # ---------------------------------------------------------------------------- a reward of one's own
@@ -128,7 +91,6 @@ def rewards(tmp_path_factory):
     ("place", "message"),
     [
         ("mine.py", "must be FILE.py:NAME"),
-        ("gone.py:length", "FileNotFoundError"),
         ("broken.py:length", "SyntaxError.*line 1"),
         ("borrows.py:crash", r"IndexError.*mine.py:6, question q"),  # of a file beside it
         ("mine.py:missing", "has no function missing"),
@@ -144,19 +106,10 @@ def test_a_mistake_in_a_reward_is_one_line(rewards, place, message):
 
 
 def test_an_own_reward_is_recorded_and_not_left_out_when_resuming(base, rewards, tmp_path, capsys):
-    place = f"{rewards}:length"
-    settings = BARE | {"heldout": 0}
-    out = tiny.run_training(base, tmp_path / "own", reward=place, **settings)
-    assert json.loads((out / "config.json").read_text())["reward"] == place
-    again = tiny.flags(base, out, **settings | {"steps": 2}, resume="true")
+    place, settings = f"{rewards}:length", {"steps": 1, "batch_size": 32, "heldout": 0}
+    run_training(base, tmp_path, reward=place, **settings)
+    assert json.loads((tmp_path / "config.json").read_text())["reward"] == place
+    again = flags(base, tmp_path, **settings | {"steps": 2}, resume="true")
     assert train.main(again) == 2
     assert f"--reward was '{place}'" in capsys.readouterr().err
     assert train.main([*again, "--reward", place]) == 0
-
-
-def test_a_reward_given_to_main_is_recorded_by_its_name():
-    config = Config()
-    assert prepare.own_reward(config, None) is None and config.reward == ""
-    grade = prepare.own_reward(config, lambda response, question: len(response))
-    assert grade("four", types.SimpleNamespace(id="q")) == 4.0
-    assert config.reward.startswith("test_prepare:")
