@@ -81,9 +81,11 @@ def hand_made_batch(policy) -> list[train.Branch]:
     return branches
 
 
-def gradients(base: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
-    """Of the hand-made batch by `train.update`, as the optimiser meets them."""
-    run, found = train.prepare(parse(flags(base, out, max_grad_norm=0, **changes))), {}
+def gradients(base: Path, out: Path, **changes) -> list:
+    """Those of the hand-made batch by `train.update`, as the optimiser meets them, into `out`.
+    Returns (which part of a weight this rank holds, of how many, in which copy)."""
+    run = train.prepare(parse(flags(base, out, max_grad_norm=0, **changes)))
+    found = {}
 
     def note(optimizer, args, kwargs):
         for name, parameter in checkpoint.trained(run.policy):
@@ -96,21 +98,13 @@ def gradients(base: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
     if parallel.rank() == 0:
         save_file(found, out / "gradient.safetensors")
     part, parts = parallel.shard_place(next(run.policy.parameters()))
-    held = sum(parallel.local(p).numel() for p in run.policy.parameters())
-    found["place"] = (
-        part,
-        parts,
-        parallel.rank() // parts,
-        held / sum(p.numel() for p in run.policy.parameters()),
-    )
-    return found
+    return [part, parts, parallel.rank() // parts]
 
 
 def assert_gradient_of_one(base: Path, out: Path, **changes) -> None:
     """That OUT/ranks holds the gradient that one rank takes in one micro-batch."""
-    one = gradients(base, out / "one", micro_batch_tokens=8192, **changes)
-    del one["place"]
-    several = load_file(out / "ranks/gradient.safetensors")
+    gradients(base, out / "one", micro_batch_tokens=8192, **changes)
+    one, several = (load_file(out / name / "gradient.safetensors") for name in ("one", "ranks"))
     assert several.keys() == one.keys()
     flat, want = (torch.cat([found[n].flatten() for n in sorted(one)]) for found in (several, one))
     assert (flat - want).abs().max() < 1e-5 and (flat - want).norm() < 1e-5 * want.norm()
@@ -126,16 +120,15 @@ KINDS = {f"budget {n}": {"micro_batch_tokens": n} for n in (1, 100, 8192)} | {
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_take_the_gradient_of_one(base, tmp_path, kind):
     """Whatever micro-batches each has, and with text on one and pictures on the other."""
-    on_ranks(2, lambda: gradients(base, tmp_path / "ranks", **KINDS[kind])["place"])
+    on_ranks(2, lambda: gradients(base, tmp_path / "ranks", **KINDS[kind]))
     weights = KINDS[kind] if kind in ("lora", "frozen") else {}
     assert_gradient_of_one(base, tmp_path, **weights)
 
 
 def test_hybrid_sharding_splits_within_a_node_and_takes_the_gradient_of_one(base, tmp_path):
     """Two nodes of two ranks."""
-    seen = on_ranks(4, lambda: gradients(base, tmp_path / "ranks", shard="node")["place"], per_node=2)
-    assert sorted((part, copy) for part, _, copy, _ in seen) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert all(parts == 2 and 0.45 < share < 0.55 for _, parts, _, share in seen)
+    places = on_ranks(4, lambda: gradients(base, tmp_path / "ranks", shard="node"), per_node=2)
+    assert sorted(places) == [[0, 2, 0], [0, 2, 1], [1, 2, 0], [1, 2, 1]]
     assert_gradient_of_one(base, tmp_path)
 
 
@@ -187,8 +180,7 @@ def test_decoding_whole_weights_uses_no_collective_so_that_lengths_may_differ(ba
 
     monkeypatch.setattr(train, "generate", generate)
     monkeypatch.setattr(train, "update", update)
-    settings = {"steps": 2, "batch_size": 32, "heldout": 1, "max_new_tokens": 12, "rollout_rows": 8}
-    command = flags(base, tmp_path, **settings)
+    command = flags(base, tmp_path, steps=2, batch_size=32, heldout=1, max_new_tokens=12, rollout_rows=8)
     seen = on_ranks(2, lambda: (train.main(command), sampling.count, training.count > 0))
     assert seen == [[0, 0, True]] * 2
     rows = steps_of(tmp_path)
@@ -233,74 +225,65 @@ def even_lucky(sample) -> bool:
 
 
 @pytest.fixture(scope="module")
-def of_two(base, tmp_path_factory) -> tuple[Path, list]:
-    """The folder of a run by two ranks, and what each saw: which pictures are left when samples have travelled."""
-    out, seen, real = tmp_path_factory.mktemp("two") / "run", [], train.sample_episode
-
-    def sample_episode(run):
-        groups, counts = real(run)
-        seen.append([group[0].prompt.pixel_values is None for group in groups])
-        return groups, counts
-
+def of_two(base, tmp_path_factory) -> Path:
+    """The folder of a run by two ranks."""
+    out = tmp_path_factory.mktemp("two") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
         let_be_right(monkeypatch, even_lucky)
-        monkeypatch.setattr(train, "sample_episode", sample_episode)
-        return out, on_ranks(2, lambda: (train.main(flags(base, out, **EPISODES)), seen))
+        trained(base, out, **EPISODES)
+    return out
 
 
-def test_replay_fills_the_batch_where_one_rank_has_nothing_effective_and_pictures_do_not_travel(of_two):
-    out, seen = of_two
-    assert seen == [[0, [[True] * 4] * 2]] * 2
-    rows = steps_of(out)
+def test_replay_fills_the_batch_where_one_rank_has_nothing_effective(of_two):
+    rows = steps_of(of_two)
     assert len(rows) == 4 and not any(row["skipped"] for row in rows)
-    assert [row["batch_responses"] for row in rows] == [16] * 4
-    assert all(row["effective_queries"] <= 0.5 for row in rows)
+    assert all(row["batch_responses"] == 16 and row["effective_queries"] <= 0.5 for row in rows)
     assert any(row["replayed"] > 0 for row in rows)
     assert max(row["logp_mismatch"] for row in rows) < 1e-4
 
 
 def test_two_ranks_resume_exactly(of_two, base, tmp_path, monkeypatch):
     let_be_right(monkeypatch, even_lucky)
-    whole, out = of_two[0], shutil.copytree(of_two[0], tmp_path / "run")
+    out = shutil.copytree(of_two, tmp_path / "run")
     shutil.rmtree(out / "checkpoint-4")
-    assert trained(base, out, **EPISODES, resume="true") == steps_of(whole)
-    assert heldout_of(out) == heldout_of(whole)
-    assert same_tensors(weights_of(out / "checkpoint-4"), weights_of(whole / "checkpoint-4"))
+    assert trained(base, out, **EPISODES, resume="true") == steps_of(of_two)
+    assert heldout_of(out) == heldout_of(of_two)
+    assert same_tensors(weights_of(out / "checkpoint-4"), weights_of(of_two / "checkpoint-4"))
 
 
-def test_two_ranks_go_on_from_one(base, tmp_path, monkeypatch):
+def resumed(base: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
+    """The weights and moments that OUT's newest checkpoint gives back, whole."""
+    run, found = train.prepare(parse(flags(base, out, **changes, resume="true"))), {}
+    assert checkpoint.resume_run(run)
+    for name, parameter in run.policy.named_parameters():
+        for kind, tensor in {"param": parameter.detach(), **run.optimizer.state[parameter]}.items():
+            found[f"{kind}/{name}"] = parallel.whole(tensor).clone()
+    return {name: tensor for name, tensor in found.items() if not name.startswith("step/")}
+
+
+def test_two_ranks_go_on_from_one(base, tmp_path):
     run_training(base, tmp_path, steps=1, heldout=0, keep_last=9)
-    real = checkpoint.resume_run
 
-    def resume(run):
-        found, state = real(run), {}
-        for name, parameter in run.policy.named_parameters():
-            moments = run.optimizer.state[parameter]
-            for kind, tensor in (("param", parameter.detach()), *moments.items()):
-                if kind != "step":
-                    state[f"{kind}/{name}"] = parallel.whole(tensor).clone()
+    def action():
+        state = resumed(base, tmp_path, heldout=0)
         if parallel.rank() == 0:
             save_file(state, tmp_path / "resumed.safetensors")
-        return found
 
-    monkeypatch.setattr(checkpoint, "resume_run", resume)
-    rows = trained(base, tmp_path, steps=3, heldout=0, keep_last=9, resume="true")
+    on_ranks(2, action)
+    state, saved = (
+        load_file(tmp_path / f"{x}.safetensors") for x in ("resumed", "checkpoint-1/state-0-of-1")
+    )
+    assert state.keys() == {name for name in saved if not name.startswith("step/")}
+    assert same_tensors(state, {name: saved[name] for name in state})
+    rows = trained(base, tmp_path, steps=3, heldout=0, resume="true")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    saved = load_file(tmp_path / "checkpoint-1/state-0-of-1.safetensors")
-    wanted = {name: tensor for name, tensor in saved.items() if "step/" not in name}
-    assert same_tensors(load_file(tmp_path / "resumed.safetensors"), wanted)
 
 
-def test_one_rank_goes_on_from_two(of_two, base, monkeypatch):
-    let_be_right(monkeypatch, even_lucky)
-    # What one rank reads is what two wrote, one after the other.
-    parts = [load_file(of_two[0] / f"checkpoint-4/state-{r}-of-2.safetensors") for r in (0, 1)]
-    run = train.prepare(parse(flags(base, of_two[0], **EPISODES, resume="true")))
-    assert checkpoint.resume_run(run) and run.step == 4
-    for name, parameter in run.policy.named_parameters():
-        found = {"param": parameter.detach()} | run.optimizer.state[parameter]
-        for kind in ("param", "exp_avg", "exp_avg_sq"):
-            assert torch.equal(found[kind], torch.cat([part[f"{kind}/{name}"] for part in parts]))
+def test_one_rank_goes_on_from_two(of_two, base):
+    """What it reads is what two wrote, one after the other."""
+    parts = [load_file(of_two / f"checkpoint-4/state-{r}-of-2.safetensors") for r in (0, 1)]
+    for name, tensor in resumed(base, of_two, **EPISODES).items():
+        assert torch.equal(tensor, torch.cat([part[name] for part in parts]))
 
 
 def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(base, tmp_path):

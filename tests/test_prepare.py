@@ -82,7 +82,6 @@ def never(response, question):
 def rewards(tmp_path_factory):
     path = tmp_path_factory.mktemp("rewards") / "mine.py"
     path.write_text(REWARDS)
-    path.with_name("broken.py").write_text("def length(:\n")
     path.with_name("borrows.py").write_text("from mine import crash\n")
     return path
 
@@ -91,10 +90,8 @@ def rewards(tmp_path_factory):
     ("place", "message"),
     [
         ("mine.py", "must be FILE.py:NAME"),
-        ("broken.py:length", "SyntaxError.*line 1"),
         ("borrows.py:crash", r"IndexError.*mine.py:6, question q"),  # of a file beside it
         ("mine.py:missing", "has no function missing"),
-        ("mine.py:crash", r"IndexError.*mine.py:6, question q"),
         ("mine.py:never", "nan for question q; make it finite"),
     ],
 )

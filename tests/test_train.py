@@ -10,17 +10,7 @@ import torch
 from buffers import BUFFERS
 from conftest import hf_logprobs, noise_image, relative_difference
 from test_data import write_jsonl
-from tiny import (
-    flags,
-    heldout_of,
-    let_be_right,
-    lucky,
-    read_jsonl,
-    run_training,
-    same_tensors,
-    steps_of,
-    weights_of,
-)
+from tiny import flags, heldout_of, let_be_right, read_jsonl, run_training, same_tensors, steps_of, weights_of
 
 import toy
 import train
@@ -202,9 +192,6 @@ def test_recomputed_log_probabilities_take_the_place_of_the_sampled(base, tmp_pa
     assert clipped[0] > 0 == clipped[1]
 
 
-# ---------------------------------------------------------------------------- the reward
-
-
 def test_an_own_reward_trains_and_the_rule_measures(base, tmp_path):
     """By the flag, or as an argument of `main`: the same run."""
 
@@ -228,7 +215,7 @@ def test_an_own_reward_trains_and_the_rule_measures(base, tmp_path):
 
 
 def test_replay_keeps_the_batch_full_and_filter_does_not(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lambda s: lucky(s) and s.prompt.question.id.endswith("/0"))
+    let_be_right(monkeypatch, lambda s: "red" in s.text and s.prompt.question.id.endswith("/0"))
     sizes = {}
     for ssr in ("replay", "filter", "off"):
         rows = steps_of(run_training(base, tmp_path / ssr, ssr=ssr, steps=2, heldout=0))
@@ -293,24 +280,18 @@ def spoil(monkeypatch, steps: set[int]) -> list:
     return weights
 
 
-def test_a_step_that_is_not_finite_is_skipped_leaves_the_weights_and_may_be_the_last(
-    base, tmp_path, monkeypatch
+def test_steps_that_are_not_finite_leave_the_weights_and_five_in_a_row_stop_the_run(
+    base, tmp_path, monkeypatch, capsys
 ):
-    weights = spoil(monkeypatch, {2, 4})
-    rows = steps_of(run_training(base, tmp_path, heldout=0))
-    assert [row["skipped"] for row in rows] == [False, True, False, True]
-    assert [same_tensors(a, b) for a, b in itertools.pairwise(weights)] == [True, False, True]
-    assert all(bool(w.isfinite().all()) for w in weights[-1].values())
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-4"]
-
-
-def test_five_steps_in_a_row_that_are_not_finite_stop_the_run(base, tmp_path, monkeypatch, capsys):
-    spoil(monkeypatch, {1, 2, 4, 5, 6, 7, 8})
+    weights = spoil(monkeypatch, {2, 4, 5, 6, 7, 8})
     assert train.main(flags(base, tmp_path, steps=20, heldout=0)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: step 8: 5 gradients in a row were not finite")
-    assert "--lr" in error and "Traceback" not in error
-    assert len(steps_of(tmp_path)) == 8
+    assert error.startswith("error: step 8: 5 gradients in a row were not finite") and "--lr" in error
+    skipped = [row["skipped"] for row in steps_of(tmp_path)]
+    assert skipped == [False, True, False, True, True, True, True, True]
+    assert [same_tensors(a, b) for a, b in itertools.pairwise(weights)] == skipped[1:]
+    assert all(bool(w.isfinite().all()) for w in weights[-1].values())
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-8"]
 
 
 @pytest.mark.parametrize(
