@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import QUESTIONS, random_response
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import (
@@ -35,11 +36,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkpoint
 import lora
 import parallel
-import toy
 import train
 from checkpoint import list_checkpoints
 from config import parse
-from data import Question
 from model import Sample, encode
 
 pytestmark = pytest.mark.usefixtures("reward_by_luck")
@@ -57,24 +56,16 @@ def trained(base: Path, out: Path, **changes) -> list[dict]:
 
 def hand_made_batch(policy) -> list[train.Branch]:
     """Responses to questions with 0, 1 and 2 pictures; some drawn twice, forced, imitated."""
-    (world,) = toy.toy_questions(toy.LEVELS["easy"], 1, "hand made")
-    picture = world.images[0]
-    questions = [
-        Question("text", "How many legs do 3 spiders have?", [], "24"),
-        Question("one", world.text, [picture], "red"),
-        Question("two", "<image>Is this <image> turned?", [picture, picture.rotate(90)], "no"),
-    ]
-    draw = torch.Generator().manual_seed(0)
-    branches = []
-    for question in questions:
+    draw, branches = torch.Generator().manual_seed(0), []
+    for question in QUESTIONS:
         prompt = encode(policy, question, "bare")
         for i in range(5):
             length = int(torch.randint(2, 20, (), generator=draw))
-            tokens = torch.randint(20, 400, (length,), generator=draw)
             mask = torch.rand(length, generator=draw) > 0.2
             mask[0] = True
             old = -6 + torch.randn(length, generator=draw)
             advantage = float(torch.randn((), generator=draw))
+            tokens = random_response(length, i, policy)
             sample = Sample(prompt, tokens, old, mask, "", "stop", 1.0, advantage)
             sample.rethought = "self_correction" if i == 2 else None
             branches.append(train.Branch(sample, draws=1 + i % 2, fresh=i < 4, imitate=i == 2))

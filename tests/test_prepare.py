@@ -66,22 +66,14 @@ def test_sizes_that_do_not_fit_are_lowered_and_said_in_one_line(n, group_size, m
 # ---------------------------------------------------------------------------- a reward of one's own
 
 
-REWARDS = """
-def length(response, question):
-    return len(response) / 100
-
-def crash(response, question):
-    return question.choices[7]
-
-def never(response, question):
-    return float("nan")
-"""
-
-
-@pytest.fixture(scope="module")
-def rewards(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rewards") / "mine.py"
-    path.write_text(REWARDS)
+@pytest.fixture
+def rewards(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def length(text, question): return len(text) / 100\n"
+        "def crash(text, question): return question.choices[7]\n"
+        "def never(text, question): return float('nan')\n"
+    )
     path.with_name("borrows.py").write_text("from mine import crash\n")
     return path
 
@@ -90,7 +82,7 @@ def rewards(tmp_path_factory):
     ("place", "message"),
     [
         ("mine.py", "must be FILE.py:NAME"),
-        ("borrows.py:crash", r"IndexError.*mine.py:6, question q"),  # of a file beside it
+        ("borrows.py:crash", r"IndexError.*mine.py:2, question q"),  # of a file beside it
         ("mine.py:missing", "has no function missing"),
         ("mine.py:never", "nan for question q; make it finite"),
     ],
