@@ -7,24 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_data import write_jsonl
-from tiny import (
-    LIMIT,
-    flags,
-    heldout_of,
-    let_be_right,
-    odd_sum,
-    read_jsonl,
-    run_training,
-    same_tensors,
-    start,
-    steps_of,
-    wait,
-    weights_of,
-)
 from transformers import AutoModelForImageTextToText
 
 import checkpoint
@@ -45,11 +32,11 @@ def whole(base, tmp_path_factory, by_luck):
     """A run that nothing interrupted, with a checkpoint at steps 3, 6 and 8. It has something to lose: they
     hold a part of an episode, a buffer, a second look, and Adam's moments."""
     with by_luck():
-        out = run_training(base, tmp_path_factory.mktemp("whole"), **BOTH)
+        out = tiny.run_training(base, tmp_path_factory.mktemp("whole"), **BOTH)
     held = json.loads((out / "checkpoint-6" / "samples.json").read_text())
     assert len(held["fresh"]) == 16 and held["buffer"]
     assert any(row["rethought"] for part in held.values() for row in part)
-    assert any(row["replayed"] > 0 for row in steps_of(out)[3:])
+    assert any(row["replayed"] > 0 for row in tiny.steps_of(out)[3:])
     return out
 
 
@@ -67,12 +54,12 @@ def at_step(monkeypatch, step: int, action) -> None:
 
 def assert_same_run(out: Path, whole: Path) -> None:
     """The same metrics, but for the clock's, and the same final weights, bit for bit."""
-    assert steps_of(out) == steps_of(whole)
-    assert heldout_of(out) == heldout_of(whole)
+    assert tiny.steps_of(out) == tiny.steps_of(whole)
+    assert tiny.heldout_of(out) == tiny.heldout_of(whole)
     last, expected = (list_checkpoints(path)[-1] for path in (out, whole))
     assert last.name == expected.name
-    assert same_tensors(weights_of(last), weights_of(expected))
-    assert read_jsonl(out / "samples.jsonl") == read_jsonl(whole / "samples.jsonl")
+    assert tiny.same_tensors(tiny.weights_of(last), tiny.weights_of(expected))
+    assert tiny.read_jsonl(out / "samples.jsonl") == tiny.read_jsonl(whole / "samples.jsonl")
 
 
 # ---------------------------------------------------------------------------- resuming exactly
@@ -87,27 +74,23 @@ def test_a_signal_ends_the_step_and_saves_and_resuming_is_exact(
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda: os.kill(os.getpid(), number))
-        assert train.main(flags(base, tmp_path, **BOTH)) == 0
+        assert train.main(tiny.flags(base, tmp_path, **BOTH)) == 0
     captured = capsys.readouterr()
     assert "finishing this step, then saving" in captured.err
     last = captured.out.splitlines()[-1]
     assert f"checkpoint-{step}" in last and f"--resume --out {tmp_path}" in last
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    assert len(steps_of(tmp_path)) == step
-    run_training(base, tmp_path, **BOTH, resume="true")
+    assert len(tiny.steps_of(tmp_path)) == step
+    tiny.run_training(base, tmp_path, **BOTH, resume="true")
     assert_same_run(tmp_path, whole)
     assert read_jsonl(tmp_path / "heldout.jsonl") == read_jsonl(whole / "heldout.jsonl")
 
 
 def test_a_second_ctrl_c_stops_at_once(base, tmp_path, monkeypatch, capsys):
-    def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    at_step(monkeypatch, 2, twice)
-    assert train.main(flags(base, tmp_path)) == 130
+    at_step(monkeypatch, 2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    assert train.main(tiny.flags(base, tmp_path)) == 130
     assert "stopped at once; go on with --resume" in capsys.readouterr().err
-    assert len(steps_of(tmp_path)) == 1
+    assert len(tiny.steps_of(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("name", ["samples.json", "state-0-of-1.safetensors"])
@@ -120,13 +103,13 @@ def test_a_bit_that_flipped_is_found_and_the_checkpoint_before_offered(base, who
     line = refused(capsys, base, out)
     assert str(path) in line and line.endswith("go on from checkpoint-6")
     shutil.rmtree(out / "checkpoint-8")
-    run_training(base, out, **BOTH, resume="true")
+    tiny.run_training(base, out, **BOTH, resume="true")
     assert_same_run(out, whole)  # the lines of later steps were forgotten
 
 
 def refused(capsys, base, out: Path, **changes) -> str:
     """Resume a run that cannot be; returns the one line that says so."""
-    assert train.main(flags(base, out, **BOTH | {"resume": "true"} | changes)) == 2
+    assert train.main(tiny.flags(base, out, **BOTH | {"resume": "true"} | changes)) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return error.splitlines()[-1]
@@ -144,14 +127,14 @@ def test_kill_9_while_a_checkpoint_is_written_leaves_the_one_before(base, whole,
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_settings", save_and_die)
-        pid = start(lambda: train.main(flags(base, tmp_path, **BOTH)), tmp_path / "log")
-    assert wait(pid, LIMIT) == -signal.SIGKILL, (tmp_path / "log").read_text()
+        pid = tiny.start(lambda: train.main(tiny.flags(base, tmp_path, **BOTH)), tmp_path / "log")
+    assert tiny.wait(pid, tiny.LIMIT) == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert (tmp_path / "unfinished-6" / "model.safetensors").exists()
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-3"]
-    assert len(steps_of(tmp_path)) == 6
+    assert len(tiny.steps_of(tmp_path)) == 6
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "episode": 2, "rewa')  # killed while it wrote a line
-    run_training(base, tmp_path, **BOTH, resume="true")
+    tiny.run_training(base, tmp_path, **BOTH, resume="true")
     assert_same_run(tmp_path, whole)
     assert not list(tmp_path.glob("unfinished-*"))
 
@@ -160,11 +143,11 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps_and_changed_flags_ar
     base, whole, tmp_path, capsys
 ):
     out = shutil.copytree(whole, tmp_path / "copy")
-    run_training(base, out, **BOTH, resume="true")  # nothing is left to do
+    tiny.run_training(base, out, **BOTH, resume="true")  # nothing is left to do
     assert_same_run(out, whole)
-    run_training(base, out, **BOTH | {"steps": 10, "lr": 2e-3, "ssr": "filter"}, resume="true")
-    assert [row["step"] for row in steps_of(out)] == list(range(1, 11))
-    assert steps_of(out)[:8] == steps_of(whole)
+    tiny.run_training(base, out, **BOTH | {"steps": 10, "lr": 2e-3, "ssr": "filter"}, resume="true")
+    assert [row["step"] for row in tiny.steps_of(out)] == list(range(1, 11))
+    assert tiny.steps_of(out)[:8] == tiny.steps_of(whole)
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
     assert notes == ["note: flags changed since: lr, ssr"]
 
@@ -181,13 +164,13 @@ def test_resuming_is_exact_where_the_vision_tower_has_seen_nothing_yet(base, tmp
         return [q for q in run.questions if q.id.startswith(wanted)]
 
     monkeypatch.setattr(train, "episode_questions", text_first)
-    let_be_right(monkeypatch, odd_sum)
+    tiny.let_be_right(monkeypatch, tiny.odd_sum)
     settings = {"data": data, "heldout": 0, "steps": 4, "save_every": 1, "keep_last": 9}
-    run_training(base, tmp_path / "whole", **settings)
+    tiny.run_training(base, tmp_path / "whole", **settings)
     for step, later in ((1, "checkpoint-[234]"), (3, "checkpoint-4")):
         out = tmp_path / str(step)
         shutil.copytree(tmp_path / "whole", out, ignore=shutil.ignore_patterns(later))
-        run_training(base, out, **settings, resume="true")
+        tiny.run_training(base, out, **settings, resume="true")
         assert_same_run(out, tmp_path / "whole")
 
 
@@ -200,21 +183,21 @@ def test_data_that_changed_within_an_episode_is_refused_and_config_json_stays(
     write_jsonl(data, rows)
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        run_training(base, out, **settings)
+        tiny.run_training(base, out, **settings)
     config = (out / "config.json").read_text()
     for changed in (rows[1:], rows[::-1], [rows[0] | {"answer": "1"}, *rows[1:]]):
         write_jsonl(data, changed)
         assert f"the questions of {data}" in refused(capsys, base, out, **settings, lr=5e-4)
         assert (out / "config.json").read_text() == config
     write_jsonl(data, rows)
-    run_training(base, out, **settings, resume="true")
+    tiny.run_training(base, out, **settings, resume="true")
 
 
 def test_other_prompts_and_fewer_steps_than_are_done_are_refused(base, whole, tmp_path, capsys):
     out = shutil.copytree(whole, tmp_path / "copy")
     assert "--toy_level was 'easy'" in refused(capsys, base, out, toy_level="hard", steps=9)
     assert "--template was 'bare'" in refused(capsys, base, out, template="plain")
-    assert "--steps 5" in refused(capsys, base, out, steps=5) and len(steps_of(out)) == 8
+    assert "--steps 5" in refused(capsys, base, out, steps=5) and len(tiny.steps_of(out)) == 8
 
 
 # ---------------------------------------------------------------------------- what a checkpoint is
@@ -224,7 +207,7 @@ def test_the_last_checkpoints_are_kept_and_what_others_put_beside_them(base, tmp
     others = [tmp_path / name for name in ("checkpoint-best-1", "checkpoint-\u00b2", "checkpoint-2.bak")]
     for folder in others:
         folder.mkdir()
-    run_training(base, tmp_path, steps=11, save_every=3, keep_last=2, heldout=0)
+    tiny.run_training(base, tmp_path, steps=11, save_every=3, keep_last=2, heldout=0)
     # By number: 11 comes after 9.
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-11"]
     assert not list(tmp_path.glob("unfinished-*")) and all(map(Path.is_dir, others))
@@ -239,8 +222,8 @@ def test_a_checkpoint_loads_by_transformers_with_no_key_missing_or_left_and_is_a
     with safe_open(directory / "state-0-of-1.safetensors", framework="pt") as state:
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, state.get_tensor(f"param/model.{name}"))
-    run_training(whole / "checkpoint-8", tmp_path, steps=1, batch_size=32)
-    assert heldout_of(tmp_path)[0]["heldout_accuracy"] == heldout_of(whole)[-1]["heldout_accuracy"]
+    tiny.run_training(whole / "checkpoint-8", tmp_path, steps=1, batch_size=32)
+    assert tiny.heldout_of(tmp_path)[0]["heldout_accuracy"] == tiny.heldout_of(whole)[-1]["heldout_accuracy"]
 
 
 def test_nothing_is_pickled(base, whole, tmp_path, monkeypatch):
@@ -254,7 +237,7 @@ def test_nothing_is_pickled(base, whole, tmp_path, monkeypatch):
     monkeypatch.setattr("pickle.load", refuse)
     monkeypatch.setattr("pickle.loads", refuse)
     out = shutil.copytree(whole, tmp_path / "copy")
-    run_training(base, out, **BOTH | {"steps": 9}, resume="true")
+    tiny.run_training(base, out, **BOTH | {"steps": 9}, resume="true")
 
 
 def test_a_checkpoint_of_another_model_or_version_or_that_lacks_a_part_is_named(
@@ -286,7 +269,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(base, tmp_path, capsys):
     out.mkdir()
     with lock_folder(out):
         assert f"in use by process {os.getpid()}" in refused(capsys, base, out, steps=1)
-    run_training(base, out, steps=1)
+    tiny.run_training(base, out, steps=1)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 8])

@@ -12,25 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from conftest import QUESTIONS, random_response
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import (
-    LIMIT,
-    flags,
-    heldout_of,
-    let_be_right,
-    lucky,
-    odd_sum,
-    on_ranks,
-    run_training,
-    same_tensors,
-    start_ranks,
-    steps_of,
-    wait,
-    weights_of,
-)
+from test_data import write_jsonl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
@@ -47,8 +33,8 @@ EPISODES = {"steps": 4, "heldout": 3, "rethink_fraction": 0.5, "save_every": 2, 
 
 def trained(base: Path, out: Path, **changes) -> list[dict]:
     """The steps of a run by two ranks, which must go well on both."""
-    assert on_ranks(2, lambda: train.main(flags(base, out, **changes))) == [0, 0]
-    return steps_of(out)
+    assert tiny.on_ranks(2, lambda: train.main(tiny.flags(base, out, **changes))) == [0, 0]
+    return tiny.steps_of(out)
 
 
 # ---------------------------------------------------------------------------- the gradient
@@ -75,7 +61,7 @@ def hand_made_batch(policy) -> list[train.Branch]:
 def gradients(base: Path, out: Path, **changes) -> list:
     """Those of the hand-made batch by `train.update`, as the optimiser meets them, into `out`.
     Returns (which part of a weight this rank holds, of how many, in which copy)."""
-    run = train.prepare(parse(flags(base, out, max_grad_norm=0, **changes)))
+    run = train.prepare(parse(tiny.flags(base, out, max_grad_norm=0, **changes)))
     found = {}
 
     def note(optimizer, args, kwargs):
@@ -111,14 +97,14 @@ KINDS = {f"budget {n}": {"micro_batch_tokens": n} for n in (1, 100, 8192)} | {
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_take_the_gradient_of_one(base, tmp_path, kind):
     """Whatever micro-batches each has, and with text on one and pictures on the other."""
-    on_ranks(2, lambda: gradients(base, tmp_path / "ranks", **KINDS[kind]))
+    tiny.on_ranks(2, lambda: gradients(base, tmp_path / "ranks", **KINDS[kind]))
     weights = KINDS[kind] if kind in ("lora", "frozen") else {}
     assert_gradient_of_one(base, tmp_path, **weights)
 
 
 def test_hybrid_sharding_splits_within_a_node_and_takes_the_gradient_of_one(base, tmp_path):
     """Two nodes of two ranks."""
-    places = on_ranks(4, lambda: gradients(base, tmp_path / "ranks", shard="node"), per_node=2)
+    places = tiny.on_ranks(4, lambda: gradients(base, tmp_path / "ranks", shard="node"), per_node=2)
     assert sorted(places) == [[0, 2, 0], [0, 2, 1], [1, 2, 0], [1, 2, 1]]
     assert_gradient_of_one(base, tmp_path)
 
@@ -128,20 +114,20 @@ def test_hybrid_sharding_splits_within_a_node_and_takes_the_gradient_of_one(base
 
 def test_a_run_of_two_nodes_is_saved_once_and_one_rank_goes_on(base, tmp_path):
     settings = {"shard": "node", "tensor": 2, "rethink_fraction": 0.5}
-    assert on_ranks(4, lambda: train.main(flags(base, tmp_path, **settings, steps=2)), 2) == [0] * 4
+    assert tiny.on_ranks(4, lambda: train.main(tiny.flags(base, tmp_path, **settings, steps=2)), 2) == [0] * 4
     saved = sorted(path.name for path in (tmp_path / "checkpoint-2").glob("state-*"))
     assert saved == ["state-0-of-2.safetensors", "state-1-of-2.safetensors"]
-    run_training(base, tmp_path, steps=3, rethink_fraction=0.5, resume="true")
-    rows = steps_of(tmp_path)
+    tiny.run_training(base, tmp_path, steps=3, rethink_fraction=0.5, resume="true")
+    rows = tiny.steps_of(tmp_path)
     assert [(row["step"], row["batch_responses"]) for row in rows] == [(1, 16), (2, 16), (3, 16)]
     assert all(0 < row["reward"] < 1 and row["logp_mismatch"] < 1e-4 for row in rows)
-    assert all(0 <= row["heldout_accuracy"] <= 1 for row in heldout_of(tmp_path))
+    assert all(0 <= row["heldout_accuracy"] <= 1 for row in tiny.heldout_of(tmp_path))
 
 
 def test_ranks_that_offload_train_on_each_response_once(base, tmp_path):
     rows = trained(base, tmp_path, offload="true", steps=2, rethink_fraction=0.5)
     assert all(row["batch_responses"] == 16 and row["logp_mismatch"] < 1e-4 for row in rows)
-    assert not same_tensors(weights_of(tmp_path / "checkpoint-2"), weights_of(base))
+    assert not tiny.same_tensors(tiny.weights_of(tmp_path / "checkpoint-2"), tiny.weights_of(base))
 
 
 class Collectives(TorchDispatchMode):
@@ -156,7 +142,7 @@ class Collectives(TorchDispatchMode):
 
 def test_decoding_whole_weights_uses_no_collective_so_that_lengths_may_differ(base, tmp_path, monkeypatch):
     """Rank 0's responses are one token long, rank 1's run into the limit."""
-    let_be_right(monkeypatch, odd_sum)
+    tiny.let_be_right(monkeypatch, tiny.odd_sum)
     sampling, training = Collectives(), Collectives()
     real_generate, real_update = train.generate, train.update
 
@@ -171,18 +157,18 @@ def test_decoding_whole_weights_uses_no_collective_so_that_lengths_may_differ(ba
 
     monkeypatch.setattr(train, "generate", generate)
     monkeypatch.setattr(train, "update", update)
-    command = flags(base, tmp_path, steps=2, batch_size=32, heldout=1, max_new_tokens=12, rollout_rows=8)
-    seen = on_ranks(2, lambda: (train.main(command), sampling.count, training.count > 0))
+    command = tiny.flags(base, tmp_path, steps=2, batch_size=32, heldout=1, max_new_tokens=12, rollout_rows=8)
+    seen = tiny.on_ranks(2, lambda: (train.main(command), sampling.count, training.count > 0))
     assert seen == [[0, 0, True]] * 2
-    rows = steps_of(tmp_path)
+    rows = tiny.steps_of(tmp_path)
     assert [(row["response_length"], row["truncated"]) for row in rows] == [((1 + 12) / 2, 0.5)] * 2
 
 
 def test_nothing_effective_on_any_rank_skips_the_step(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lambda sample: False)
+    tiny.let_be_right(monkeypatch, lambda sample: False)
     rows = trained(base, tmp_path, ssr="filter", steps=2, heldout=0)
     assert [row["skipped"] for row in rows] == [True, True]
-    assert same_tensors(weights_of(tmp_path / "checkpoint-2"), weights_of(base))
+    assert tiny.same_tensors(tiny.weights_of(tmp_path / "checkpoint-2"), tiny.weights_of(base))
 
 
 def test_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all(base, tmp_path, monkeypatch):
@@ -201,10 +187,10 @@ def test_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all(base, tmp_path, mo
 
     monkeypatch.setattr(train, "policy_loss", policy_loss)
     monkeypatch.setattr(train, "train_step", train_step)
-    command = flags(base, tmp_path, steps=3, heldout=0)
-    seen = on_ranks(2, lambda: (train.main(command), any(spoilt), unchanged))
+    command = tiny.flags(base, tmp_path, steps=3, heldout=0)
+    seen = tiny.on_ranks(2, lambda: (train.main(command), any(spoilt), unchanged))
     assert seen == [[0, False, [False, True, False]], [0, True, [False, True, False]]]
-    assert [row["skipped"] for row in steps_of(tmp_path)] == [False, True, False]
+    assert [row["skipped"] for row in tiny.steps_of(tmp_path)] == [False, True, False]
 
 
 # ---------------------------------------------------------------------------- resuming
@@ -212,7 +198,7 @@ def test_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all(base, tmp_path, mo
 
 def even_lucky(sample) -> bool:
     """Right now and then at the questions 0 and 2, which rank 0 samples; never at rank 1's."""
-    return lucky(sample) and int(sample.prompt.question.id[-1]) % 2 == 0
+    return tiny.lucky(sample) and int(sample.prompt.question.id[-1]) % 2 == 0
 
 
 @pytest.fixture(scope="module")
@@ -220,13 +206,13 @@ def of_two(base, tmp_path_factory) -> Path:
     """The folder of a run by two ranks."""
     out = tmp_path_factory.mktemp("two") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        let_be_right(monkeypatch, even_lucky)
+        tiny.let_be_right(monkeypatch, even_lucky)
         trained(base, out, **EPISODES)
     return out
 
 
 def test_replay_fills_the_batch_where_one_rank_has_nothing_effective(of_two):
-    rows = steps_of(of_two)
+    rows = tiny.steps_of(of_two)
     assert len(rows) == 4 and not any(row["skipped"] for row in rows)
     assert all(row["batch_responses"] == 16 and row["effective_queries"] <= 0.5 for row in rows)
     assert any(row["replayed"] > 0 for row in rows)
@@ -234,17 +220,17 @@ def test_replay_fills_the_batch_where_one_rank_has_nothing_effective(of_two):
 
 
 def test_two_ranks_resume_exactly(of_two, base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, even_lucky)
+    tiny.let_be_right(monkeypatch, even_lucky)
     out = shutil.copytree(of_two, tmp_path / "run")
     shutil.rmtree(out / "checkpoint-4")
-    assert trained(base, out, **EPISODES, resume="true") == steps_of(of_two)
-    assert heldout_of(out) == heldout_of(of_two)
-    assert same_tensors(weights_of(out / "checkpoint-4"), weights_of(of_two / "checkpoint-4"))
+    assert trained(base, out, **EPISODES, resume="true") == tiny.steps_of(of_two)
+    assert tiny.heldout_of(out) == tiny.heldout_of(of_two)
+    assert tiny.same_tensors(tiny.weights_of(out / "checkpoint-4"), tiny.weights_of(of_two / "checkpoint-4"))
 
 
 def resumed(base: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
     """The weights and moments that OUT's newest checkpoint gives back, whole."""
-    run, found = train.prepare(parse(flags(base, out, **changes, resume="true"))), {}
+    run, found = train.prepare(parse(tiny.flags(base, out, **changes, resume="true"))), {}
     assert checkpoint.resume_run(run)
     for name, parameter in run.policy.named_parameters():
         for kind, tensor in {"param": parameter.detach(), **run.optimizer.state[parameter]}.items():
@@ -253,19 +239,19 @@ def resumed(base: Path, out: Path, **changes) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_go_on_from_one(base, tmp_path):
-    run_training(base, tmp_path, steps=1, heldout=0, keep_last=9)
+    tiny.run_training(base, tmp_path, steps=1, heldout=0, keep_last=9)
 
     def action():
         state = resumed(base, tmp_path, heldout=0)
         if parallel.rank() == 0:
             save_file(state, tmp_path / "resumed.safetensors")
 
-    on_ranks(2, action)
+    tiny.on_ranks(2, action)
     state, saved = (
         load_file(tmp_path / f"{x}.safetensors") for x in ("resumed", "checkpoint-1/state-0-of-1")
     )
     assert state.keys() == {name for name in saved if not name.startswith("step/")}
-    assert same_tensors(state, {name: saved[name] for name in state})
+    assert tiny.same_tensors(state, {name: saved[name] for name in state})
     rows = trained(base, tmp_path, steps=3, heldout=0, resume="true")
     assert [row["step"] for row in rows] == [1, 2, 3]
 
@@ -277,29 +263,28 @@ def test_one_rank_goes_on_from_two(of_two, base):
         assert torch.equal(tensor, torch.cat([part[name] for part in parts]))
 
 
-def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(base, tmp_path):
-    settings = {"precision": "bf16", "rethink_fraction": 0.5, "gradient_checkpointing": "true"}
-    run_training(base, tmp_path, **settings)
-    rows = steps_of(tmp_path)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_one_rank_shards_over_itself_in_half_precision_as_on_a_gpu(base, tmp_path, rank):
+    """What trains is kept in fp32: all weights, or adapters over a base in bf16."""
+    settings = {"precision": "bf16", "gradient_checkpointing": "true", "rethink_fraction": 0.5,
+                "lora_rank": rank}  # fmt: skip
+    rows = tiny.steps_of(tiny.run_training(base, tmp_path, **settings))
     assert len(rows) == 4 and not any(row["skipped"] for row in rows)
     assert all(0 < row["logp_mismatch"] < 0.02 for row in rows)  # bf16: not 1e-5
     # The copy for others is what was computed with, and says so; a second stage starts from fp32.
     saved = tmp_path / "checkpoint-4"
-    assert {tensor.dtype for tensor in weights_of(saved).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in tiny.weights_of(saved).values()} == {torch.bfloat16}
     assert "float32" not in (saved / "config.json").read_text()
-    run = train.prepare(parse(flags(saved, tmp_path / "stage2", **settings)))
-    with safe_open(saved / "state-0-of-1.safetensors", framework="pt") as state:
-        for name, parameter in run.policy.named_parameters():
-            exact = state.get_tensor(f"param/{name}")
-            assert exact.dtype == torch.float32
-            assert torch.equal(parallel.local(parameter), exact)
+    state = load_file(saved / "state-0-of-1.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    run = train.prepare(parse(tiny.flags(saved, tmp_path / "stage2", **settings)))
+    for name, parameter in run.policy.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+        assert rank or torch.equal(parallel.local(parameter), state[f"param/{name}"])
     parallel.stop()
 
 
 # ---------------------------------------------------------------------------- what goes wrong
-
-FINE = '{"question": "Is it?", "answer": "no"}'
-GONE = FINE.replace("}", ', "image": "gone.png"}')
 
 
 @pytest.mark.parametrize(
@@ -313,11 +298,12 @@ GONE = FINE.replace("}", ', "image": "gone.png"}')
 )
 def test_a_mistake_ends_all_ranks_and_is_said_once(base, tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
-    Path("bad.jsonl").write_text(f"{FINE}\n{GONE}\n{FINE}\n{FINE}")
+    fine = {"question": "Is it?", "answer": "no"}
+    write_jsonl(Path("bad.jsonl"), [fine, fine | {"image": "gone.png"}, fine, fine])
     shutil.copytree(base, "broken", ignore=shutil.ignore_patterns("*.safetensors"))
     log = tmp_path / "log"
-    pids = start_ranks(2, lambda: train.main(flags(base, "out", **changes)), log)
-    assert [wait(pid, LIMIT) for pid in pids] == [2, 2]
+    pids = tiny.start_ranks(2, lambda: train.main(tiny.flags(base, "out", **changes)), log)
+    assert [tiny.wait(pid, tiny.LIMIT) for pid in pids] == [2, 2]
     said = [log.with_suffix(f".{rank}").read_text().splitlines() for rank in (0, 1)]
     lines, others = ([line for line in text if line.startswith("error: ")] for text in said)
     assert len(lines) == 1 and words in lines[0] and not others
@@ -338,10 +324,10 @@ def test_a_rank_that_is_stopped_or_killed_ends_the_other_which_says_how_to_go_on
         return real(run, branches)
 
     monkeypatch.setattr(train, "update", update)
-    pids = start_ranks(2, lambda: train.main(flags(base, tmp_path / "run")), log)
-    assert wait(pids[0], 60) == 1
+    pids = tiny.start_ranks(2, lambda: train.main(tiny.flags(base, tmp_path / "run")), log)
+    assert tiny.wait(pids[0], 60) == 1
     os.kill(pids[1], signal.SIGKILL)
-    assert wait(pids[1], 60) == -signal.SIGKILL
+    assert tiny.wait(pids[1], 60) == -signal.SIGKILL
     said = log.with_suffix(".0").read_text().splitlines()[-1]
     lost = "rank 1 of 2 did not answer for 2 s" if number == signal.SIGSTOP else "rank 0 lost another rank"
     assert f"error: {lost}; go on with --resume" in said
@@ -352,12 +338,12 @@ def test_torchrun_that_is_asked_to_stop_saves_and_one_rank_goes_on(base, tmp_pat
     """SIGTERM to torchrun, as a cluster sends it, while two ranks are training."""
     settings = {"ssr": "off", "heldout": 0, "save_every": 100_000}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, Path(train.__file__), *flags(base, tmp_path, **settings, steps=100_000)]
+    command = [*launch, Path(train.__file__), *tiny.flags(base, tmp_path, **settings, steps=100_000)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=os.environ | {"TQDM_DISABLE": "1"}, **pipes) as process:
         try:
-            end, metrics = time.monotonic() + LIMIT, tmp_path / "metrics.jsonl"
-            while not (metrics.exists() and len(steps_of(tmp_path)) > 2):
+            end, metrics = time.monotonic() + tiny.LIMIT, tmp_path / "metrics.jsonl"
+            while not (metrics.exists() and len(tiny.steps_of(tmp_path)) > 2):
                 assert process.poll() is None, process.communicate()[1].decode()[-3000:]
                 assert time.monotonic() < end
                 time.sleep(0.05)
@@ -365,9 +351,9 @@ def test_torchrun_that_is_asked_to_stop_saves_and_one_rank_goes_on(base, tmp_pat
             said, errors = (text.decode() for text in process.communicate(timeout=60))
         finally:
             process.kill()
-    done = len(steps_of(tmp_path))
+    done = len(tiny.steps_of(tmp_path))
     assert [p.name for p in list_checkpoints(tmp_path)] == [f"checkpoint-{done}"]
     assert errors.count("finishing this step, then saving") == 1
     assert f"stopped after step {done} of 100000" in said and "--resume" in said
-    run_training(base, tmp_path, **settings, steps=done + 1, resume="true")
-    assert len(steps_of(tmp_path)) == done + 1
+    tiny.run_training(base, tmp_path, **settings, steps=done + 1, resume="true")
+    assert len(tiny.steps_of(tmp_path)) == done + 1

@@ -13,8 +13,6 @@ import train
 from config import Config
 from data import Question, UserError
 
-# ---------------------------------------------------------------------------- a small file
-
 
 @pytest.mark.parametrize(("n", "expected"), [(1, 0), (2, 1), (20, 2), (1000, 100), (2000, 128)])
 def test_by_default_a_tenth_of_a_file_is_held_out_and_never_more_than_128(monkeypatch, n, expected):
@@ -61,9 +59,6 @@ def test_sizes_that_do_not_fit_are_lowered_and_said_in_one_line(n, group_size, m
     monkeypatch.setattr(parallel, "world", lambda: n + 1)
     with pytest.raises(UserError, match=f"--episode_queries {n} cannot be shared by {n + 1} ranks"):
         prepare.fit_sizes(config, n)
-
-
-# ---------------------------------------------------------------------------- a reward of one's own
 
 
 @pytest.fixture

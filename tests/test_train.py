@@ -71,16 +71,14 @@ def test_sampling_and_training_agree_and_counts_of_second_looks_add_up(finished)
 def test_samples_show_pictures_and_tell_forced_text_from_sampled(finished):
     rows = read_jsonl(finished / "samples.jsonl")
     assert [row["step"] for row in rows] == [1, 1, 5, 5]  # the first step that trains on them
-    responses = [response for row in rows for response in row["responses"]]
-    assert len(responses) == 4 * 8
     for row in rows:
-        assert row["question"]["answer"] in toy.COLOURS
+        assert len(row["responses"]) == 8 and row["question"]["answer"] in toy.COLOURS
         assert row["question"]["images"][0].startswith("data:image/png;base64,")
+    responses = [response for row in rows for response in row["responses"]]
     for response in responses:
         forced = [text for text, is_forced in response["pieces"] if is_forced]
         # A trigger's spaces may be joined to the token before it; its words are forced.
-        expected = [TRIGGERS[response["rethought"]]] if response["rethought"] else []
-        assert forced == expected
+        assert forced == ([TRIGGERS[response["rethought"]]] if response["rethought"] else [])
         said = "".join(text for text, _ in response["pieces"])
         assert said.removesuffix("<|im_end|>") == response["text"]
     assert any(response["rethought"] for response in responses)
@@ -215,7 +213,7 @@ def test_an_own_reward_trains_and_the_rule_measures(base, tmp_path):
 
 
 def test_replay_keeps_the_batch_full_and_filter_does_not(base, tmp_path, monkeypatch):
-    let_be_right(monkeypatch, lambda s: "red" in s.text and s.prompt.question.id.endswith("/0"))
+    let_be_right(monkeypatch, lambda s: s.prompt.question.id.endswith("/0") and len(s.text) % 2 == 1)
     sizes = {}
     for ssr in ("replay", "filter", "off"):
         rows = steps_of(run_training(base, tmp_path / ssr, ssr=ssr, steps=2, heldout=0))
