@@ -83,7 +83,7 @@ def test_a_signal_ends_the_step_and_saves_and_resuming_is_exact(
     assert len(tiny.steps_of(tmp_path)) == step
     tiny.run_training(base, tmp_path, **BOTH, resume="true")
     assert_same_run(tmp_path, whole)
-    assert read_jsonl(tmp_path / "heldout.jsonl") == read_jsonl(whole / "heldout.jsonl")
+    assert tiny.read_jsonl(tmp_path / "heldout.jsonl") == tiny.read_jsonl(whole / "heldout.jsonl")
 
 
 def test_a_second_ctrl_c_stops_at_once(base, tmp_path, monkeypatch, capsys):
