@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import (
     QUESTIONS,
+    StaysOn,
     hf_distribution,
     hf_inputs,
     hf_logprobs,
     noise_image,
     random_response,
     relative_difference,
+    to_meta,
 )
 from PIL import Image
 from safetensors.torch import save_file
@@ -23,6 +25,7 @@ import model
 import toy
 from data import Question, UserError
 from model import encode, load_policy, prompt_length, response_logprobs, save_policy
+from tree import build_trees, vision_layout
 
 # ---------------------------------------------------------------------------- the tree
 
@@ -39,6 +42,24 @@ def test_tree_logprobs_and_entropies_equal_those_of_separate_rows(policy, prompt
         want[0, : len(y)] = table.gather(1, y[:, None])[:, 0]
         want[1, : len(y)] = torch.special.entr(table.exp()).sum(-1)
         torch.testing.assert_close(torch.stack([got, entropy]), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_trees_and_pictures_are_trained_without_reading_a_value(
+    own_policy, prompts, checkpointed, monkeypatch
+):
+    """On a GPU the host would wait for it. What it lays out for the vision tower it makes beforehand."""
+    trees = build_trees([(prompt, [random_response(n, n, own_policy) for n in (3, 1)]) for prompt in prompts])
+    trees, meta = trees.to("meta"), torch.device("meta")
+    layout = vision_layout(own_policy.model.model.visual, trees.image_grid_thw, meta)
+    monkeypatch.setattr(model, "vision_layout", lambda *_: layout)
+    if checkpointed:
+        own_policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = to_meta(own_policy.train())
+    with StaysOn("meta") as watch:
+        policy(trees)[0].sum().backward()
+    assert watch.operations > 100
+    assert policy.model.model.visual.patch_embed.proj.weight.grad is not None
 
 
 def test_gradient_checkpointing_changes_no_gradient(own_policy, prompts):
