@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import NUMBER, UserError, load_pictures, read_jsonl
-from rethink import OUTCOMES
+from rethink import OUTCOMES, outcome
 from ssr import effective_sample_size
 
 HELDOUT_KEPT = 256  # questions whose answers are kept
@@ -192,8 +192,10 @@ def describe(sample, tokenizer) -> dict:
     mask, tokens = sample.mask.tolist(), iter(sample.tokens.tolist())
     runs = [(sampled, len([*run])) for sampled, run in itertools.groupby(mask)]
     pieces = [[tokenizer.decode([*itertools.islice(tokens, n)]), not sampled] for sampled, n in runs]
-    names = ("text", "right", "reward", "advantage", "finish", "rethought", "first_right")
+    names = ("text", "right", "reward", "advantage", "finish", "rethought")
     row = {name: getattr(sample, name) for name in names} | {"pieces": pieces, "tokens": len(mask)}
+    if sample.rethought:
+        row["outcome"] = outcome(sample.first_right, sample.answered, sample.right)
     if sample.second_look:
         row["not_kept"] = describe(sample.second_look, tokenizer)
     return row

@@ -49,7 +49,7 @@ LINES = {  # of metrics.jsonl: key -> (title, note, unit)
 # What the page counts on in a line of samples.jsonl, heldout.jsonl and metrics.jsonl.
 RESPONSE = {
     "text": str, "pieces": [[str, bool]], "right": bool, "reward": NUMBER, "advantage": NUMBER, "tokens": int,
-    "finish": str, "first_right": bool,
+    "finish": str, "outcome?": str,
 }  # fmt: skip
 RESPONSE["not_kept?"] = RESPONSE
 QUESTION = {"id": str, "text": str, "answer": str, "images": [str], "category?": str}

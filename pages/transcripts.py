@@ -13,8 +13,7 @@ from html import escape
 
 import rethink
 from data import MARKER
-from rethink import TRIGGERS, outcome
-from reward import extract_answer
+from rethink import TRIGGERS
 
 STEPS_SHOWN = 12  # whose groups of rollouts are in the page, spread evenly over the run
 ANSWERS_SHOWN = 5  # measurements whose held-out answers are in the page in full
@@ -132,24 +131,9 @@ def heldout(questions: list[dict], answers: dict[int, dict[str, dict]]) -> str:
     return f'<p class="note">{note}</p>{"".join(cards)}'
 
 
-def second_look(response: dict) -> str:
-    """What a forced look did: "wrong → right"; "" where there was none. It counts by an answer of its own.
-
-    >>> second_look({"pieces": [["5.", False], ["Wait, so?", True], ["7", False]], "right": False,
-    ...              "first_right": False})
-    'no answer'
-    """
-    forced = [i for i, (_, is_forced) in enumerate(response["pieces"]) if is_forced]
-    if not forced:
-        return ""
-    y2 = "".join(text for text, _ in response["pieces"][forced[-1] + 1 :])
-    answered = extract_answer(y2) is not None
-    return OUTCOMES[outcome(response["first_right"], answered, response["right"])]
-
-
 def respond(response: dict) -> str:
     """One response as a list item."""
-    looked = second_look(response)
+    looked = OUTCOMES.get(response.get("outcome"))
     facts = [
         f"reward {response['reward']:.3g}" if response["reward"] != response["right"] else "",  # one's own
         f"advantage {response['advantage']:+.2f}",
@@ -176,8 +160,8 @@ def rollouts(samples: list[dict]) -> str:
     for row in (row for row in samples if row["step"] in steps):
         question, responses = row["question"], row["responses"]
         looks = [response.get("not_kept") or response for response in responses]
-        forced = Counter(second_look(look) for look in looks if look.get("rethought"))
-        outcomes = ", ".join(f"{name} {n}" for name, n in forced.items())
+        forced = Counter(look["outcome"] for look in looks if look.get("outcome") in OUTCOMES)
+        outcomes = ", ".join(f"{OUTCOMES[key]} {n}" for key, n in forced.items())
         facts = f'<span class="badge">{forced.total()} forced: {outcomes}</span>' if forced else ""
         responses = sorted(responses, key=lambda response: -response["advantage"])
         strip = "".join(verdict(response["right"]) for response in responses)

@@ -28,7 +28,7 @@ def response(pieces: list, **changes) -> dict:
     text = "".join(text for text, _ in pieces)
     return {
         "text": text, "pieces": pieces, "right": True, "reward": 1.0, "advantage": 0.5,
-        "finish": "stop", "tokens": 9, "rethought": None, "first_right": False,
+        "finish": "stop", "tokens": 9, "rethought": None,
     } | changes  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def group(step: int, text: str = "<image>What is 2 + 3?", responses: list | None
     trigger = "\n\nWait, does it seem right?"
     forced = [["\\boxed{4}.", False], [trigger, True], [" \\boxed{5}", False]]
     usual = [
-        response(forced, rethought="self_questioning"),
+        response(forced, rethought="self_questioning", outcome="wrong_right"),
         response([["\\boxed{4}<|im_end|>", False]], right=False, reward=0.0, advantage=-0.5, finish="length"),
     ]
     return {"step": step, "question": question("1", text), "responses": responses or usual}
