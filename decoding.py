@@ -326,10 +326,10 @@ def as_cuda_graph(step: Callable) -> Callable:
     return graph.replay
 
 
-def sample_token(policy: Policy, hidden, temperature: float, luck, place):
+def sample_token(policy: Policy, hidden, temperature: float, seed, place):
     """hidden [B, D] -> a token [B] and its log-probability [B], with no host synchronisation.
 
-    A uniform number u in [0, 1) per row, of `luck` and `place` alone ([B] each), is looked up in the
+    A uniform number u in [0, 1) per row, of `seed` and `place` alone ([B] each), is looked up in the
     cumulative distribution.
     """
     logits = masked_logits(hidden, policy.head_weight(), policy.banned_ids)  # [B, V]
@@ -341,7 +341,7 @@ def sample_token(policy: Policy, hidden, temperature: float, luck, place):
         cumulative = logprobs.exp().cumsum(-1)
         # u stays below the last entry, which rounding leaves beside 1: the search never runs past the end.
         total = cumulative[:, -1:]
-        u = (total * uniform(luck, place)[:, None]).to(total.dtype)
+        u = (total * uniform(seed, place)[:, None]).to(total.dtype)
         u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
         token = torch.searchsorted(cumulative, u, right=True)
         # Among nan nothing is found: the update, which sees that it is not finite, deals with it.
@@ -352,8 +352,8 @@ def sample_token(policy: Policy, hidden, temperature: float, luck, place):
     return token[:, 0], logprobs.gather(-1, token)[:, 0].float()
 
 
-def uniform(luck: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Numbers in [0, 1), float64, from int64 tensors: the `place`-th that splitmix64 draws from `luck`.
+def uniform(seed: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Numbers in [0, 1), float64, from int64 tensors: the `place`-th that splitmix64 draws from `seed`.
 
     A counter in place of a generator: no number depends on how many were drawn before it, by whom or
     on which device. int64 wraps around as the unsigned integers of splitmix64 do.
@@ -362,7 +362,7 @@ def uniform(luck: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     def mix(z, shift):
         return z ^ ((z >> shift) & ((1 << 64 - shift) - 1))  # a shift that brings in zeros
 
-    z = luck + (place + 1) * -0x61C8864680B583EB
+    z = seed + (place + 1) * -0x61C8864680B583EB
     z = mix(z, 30) * -0x40A7B892E31B1A47
     z = mix(mix(z, 27) * -0x6B2FB644ECCEEE15, 31)
     return ((z >> 11) & ((1 << 53) - 1)).double() / (1 << 53)

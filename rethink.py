@@ -57,7 +57,7 @@ class Continuation:
     keep: int  # at least 1
     forced: list[int]
     kind: str  # of the trigger, recorded as Sample.rethought
-    limit: int | None = None  # of the whole response's length
+    limit: int  # of the whole response's length
 
 
 def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, keys: list[str]):

@@ -57,13 +57,13 @@ class Rows:
     """
 
     first: torch.Tensor  # [B] M-RoPE position of the first response token
-    luck: torch.Tensor  # [B] what its random numbers are drawn from
+    seed: torch.Tensor  # [B] what its random numbers are drawn from
     limit: torch.Tensor  # [B] of its length
     length: torch.Tensor  # [B]
     done: torch.Tensor  # [B] bool
     tokens: torch.Tensor  # [B, R]
     logprobs: torch.Tensor  # [B, R]
-    sampled: torch.Tensor  # [B, R] bool, False where forced
+    mask: torch.Tensor  # [B, R] bool, False where forced
     forced: torch.Tensor  # [B, R] ids to force at a place, or -1
 
     def select(self, index: list[int]) -> "Rows":
@@ -124,7 +124,7 @@ def question_keys(questions: Iterable[Question], *of) -> list[str]:
     return keys
 
 
-def luck_of(*key) -> int:
+def seed_of(*key) -> int:
     """63 bits of a hash: what `decoding.uniform` counts on from."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
@@ -181,7 +181,7 @@ class Sampler:
         rows, at = self.rows, self.rows.length - 1
         token = rows.tokens.gather(1, at[:, None])[:, 0]
         hidden = decode_step(self.policy, self.cache, token, rows.first + at, at)
-        said = sample_token(self.policy, hidden, self.temperature, rows.luck, rows.length)
+        said = sample_token(self.policy, hidden, self.temperature, rows.seed, rows.length)
         advance(rows, *said, self.eos, self.extend is not None)
 
     def enter(self) -> None:
@@ -219,10 +219,10 @@ class Sampler:
         self.cache.store(groups, keys, values)
         seats = [Seat(group, g, self.size) for group in groups for g in range(self.group_size)]
         first = [seat.group.prompt.next_position for seat in seats]
-        luck = [luck_of(seat.group.key, seat.member) for seat in seats]
-        rows = new_rows(first, luck, self.size, self.policy.device)
+        seed = [seed_of(seat.group.key, seat.member) for seat in seats]
+        rows = new_rows(first, seed, self.size, self.policy.device)
         hidden = hidden.repeat_interleave(self.group_size, 0)  # [B, D]
-        said = sample_token(self.policy, hidden, self.temperature, rows.luck, rows.length)
+        said = sample_token(self.policy, hidden, self.temperature, rows.seed, rows.length)
         advance(rows, *said, self.eos, False)
         self.rows.put(free, rows)
         for row, seat in zip(free, seats):
@@ -249,9 +249,7 @@ class Sampler:
         if not ended:
             return
         longest = max(lengths[row] for row in ended)
-        tokens, logprobs, sampled = (
-            x[ended, :longest].cpu() for x in (rows.tokens, rows.logprobs, rows.sampled)
-        )
+        tokens, logprobs, mask = (x[ended, :longest].cpu() for x in (rows.tokens, rows.logprobs, rows.mask))
         for i, row in enumerate(ended):
             seat, R = self.seats[row], lengths[row]
             y, n, g = tokens[i, :R].clone(), seat.group.n, seat.member
@@ -259,7 +257,7 @@ class Sampler:
                 seat.group.prompt,
                 y,
                 logprobs[i, :R].clone(),
-                sampled[i, :R].clone(),
+                mask[i, :R].clone(),
                 decode(self.policy, y),
                 "stop" if int(y[-1]) in self.policy.eos_ids else "length",
             )
@@ -280,23 +278,23 @@ class Sampler:
         rows, seat = self.rows, self.seats[row]
         forced = torch.tensor(how.forced, device=rows.forced.device)
         rows.forced[row, how.keep : how.keep + len(forced)] = forced
-        rows.luck[row] = luck_of(seat.group.key, seat.member, "second look")
+        rows.seed[row] = seed_of(seat.group.key, seat.member, "second look")
         seat.trigger, seat.length = how.kind, how.keep
-        seat.limit = min(self.size, how.limit or self.size)
+        seat.limit = min(self.size, how.limit)
         rows.length[row], rows.limit[row], rows.done[row] = how.keep, seat.limit, False
 
 
-def new_rows(first: list[int], luck: list[int], size: int, device) -> Rows:
+def new_rows(first: list[int], seed: list[int], size: int, device) -> Rows:
     B = len(first)
     return Rows(
         first=torch.tensor(first, device=device),
-        luck=torch.tensor(luck, device=device),
+        seed=torch.tensor(seed, device=device),
         limit=torch.full((B,), size, device=device),
         length=torch.zeros(B, dtype=torch.long, device=device),
         done=torch.zeros(B, dtype=torch.bool, device=device),
         tokens=torch.zeros(B, size, dtype=torch.long, device=device),
         logprobs=torch.zeros(B, size, device=device),
-        sampled=torch.ones(B, size, dtype=torch.bool, device=device),
+        mask=torch.ones(B, size, dtype=torch.bool, device=device),
         forced=torch.full((B, size), -1, device=device),
     )
 
@@ -312,8 +310,8 @@ def advance(rows: Rows, token, logprob, eos, may_force: bool) -> None:
         is_forced = forced >= 0
         token = torch.where(is_forced, forced, token)
         ends = ends & ~is_forced
-        sampled = torch.where(keep, rows.sampled.gather(1, at), ~is_forced[:, None])
-        rows.sampled.scatter_(1, at, sampled)
+        sampled = torch.where(keep, rows.mask.gather(1, at), ~is_forced[:, None])
+        rows.mask.scatter_(1, at, sampled)
     rows.tokens.scatter_(1, at, torch.where(keep, rows.tokens.gather(1, at), token[:, None]))
     rows.logprobs.scatter_(1, at, torch.where(keep, rows.logprobs.gather(1, at), logprob[:, None]))
     rows.length += ~rows.done

@@ -70,13 +70,13 @@ def shared_prefill(policy, prompts, group_size: int, new_tokens: int, temperatur
     cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
     cache.batch_repeat_interleave(group_size)
     hidden = hidden.repeat_interleave(group_size, 0)
-    luck = torch.arange(len(hidden), device=policy.device)
+    seed = torch.arange(len(hidden), device=policy.device)
     tokens = []
     for place in range(new_tokens):
         if tokens:
             out = inner(input_ids=tokens[-1][:, None], past_key_values=cache, use_cache=True)
             hidden = out.last_hidden_state[:, -1]
-        tokens.append(sample_token(policy, hidden, temperature, luck, torch.full_like(luck, place))[0])
+        tokens.append(sample_token(policy, hidden, temperature, seed, torch.full_like(seed, place))[0])
     return torch.stack(tokens, dim=1)
 
 

@@ -15,7 +15,7 @@ import rollout
 import toy
 from decoding import uniform
 from model import decode, response_logprobs
-from rollout import Continuation, generate, luck_of, question_keys
+from rollout import Continuation, generate, question_keys, seed_of
 
 
 def drawn(prompts, seed: int) -> list[str]:
@@ -83,12 +83,12 @@ def test_sampled_frequencies_follow_the_softmax(policy, prompts, temperature):
 
 def test_uniform_numbers_are_those_of_splitmix64_and_are_uniform():
     """The first numbers that its author's C code draws from the state 1234567."""
-    luck, place = torch.full((3,), 1234567), torch.arange(3)
+    seed, place = torch.full((3,), 1234567), torch.arange(3)
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     want = torch.tensor([(x >> 11) / 2**53 for x in published], dtype=torch.float64)
-    assert torch.equal(uniform(luck, place), want)
-    luck = torch.tensor([luck_of("a key", g) for g in range(400)])[:, None]
-    drawn = uniform(luck, torch.arange(100)).flatten()
+    assert torch.equal(uniform(seed, place), want)
+    seed = torch.tensor([seed_of("a key", g) for g in range(400)])[:, None]
+    drawn = uniform(seed, torch.arange(100)).flatten()
     assert follows(torch.histc(drawn, 50, 0, 1), torch.full((50,), 1 / 50))
     pairs = torch.histogramdd(torch.stack((drawn[:-1], drawn[1:]), 1), 7, range=[0.0, 1, 0, 1]).hist
     assert follows(pairs.flatten(), torch.full((49,), 1 / 49))
@@ -279,7 +279,7 @@ def test_on_a_gpu_recorded_steps_say_what_plain_steps_say(own_policy, prompts):
 
 
 class Scripted:
-    """In place of a policy: how long a response gets is lognormal, by its luck; nothing is computed.
+    """In place of a policy: how long a response gets is lognormal, by its seed; nothing is computed.
 
     Counts decoding steps, the shapes that a GPU would record, and the most tokens that the cache has had room for.
     """
@@ -318,8 +318,8 @@ class Scripted:
         self.look_at(cache)
         return torch.zeros(len(tokens), 1)
 
-    def sample_token(self, policy, hidden, temperature, luck, place):
-        z = (2 * uniform(luck, torch.tensor(0)) - 1).erfinv() * 2**0.5
+    def sample_token(self, policy, hidden, temperature, seed, place):
+        z = (2 * uniform(seed, torch.tensor(0)) - 1).erfinv() * 2**0.5
         length = self.mean * (self.sigma * z - self.sigma**2 / 2).exp()
         token = (place + 1 >= length.clamp(1, self.longest)).long()
         return token, torch.zeros(len(token))
@@ -360,7 +360,7 @@ def extend_every(forced, limit, keep=None):
     def extend(n, g, sample):
         kept = keep or len(sample.tokens) - 1
         fits = sample.finish == "stop" and 1 <= kept and kept + len(forced) <= limit
-        return Continuation(kept, forced, "a kind") if fits else None
+        return Continuation(kept, forced, "a kind", limit) if fits else None
 
     return extend
 
