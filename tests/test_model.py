@@ -130,6 +130,12 @@ def test_banned_ids_have_no_probability_and_leave_none_behind(policy, prompts):
 # ---------------------------------------------------------------------------- encoding
 
 
+def test_a_picture_that_has_gone_since_it_was_checked_is_named(policy, tmp_path):
+    question = Question("q", "<image>?", [tmp_path / "a.png"], "1", place="mine.jsonl:3")
+    with pytest.raises(UserError, match=r"mine.jsonl:3: picture .*a.png does not exist"):
+        encode(policy, question)
+
+
 def test_encode_equals_an_example_worked_by_hand(policy):
     """56 x 84 pixels are 4 x 6 patches of 14, merged to 2 x 3 visual tokens; 28 x 28 are one."""
     pictures = [Image.new("RGB", (56, 84), "white"), Image.new("RGB", (28, 28), "white")]
