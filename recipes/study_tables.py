@@ -104,6 +104,7 @@ def numbers(episodes: dict, heldout: dict, budget: float) -> dict:
     reached = [step - 1 for step, reward in zip(episodes["step"], episodes["reward"]) if reward >= FIXED]
     return {
         "accuracy": at["accuracy"], "long": at["long"], "sampled": at["sampled"],
+        "final": heldout["accuracy"][-1], "thousands": heldout["tokens"][-1] / 1e3,
         "area": float(np.average(episodes["reward"], weights=spent)),
         "steps_to": min(reached, default=math.inf),
         "effective": float(np.mean(episodes["effective"][last // 2 : last])),
@@ -146,6 +147,7 @@ def compare(experiment, episodes: dict, heldout: dict) -> tuple[float, dict]:
 COLUMNS = {  # of a run's numbers -> title, digits, whether the difference is shown
     "accuracy": ("held-out accuracy", 3, True), "long": ("5 and 7 steps", 3, True),
     "area": ("mean training reward", 3, True), "sampled": ("held out, sampled", 3, False),
+    "final": ("held-out accuracy at the end", 3, True), "thousands": ("thousand tokens by then", 0, False),
     "steps_to": (f"steps to {FIXED}", 0, False), "effective": ("effective, later half", 2, False),
     "rethinks": ("rethinks unforced", 2, False), "overthinking": ("overthinking tokens", 2, False),
     "length": ("tokens per response", 1, False),
