@@ -9,6 +9,7 @@ results/looks.csv, a line per run, and looks.md, the means over seeds with 95 % 
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -29,7 +30,8 @@ from rollout import generate, question_keys
 ROOM = 128  # tokens of one look and of those that follow it unasked
 COLUMNS = {  # of looks.csv -> title, digits
     "right_0": ("accuracy", 3), "right_1": ("forced once", 3), "right_2": ("forced twice", 3),
-    "rethinks": ("looks again unasked", 3), "looks": ("looks per response", 2),
+    "rethinks": ("looks again unforced", 3), "looks": ("looks per response", 2),
+    "starts": ("different starts", 2), "first": ("first look right", 3),
     "tokens": ("tokens per response", 1), "tokens_per_right": ("tokens per right answer", 1),
 }  # fmt: skip
 
@@ -65,14 +67,16 @@ def measure(folder: Path, extra: int, n: int = 512) -> dict:
     for question, samples in zip(questions, look_again(load_policy(str(folder)), questions, extra)):
         texts = [sample.text for sample in samples]
         right = [reward(text, question.answer) == 1.0 for text in texts]
-        looks = 1 + sum(texts[0].count(trigger.strip()) for trigger in TRIGGERS.values())
-        counts.update(looks=looks, rethinks=looks > 1, tokens=len(samples[0].tokens))
+        looks = re.split("|".join(re.escape(trigger.strip()) for trigger in TRIGGERS.values()), texts[0])
+        starts = {extract_answer(look) for look in looks} - {None}
+        counts.update(looks=len(looks), rethinks=len(looks) > 1, starts=len(starts))
+        counts.update(first=reward(looks[0], question.answer), tokens=len(samples[0].tokens))
         counts.update({f"right_{turn}": value for turn, value in enumerate(right)})
         for turn, text in enumerate(texts[1:]):
             counts[outcome(right[turn], extract_answer(text) is not None, right[turn + 1])] += 1
     forced = {f"forced_{name}": counts[name] / (n * extra) for name in OUTCOMES}
     right = {f"right_{turn}": counts[f"right_{turn}"] / n for turn in range(extra + 1)}
-    shares = {name: counts[name] / n for name in ("looks", "rethinks", "tokens")}
+    shares = {name: counts[name] / n for name in ("first", "looks", "starts", "rethinks", "tokens")}
     return right | shares | {"tokens_per_right": counts["tokens"] / max(1, counts["right_0"])} | forced
 
 
