@@ -124,9 +124,8 @@ def main(argv: list[str]) -> None:
     if args.base:
         print(json.dumps(measure(toy.toy_policy_dir(toy.LEVELS["inverse"]), extra=4), indent=1))
         return
-    folders = [
-        f for arm in EXPERIMENTS["guess"].arms for f in sorted(args.runs.glob(f"{arm}-*")) if is_done(f)
-    ]
+    arms = EXPERIMENTS["guess"].arms | EXPERIMENTS["guess_long"].arms
+    folders = [f for arm in arms for f in sorted(args.runs.glob(f"{arm}-*")) if is_done(f)]
     with get_context("spawn").Pool(args.jobs, torch.set_num_threads, (1,)) as pool:
         runs = pool.map(read_run, folders, chunksize=1)
     write_csv(args.results / "looks.csv", runs)

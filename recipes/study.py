@@ -34,13 +34,16 @@ def episodes(n: int, updates: int) -> str:
     )
 
 
+def guess(steps: int) -> str:
+    """Flags of runs in a world to look again in; room for five looks."""
+    return (
+        f"--toy_level inverse --episode_queries 64 --batch_size 32 --steps {steps} --max_new_tokens 112 "
+        f"--heldout 512 --eval_every {steps // 4} --save_every {steps} --keep_last 1"
+    )
+
+
 HARD = f"--toy_level hard {episodes(16, 16)}"
 PLAIN = {"plain": "--ssr off", "filter": "--ssr filter", "ssr": "--ssr replay"}
-# A world to look again in; room for five looks.
-GUESS = (
-    "--toy_level inverse --episode_queries 64 --batch_size 32 --steps 256 --max_new_tokens 112 "
-    "--heldout 512 --eval_every 64 --save_every 256 --keep_last 1"
-)
 FORCED = {
     "plain": "--ssr off --rethink_fraction 0",
     "ssr": "--ssr replay --rethink_fraction 0",
@@ -114,10 +117,18 @@ EXPERIMENTS = {
     ),
     "guess": Experiment(
         "Does Forced Rethinking help where looking again repairs?",
-        {f"guess_{arm}": f"train.py {GUESS} {flags}" for arm, flags in FORCED.items()},
+        {f"guess_{arm}": f"train.py {guess(256)} {flags}" for arm, flags in FORCED.items()},
         seeds=10,
         against="guess_plain",
-        minutes=4,
+        minutes=5,
+    ),
+    # With Forced Rethinking responses are long: its runs sample 2.7 times the tokens of plain ones.
+    "guess_long": Experiment(
+        "And against plain GRPO for as many tokens?",
+        {"guess_plain_long": f"train.py {guess(704)} {FORCED['plain']}"},
+        seeds=10,
+        against="guess_rethink",
+        minutes=9,
     ),
 }
 for share, (level, n) in WORLDS.items():
