@@ -30,7 +30,7 @@ torchrun --nproc_per_node 8 train.py --preset 7b --data "$data" --template plain
 # --template rethink  asks for self-questioning, self-verification and self-correction
 # --rethink_fraction 0.25   share q of the responses that are forced to look again
 # --rethink_quota 2   kept a question, where they end right
-# --rethink_sft_coef 0.05   weight of the loss that teaches to look again unasked
+# --rethink_sft_coef 0.05   weight of the loss that teaches to look again unforced
 # --rethink_min_tokens 30   a kept second look is at least so long
 # --rethink_max_tokens 1024   and at most so long
 # --seed 1            other responses to the questions than in stage 1, in another order

@@ -27,7 +27,7 @@ from rethink import OUTCOMES, TRIGGERS, outcome
 from reward import extract_answer, reward
 from rollout import generate, question_keys
 
-ROOM = 128  # tokens of one look and of those that follow it unasked
+ROOM = 128  # tokens of one look and of those that follow it unforced
 COLUMNS = {  # of looks.csv -> title, digits
     "right_0": ("accuracy", 3), "right_1": ("forced once", 3), "right_2": ("forced twice", 3),
     "rethinks": ("looks again unforced", 3), "looks": ("looks per response", 2),
@@ -61,7 +61,7 @@ def look_again(policy: Policy, questions: list, extra: int) -> list[list]:
 
 
 def measure(folder: Path, extra: int, n: int = 512) -> dict:
-    """The numbers of a policy: `right_0` is what it does unasked, `right_1` after one forced look, and so on."""
+    """The numbers of a policy: `right_0` is what it does unforced, `right_1` after one forced look, and so on."""
     questions = toy.toy_questions(toy.LEVELS["inverse"], n, 0, heldout=True)
     counts = Counter()
     for question, samples in zip(questions, look_again(load_policy(str(folder)), questions, extra)):
