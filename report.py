@@ -47,16 +47,11 @@ LINES = {  # of metrics.jsonl: key -> (title, note, unit)
 }
 
 # What the page counts on in a line of samples.jsonl, heldout.jsonl and metrics.jsonl.
-RESPONSE = {
-    "text": str, "pieces": [[str, bool]], "right": bool, "reward": NUMBER, "advantage": NUMBER, "tokens": int,
-    "finish": str, "outcome?": str,
-}  # fmt: skip
-RESPONSE["not_kept?"] = RESPONSE
+RESPONSE = {"text": str, "pieces": [[str, bool]], "right": bool, "reward": NUMBER, "advantage": NUMBER}
+RESPONSE |= {"tokens": int, "finish": str, "outcome?": str, "not_kept?": RESPONSE}
 QUESTION = {"id": str, "text": str, "answer": str, "images": [str], "category?": str}
 GROUP = {"step": int, "question": QUESTION, "responses": [RESPONSE]}
-ANSWER = {
-    "step": int, "id": str, "text": str, "found": (str, type(None)), "right": bool, "tokens": int,
-}  # fmt: skip
+ANSWER = {"step": int, "id": str, "text": str, "found": (str, type(None)), "right": bool, "tokens": int}
 COUNTS = [f"rethink_{name}" for name in ("attempted", *OUTCOMES)]
 METRICS = {"step": int, "episode?": int, "heldout_categories?": dict} | {
     f"{key}?": (*NUMBER, type(None))  # null where it was not finite

@@ -304,10 +304,8 @@ def toy_config(family: str, tokenizer, hidden: int, layers: int, heads: int) -> 
             "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [half - 2 * rows, rows, rows],
         },
     }  # fmt: skip
-    vision = {
-        "depth": 2, "hidden_size": hidden // 2, "intermediate_size": hidden, "num_heads": heads,
-        "out_hidden_size": hidden, "initializer_range": INITIALIZER_RANGE,
-    }  # fmt: skip
+    vision = {"depth": 2, "hidden_size": hidden // 2, "intermediate_size": hidden, "num_heads": heads}
+    vision |= {"out_hidden_size": hidden, "initializer_range": INITIALIZER_RANGE}
     if family == "qwen2_vl":
         vision |= {"embed_dim": hidden // 2, "hidden_size": hidden, "mlp_ratio": 2}
         del vision["intermediate_size"], vision["out_hidden_size"]
