@@ -99,8 +99,13 @@ class Config:
 
 
 # What differs from the defaults, which are the toy's.
-REAL = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "steps": 0, "lr": 1e-6}
-REAL |= {"gradient_checkpointing": True}
+REAL = {
+    "min_pixels": MIN_PIXELS,
+    "max_pixels": MAX_PIXELS,
+    "steps": 0,
+    "lr": 1e-6,
+    "gradient_checkpointing": True,
+}
 LARGE = REAL | {
     "template": "plain", "episode_queries": 1024, "batch_size": 512, "max_new_tokens": 2048,
     "save_every": 16, "eval_every": 16,

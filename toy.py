@@ -220,13 +220,14 @@ def looks(paths: list[list[str]], rng: random.Random, again: float) -> list[str]
     """
     untried, pieces = rng.sample(paths, len(paths)), []
     path = untried.pop()
-    while True:
+    for turn in range(1, MOST_LOOKS + 1):
         steps, mark = ", ".join(f"{a} to {b}" for a, b in pairwise(path)), "." if path is paths[0] else "?"
         pieces.append(f"{steps}{mark} So \\boxed{{{path[0]}}}.")
-        if pieces.count("\n") == MOST_LOOKS - 1 or rng.random() >= again:
-            return pieces
+        if turn == MOST_LOOKS or rng.random() >= again:
+            break
         pieces += [TRIGGERS[rng.choice(list(TRIGGERS))], "\n"]
         path = path if path is paths[0] else untried.pop()
+    return pieces
 
 
 def way(text: str) -> str:

@@ -57,8 +57,12 @@ from tree import Trees, build_trees, pad_rows, plan_micro_batches
 
 STOP_AFTER = 5  # non-finite steps in a row
 # What the bar shows of a line of metrics.jsonl.
-SHOWN = {"reward": "reward", "effective": "effective_queries", "replayed": "replayed"}
-SHOWN |= {"length": "response_length"}
+SHOWN = {
+    "reward": "reward",
+    "effective": "effective_queries",
+    "replayed": "replayed",
+    "length": "response_length",
+}
 MISMATCH_LIMIT = 0.02  # nats per token between sampling and training; above it, the user is warned
 
 

@@ -34,12 +34,9 @@ def episodes(n: int, updates: int) -> str:
     )
 
 
-def guess(steps: int) -> str:
-    """Flags of runs in a world to look again in; room for five looks."""
-    return (
-        f"--toy_level inverse --episode_queries 64 --batch_size 32 --steps {steps} --max_new_tokens 112 "
-        f"--heldout 512 --eval_every {steps // 4} --save_every {steps} --keep_last 1"
-    )
+def guess(n: int) -> str:
+    """Flags of n episodes in a world to look again in; room for five looks."""
+    return f"--toy_level inverse {episodes(n, 16)} --max_new_tokens 112"
 
 
 HARD = f"--toy_level hard {episodes(16, 16)}"
@@ -117,7 +114,7 @@ EXPERIMENTS = {
     ),
     "guess": Experiment(
         "Does Forced Rethinking help where looking again repairs?",
-        {f"guess_{arm}": f"train.py {guess(256)} {flags}" for arm, flags in FORCED.items()},
+        {f"guess_{arm}": f"train.py {guess(16)} {flags}" for arm, flags in FORCED.items()},
         seeds=10,
         against="guess_plain",
         minutes=5,
@@ -125,7 +122,7 @@ EXPERIMENTS = {
     # With Forced Rethinking responses are long: its runs sample 2.7 times the tokens of plain ones.
     "guess_long": Experiment(
         "And against plain GRPO for as many tokens?",
-        {"guess_plain_long": f"train.py {guess(704)} {FORCED['plain']}"},
+        {"guess_plain_long": f"train.py {guess(44)} {FORCED['plain']}"},
         seeds=10,
         against="guess_rethink",
         minutes=9,

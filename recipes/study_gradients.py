@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from buffers import WholeEpisode
 from study_figures import COLOURS, SHARES, axis, card, panel
-from study_tables import interval
+from study_tables import differences, interval, show
 
 import checkpoint
 import parallel
@@ -163,41 +163,38 @@ def as_csv(rows: list[dict]) -> str:
 
 
 def by_episode(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Of one arm at one checkpoint: {number: {episode: its value}}; no cosine where no batch has a gradient."""
-    episodes, values = defaultdict(list), defaultdict(dict)
+    """Of one arm at one checkpoint: {episode: its numbers}; no cosine where no batch has a gradient."""
+    episodes, found = defaultdict(list), {}
     for row in rows:
         episodes[row["episode"]].append(row)
     for episode, (*batches, mean) in episodes.items():
         cosines = [float(row["cosine"]) for row in batches if row["cosine"] != ""]
-        values["given"][episode] = len(cosines) / len(batches)
+        found[episode] = {"given": len(cosines) / len(batches)}
         if cosines:
-            values["one"][episode] = sum(cosines) / len(cosines)
-            values["spread"][episode] = float(torch.tensor(cosines).std(correction=0))
-            values["mean"][episode] = float(mean["cosine"])
-            values["adam"][episode] = float(mean["adam"])
-    return values
+            found[episode] |= {"one": sum(cosines) / len(cosines)}
+            found[episode] |= {"spread": float(torch.tensor(cosines).std(correction=0))}
+            found[episode] |= {"mean": float(mean["cosine"]), "adam": float(mean["adam"])}
+    return found
 
 
 def summary(rows: list[dict]) -> dict[str, tuple[float, float]]:
     """Of one arm at one checkpoint: (mean, half-width of the 95 % interval over episodes) of each number."""
-    return {name: interval(list(values.values())) for name, values in by_episode(rows).items()}
+    values = defaultdict(list)
+    for name, value in chain(*(numbers.items() for numbers in by_episode(rows).values())):
+        values[name].append(value)
+    return {name: interval(xs) for name, xs in values.items()}
 
 
 def against_plain(rows: list[dict]) -> str:
     """A line per arm: its cosines minus plain's, paired by checkpoint and episode."""
-    found = defaultdict(lambda: defaultdict(dict))  # number -> arm -> (step, episode) -> value
+    runs = {arm: {} for arm in ARMS}  # arm -> (step, episode) -> its numbers
     for step, arm in dict.fromkeys((row["step"], row["arm"]) for row in rows):
-        mine = [row for row in rows if (row["step"], row["arm"]) == (step, arm)]
-        for name, values in by_episode(mine).items():
-            found[name][arm] |= {(step, episode): value for episode, value in values.items()}
+        mine = by_episode([row for row in rows if (row["step"], row["arm"]) == (step, arm)])
+        runs[arm] |= {(step, episode): numbers for episode, numbers in mine.items() if "one" in numbers}
     lines = ["| minus plain, all checkpoints | pairs | one batch | mean of 16 |", "|---" * 4 + "|"]
     for arm in list(ARMS)[1:]:
-        pairs = {}
-        for name in ("one", "mean"):
-            plain, other = found[name]["plain"], found[name][arm]
-            pairs[name] = [other[key] - plain[key] for key in plain.keys() & other.keys()]
-        cells = [f"{mean:+.3f} ± {half:.3f}" for mean, half in map(interval, pairs.values())]
-        lines.append(f"| {arm} | {len(pairs['one'])} | {' | '.join(cells)} |")
+        one, mean = (differences(runs, arm, "plain", name) for name in ("one", "mean"))
+        lines.append(f"| {arm} | {len(one)} | {show(one, 3)} | {show(mean, 3)} |")
     return "\n".join(lines)
 
 

@@ -219,7 +219,11 @@ def compared(runs: dict, against: str, name: str) -> dict:
 
 def figure(experiment, budget: float, runs: dict, episodes: dict) -> str:
     """Learning curves, and differences to the arm that the others are compared with."""
-    lines, names = mean_curves(runs, episodes, budget), [arm.removeprefix("guess_") for arm in runs]
+
+    def short(found: dict) -> dict:
+        return {arm.removeprefix("guess_"): value for arm, value in found.items()}
+
+    lines = short(mean_curves(runs, episodes, budget))
     highest, lowest = (end(y for _, mean, _ in lines.values() for y in mean) for end in (max, min))
     panels = study_figures.curves(40, "training reward", lines, (lowest, highest))
     left = 420
@@ -229,11 +233,10 @@ def figure(experiment, budget: float, runs: dict, episodes: dict) -> str:
         ("mean reward", "area"),
     ):
         if found := compared(runs, experiment.against, name):
-            found = {arm.removeprefix("guess_"): ends for arm, ends in found.items()}
-            panels += study_figures.forest(left, 160, title, found, named=left == 420)
+            panels += study_figures.forest(left, 160, title, short(found), named=left == 420)
             left += 190
     note = f"thousand tokens; differences to {experiment.against}; 95 % intervals"
-    return study_figures.card(panels, dict(zip(names, study_figures.COLOURS)), note)
+    return study_figures.card(panels, dict(zip(lines, study_figures.COLOURS)), note)
 
 
 def map_figure(cells: dict) -> str:

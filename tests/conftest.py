@@ -162,8 +162,8 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def chi_squared(counts, probabilities) -> tuple[float, float]:
-    """Pearson's statistic of counts against probabilities, and what chance exceeds 1 time in 1000.
+def follows(counts, probabilities) -> bool:
+    """Pearson's chi-squared test: False for 1 in 1000 counts that do follow the probabilities.
 
     The quantile is Wilson and Hilferty's: exact to a percent.
     """
@@ -172,13 +172,7 @@ def chi_squared(counts, probabilities) -> tuple[float, float]:
     assert expected.min() >= 5, "too few draws for the statistic to be chi-squared"
     statistic = ((counts - expected) ** 2 / expected).sum().item()
     k = 2 / (9 * (len(counts) - 1))
-    return statistic, (len(counts) - 1) * (1 - k + 3.0902 * k**0.5) ** 3
-
-
-def follows(counts, probabilities) -> bool:
-    """False for 1 in 1000 counts that do follow the probabilities."""
-    statistic, limit = chi_squared(counts, probabilities)
-    return statistic < limit
+    return statistic < (len(counts) - 1) * (1 - k + 3.0902 * k**0.5) ** 3
 
 
 class StaysOn(TorchDispatchMode):
