@@ -88,7 +88,6 @@ class Config:
     rethink_fraction: float = flag(0.25, "share of responses forced to look again [C: 0.65]", low=0, high=1)
     rethink_quota: int = flag(2, "second looks kept per question [P: 2]", low=0)
     rethink_sft_coef: float = flag(0.05, "weight of the loss on kept second looks [C: 0.05]", low=0)
-    rethink_sft_on: str = flag("all", "that loss on y1 + trigger + y2, or on trigger + y2", ("all", "second"))
     rethink_trigger: str = flag(
         "uniform", "blind, by whether y1 was right [C], or where it was wrong", ("uniform", "oracle", "wrong")
     )

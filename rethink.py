@@ -6,7 +6,7 @@ When a response y1 has ended, a trigger such as "Wait, does it seem right?" is a
 of the responses and the policy continues. Where the new answer is correct, y replaces y1 in its group
 (at most twice per question), and an additional loss teaches the policy to look again by itself:
 
-    L = L_GRPO + c * mean of -log pi(y_t)  over the tokens of the kept ones
+    L = L_GRPO + c * mean of -log pi(y_t)  over all tokens of the kept ones
 
 The EOS of y1 is removed. Trigger tokens are *forced* (by `rollout.advance`, which notes it in
 `Sample.mask`): context for y2, never in the policy-gradient loss (the policy did not choose them), always
@@ -153,13 +153,6 @@ def merge_rethought(settings: Rethinking, groups: list[list]) -> tuple[list[list
                     group[g], room = again, room - 1
                     counts["kept"] += 1
     return merged, counts
-
-
-def imitated(sample, part: str):
-    """Where the SFT loss is taken, bool [R]: on all of y, or from the first forced token on."""
-    if part == "all":
-        return sample.mask.new_ones(len(sample.mask))
-    return (~sample.mask).cumsum(0) > 0
 
 
 def rethinks(text: str) -> bool:

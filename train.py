@@ -49,7 +49,7 @@ from model import Prompt, Sample, answering_text, encode, response_logprobs, wit
 from pages.walk import explain
 from prepare import Grade, Run, gentle_stop, prepare, rethink_settings, say
 from record import Recorder, heldout_metrics, step_metrics
-from rethink import before_rethinking, extender, imitated, merge_rethought, rethinks, share_rethinking
+from rethink import before_rethinking, extender, merge_rethought, rethinks, share_rethinking
 from reward import extract_answer, reward
 from rollout import generate, question_keys
 from ssr import ReplayBuffer, is_effective, replay_batch
@@ -273,7 +273,7 @@ def batch_totals(c: Config, branches: list[Branch]) -> Counter:
     return Counter(
         tokens=sum(int(b.sample.mask.sum()) * b.draws for b in branches),
         responses=sum(b.draws for b in branches),
-        sft_tokens=sum(int(imitated(b.sample, c.rethink_sft_on).sum()) for b in branches if b.imitate),
+        sft_tokens=sum(len(b.sample.tokens) for b in branches if b.imitate),
     )
 
 
@@ -325,7 +325,7 @@ def token_terms(run: Run, branches: list[Branch], trees: Trees, totals: Counter)
     surrogate = (logprobs, old, advantages, mask, c.clip_low, c.clip_high)
     weights = token_weights(mask, c.average, max(1, totals["tokens"]), max(1, totals["responses"]))
     weights = weights * column([b.draws for b in branches], device)
-    sft_mask = stack([imitated(b.sample, c.rethink_sft_on) & b.imitate for b in branches])
+    sft_mask = stack([torch.full_like(b.sample.mask, b.imitate) for b in branches])
     sft_loss = -(logprobs * sft_mask).sum() / max(1, totals["sft_tokens"])
     clipped = is_clipped(*surrogate)
     return Terms(mask, logprobs, old, entropy, policy_loss(*surrogate), clipped, weights, sft_loss)

@@ -12,7 +12,7 @@ import train
 from config import Config
 from data import Question
 from model import Prompt, Sample
-from rethink import TRIGGERS, Rethinking, extender, imitated, is_kept, merge_rethought, rethinks
+from rethink import TRIGGERS, Rethinking, extender, is_kept, merge_rethought, rethinks
 from reward import extract_answer
 from rollout import question_keys
 
@@ -205,13 +205,6 @@ def test_the_baseline_is_the_group_s_before_replacement_or_by_flag_after(scale, 
     [merged], _ = train.keep_second_looks(c, [first])
     assert merged == [first[0], first[1], kept, first[3]]
     assert [s.advantage for s in merged] == pytest.approx([wins, loses, wins, loses])
-
-
-def test_the_second_loss_is_taken_on_trigger_tokens_always_and_on_y1_by_flag():
-    sample = again(first=2, forced=3, second=1)
-    assert sample.mask.tolist() == [True, True, False, False, False, True]
-    assert imitated(sample, "all").tolist() == [True] * 6
-    assert imitated(sample, "second").tolist() == [False, False, True, True, True, True]
 
 
 # ---------------------------------------------------------------------------- unforced
