@@ -14,7 +14,7 @@ import sys
 import traceback
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -30,7 +30,6 @@ from config import SIZE, Config, sources
 from data import Question, UserError, check_images, load_questions, printable
 from model import Policy, Sample, find_checkpoint, load_policy, prompt_length
 from record import lock_folder
-from rethink import Rethinking
 from ssr import ReplayBuffer
 
 # Your own reward: (text of the response, its Question) -> a number. Of a second look, the text is y2.
@@ -59,10 +58,6 @@ class Run:
     not_finite: int = 0  # steps in a row skipped for a gradient that was not finite
     measured: int = -1  # the step of the last measurement on held-out questions
     interrupted: bool = False  # by Ctrl-C or SIGTERM: finish the step, save, stop
-
-
-def rethink_settings(c: Config) -> Rethinking:
-    return Rethinking(*(getattr(c, f"rethink_{f.name}") for f in fields(Rethinking)))
 
 
 # ---------------------------------------------------------------------------- set up

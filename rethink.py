@@ -8,6 +8,8 @@ of the responses and the policy continues. Where the new answer is correct, y re
 
     L = L_GRPO + c * mean of -log pi(y_t)  over all tokens of the kept ones
 
+config.py's flags rethink_* say which responses look again and which second looks are kept.
+
 The EOS of y1 is removed. Trigger tokens are *forced* (by `rollout.advance`, which notes it in
 `Sample.mask`): context for y2, never in the policy-gradient loss (the policy did not choose them), always
 in the second one (there it learns to choose them).
@@ -26,6 +28,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from config import Config
+
 # Exact to the character (paper, appendix).
 TRIGGERS = {
     "self_questioning": "\n\nWait, does it seem right?",
@@ -38,19 +42,6 @@ OUTCOMES = ("wrong_right", "right_right", "right_wrong", "wrong_wrong", "no_answ
 
 
 @dataclass
-class Rethinking:
-    """Who looks again, and which second looks are kept."""
-
-    fraction: float = 0.0  # q, of the responses that ended by themselves and leave room
-    quota: int = 2  # kept per question
-    trigger: str = "uniform"  # or "oracle": verification if y1 is right, correction if not; or "wrong":
-    # drawn, where y1 is wrong; the others do not look again
-    cutback: float = 0.0  # chance that y1 is first cut back to before its answer
-    min_tokens: int = 1  # of y2
-    max_tokens: int = 1024
-
-
-@dataclass
 class Continuation:
     """How a finished response goes on: its first `keep` tokens stay, `forced` ids follow."""
 
@@ -60,7 +51,7 @@ class Continuation:
     limit: int  # of the whole response's length
 
 
-def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, keys: list[str]):
+def extender(c: Config, tokenizer, is_right, keys: list[str]):
     """What `rollout.generate` asks when a response ends: shall it look again, and how?
 
     is_right  sample -> bool, asked only where the trigger depends on it
@@ -69,24 +60,24 @@ def extender(settings: Rethinking, tokenizer, is_right, max_new_tokens: int, key
 
     def extend(n: int, g: int, sample) -> Continuation | None:
         rng = random.Random(f"rethink {keys[n]} {g}")
-        chosen, cut_back = rng.random() < settings.fraction, rng.random() < settings.cutback
+        chosen, cut_back = rng.random() < c.rethink_fraction, rng.random() < c.rethink_cutback
         kind = rng.choice(list(TRIGGERS))
         if not chosen or sample.finish != "stop":
             return None
-        if settings.trigger == "wrong" and is_right(sample):
+        if c.rethink_trigger == "wrong" and is_right(sample):
             return None
-        if settings.trigger == "oracle":
+        if c.rethink_trigger == "oracle":
             kind = "self_verification" if is_right(sample) else "self_correction"
         keep = len(sample.tokens) - 1  # without its EOS
         if cut_back:
             keep = tokens_before_answer(sample.tokens.tolist(), tokenizer.decode)
         forced = tokenizer(TRIGGERS[kind], add_special_tokens=False).input_ids
-        if keep < 1 or keep + len(forced) + settings.min_tokens > max_new_tokens:
+        if keep < 1 or keep + len(forced) + c.rethink_min_tokens > c.max_new_tokens:
             return None
         # What is longer is never kept, so it need not be sampled.
-        return Continuation(keep, forced, kind, keep + len(forced) + settings.max_tokens)
+        return Continuation(keep, forced, kind, keep + len(forced) + c.rethink_max_tokens)
 
-    return extend if settings.fraction > 0 else None
+    return extend if c.rethink_fraction > 0 else None
 
 
 def tokens_before_answer(tokens: list[int], decode: Callable[[list[int]], str]) -> int:
@@ -115,9 +106,9 @@ def second_length(sample) -> int:
     return len(sample.tokens) - second_start(sample)
 
 
-def is_kept(settings: Rethinking, sample) -> bool:
+def is_kept(c: Config, sample) -> bool:
     """A second look is kept if it ended by itself, is right, and is neither too short nor too long."""
-    in_window = settings.min_tokens <= second_length(sample) <= settings.max_tokens
+    in_window = c.rethink_min_tokens <= second_length(sample) <= c.rethink_max_tokens
     return sample.finish == "stop" and sample.right and in_window
 
 
@@ -127,8 +118,8 @@ def outcome(first_right: bool, answered: bool, second_right: bool) -> str:
     return f"{names[first_right]}_{names[second_right]}" if answered else "no_answer"
 
 
-def merge_rethought(settings: Rethinking, groups: list[list]) -> tuple[list[list], Counter]:
-    """Replace y1 by its second look where that is kept, the first `quota` of a group; and the counts:
+def merge_rethought(c: Config, groups: list[list]) -> tuple[list[list], Counter]:
+    """Replace y1 by its second look where that is kept, the first `rethink_quota` of a group; and the counts:
     attempted, kept, tokens, and each of OUTCOMES. All samples have been graded and compared.
 
     A group of two wrong answers, the second right after a second look:
@@ -137,19 +128,19 @@ def merge_rethought(settings: Rethinking, groups: list[list]) -> tuple[list[list
     >>> again = S(tokens=[5, 9, 6], mask=torch.tensor([True, False, True]), finish="stop",
     ...           answered=True, right=True)
     >>> group = [S(right=False, second_look=None), S(right=False, second_look=again)]
-    >>> merged, counts = merge_rethought(Rethinking(), [group])
+    >>> merged, counts = merge_rethought(Config(), [group])
     >>> merged[0][1] is again, counts["wrong_right"], counts["kept"]
     (True, 1, 1)
     """
     counts, merged = Counter(), [list(group) for group in groups]
     for group in merged:
-        room = settings.quota
+        room = c.rethink_quota
         for g, first in enumerate(group):
             if again := first.second_look:
                 again.first_right = first.right
                 counts[outcome(first.right, again.answered, again.right)] += 1
                 counts.update(attempted=1, tokens=second_length(again))
-                if room and is_kept(settings, again):
+                if room and is_kept(c, again):
                     group[g], room = again, room - 1
                     counts["kept"] += 1
     return merged, counts

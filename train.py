@@ -47,7 +47,7 @@ from data import Question, UserError, printable
 from grpo import group_advantages, is_clipped, policy_loss, token_weights
 from model import Prompt, Sample, answering_text, encode, response_logprobs, with_pixels
 from pages.walk import explain
-from prepare import Grade, Run, gentle_stop, prepare, rethink_settings, say
+from prepare import Grade, Run, gentle_stop, prepare, say
 from record import Recorder, heldout_metrics, step_metrics
 from rethink import before_rethinking, extender, merge_rethought, rethinks, share_rethinking
 from reward import extract_answer, reward
@@ -115,7 +115,7 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
 def sample_groups(run: Run, prompts: list[Prompt], keys: list[str], finished=lambda n, g, sample: None):
     """G responses to each prompt, graded and compared. Some carry a second look, graded as well."""
     c = run.config
-    extend = extender(rethink_settings(c), run.policy.tokenizer, is_right, c.max_new_tokens, keys)
+    extend = extender(c, run.policy.tokenizer, is_right, keys)
     sizes = (c.group_size, c.max_new_tokens, c.temperature)
     groups = generate(run.policy, prompts, *sizes, keys, extend, c.rollout_rows, finished)
     looks = [look for sample in chain(*groups) for look in (sample, sample.second_look) if look]
@@ -153,7 +153,7 @@ def compare(groups: list[list[Sample]], scale: str) -> None:
 
 def keep_second_looks(c: Config, groups: list[list[Sample]]) -> tuple[list[list[Sample]], Counter]:
     """The groups with kept second looks in place of their first ones, and how the second looks ended."""
-    groups, outcomes = merge_rethought(rethink_settings(c), groups)
+    groups, outcomes = merge_rethought(c, groups)
     if c.rethink_baseline == "after":
         compare(groups, c.advantage)
     return groups, outcomes

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks import scores
 from benchmarks.readers import Item
-from config import MAX_PIXELS, MIN_PIXELS
+from config import MAX_PIXELS, MIN_PIXELS, Config
 from data import UserError, check_images, read_json, read_jsonl
 from record import seal, write_atomically
 
@@ -190,7 +190,7 @@ def respond(policy, items: list[Item], settings: dict, rows: int, finished) -> N
 
     from model import encode
     from parallel import weights_to_sample
-    from rethink import Rethinking, extender
+    from rethink import extender
     from rollout import generate, question_keys
 
     # Encoded as they are needed: the pictures of a benchmark do not fit in memory.
@@ -198,8 +198,9 @@ def respond(policy, items: list[Item], settings: dict, rows: int, finished) -> N
     keys = question_keys([item.question for item in items], settings["seed"])
     count, length = settings["samples"], settings["max_new_tokens"]
     # All that leave room look again; the trigger is drawn blindly.
-    rethinking = Rethinking(float(settings["force_rethink"]), max_tokens=length)
-    extend = extender(rethinking, policy.tokenizer, None, length, keys)
+    share = float(settings["force_rethink"])
+    rethinking = Config(rethink_fraction=share, rethink_max_tokens=length, max_new_tokens=length)
+    extend = extender(rethinking, policy.tokenizer, None, keys)
     try:
         with weights_to_sample(policy):
             generate(policy, prompts, count, length, settings["temperature"], keys, extend, rows, finished)

@@ -10,6 +10,7 @@ import torch
 import rethink
 import train
 from benchmarks import readers
+from config import Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,7 +43,7 @@ def test_the_new_reward_is_what_training_calls():
 
 def test_the_new_trigger_is_drawn_like_the_others():
     snippet("self_simplification")
-    extend = rethink.extender(rethink.Rethinking(1.0), lambda text, **_: S(input_ids=[1]), None, 100, ["a"])
+    extend = rethink.extender(Config(rethink_fraction=1.0), lambda text, **_: S(input_ids=[1]), None, ["a"])
     sample = S(finish="stop", tokens=torch.zeros(5), prompt=S(question=S(id="q")))
     assert "self_simplification" in {extend(0, g, sample).kind for g in range(50)}
 

@@ -12,11 +12,11 @@ import train
 from config import Config
 from data import Question
 from model import Prompt, Sample
-from rethink import TRIGGERS, Rethinking, extender, is_kept, merge_rethought, rethinks
+from rethink import TRIGGERS, extender, is_kept, merge_rethought, rethinks
 from reward import extract_answer
 from rollout import question_keys
 
-EVERY = Rethinking(fraction=1.0)
+EVERY = Config(rethink_fraction=1.0)
 
 
 def prompt() -> Prompt:
@@ -56,7 +56,7 @@ def group(*rewards, second_looks=()) -> list[Sample]:
 
 
 def ask(policy, settings, samples, limit=100, grade=None):
-    extend = extender(settings, policy.tokenizer, grade, limit, ["a"])
+    extend = extender(replace(settings, max_new_tokens=limit), policy.tokenizer, grade, ["a"])
     return [extend(0, g, sample) for g, sample in enumerate(samples)]
 
 
@@ -66,7 +66,7 @@ def ask(policy, settings, samples, limit=100, grade=None):
 @pytest.mark.parametrize("fraction", [0.1, 0.65])
 def test_the_share_of_eligible_responses_is_q_and_the_triggers_are_uniform(policy, fraction):
     sample = said(policy)
-    asked = ask(policy, Rethinking(fraction=fraction), [sample] * 3000)
+    asked = ask(policy, Config(rethink_fraction=fraction), [sample] * 3000)
     for e in filter(None, asked):
         assert policy.tokenizer.decode(e.forced) == TRIGGERS[e.kind]
         assert e.keep == len(sample.tokens) - 1, "the trigger stands in the place of EOS"
@@ -78,11 +78,12 @@ def test_the_share_of_eligible_responses_is_q_and_the_triggers_are_uniform(polic
 
 def test_a_response_that_was_cut_off_or_would_be_cut_back_to_nothing_is_not_extended(policy):
     assert ask(policy, EVERY, [said(policy, finish="length")] * 20) == [None] * 20
-    assert ask(policy, replace(EVERY, cutback=1.0), [said(policy, "\\boxed{blue}")] * 20) == [None] * 20
+    cut_back = replace(EVERY, rethink_cutback=1.0)
+    assert ask(policy, cut_back, [said(policy, "\\boxed{blue}")] * 20) == [None] * 20
 
 
 def test_there_must_be_room_for_the_trigger_and_the_least_second_look(policy):
-    sample, settings = said(policy), replace(EVERY, min_tokens=6)
+    sample, settings = said(policy), replace(EVERY, rethink_min_tokens=6)
     unbound = ask(policy, settings, [sample] * 12, 1000)
     for limit in range(len(sample.tokens), len(sample.tokens) + 40):
         for free, second_look in zip(unbound, ask(policy, settings, [sample] * 12, limit)):
@@ -96,25 +97,25 @@ def test_the_trigger_is_drawn_without_looking_at_the_label_by_default(policy):
         raise AssertionError("the label was looked at")
 
     right, wrong = said(policy, reward=1.0), said(policy, reward=0.0)
-    settings = Rethinking(fraction=0.5)
+    settings = Config(rethink_fraction=0.5)
     assert ask(policy, settings, [right] * 50, 100, grade) == ask(policy, settings, [wrong] * 50, 100, grade)
 
 
 def test_the_triggers_oracle_and_wrong_go_by_whether_y1_is_right(policy):
     samples = [said(policy, reward=r) for r in (1.0, 0.0, 0.0, 1.0)]
-    looks = ask(policy, replace(EVERY, trigger="oracle"), samples, grade=lambda s: s.right)
+    looks = ask(policy, replace(EVERY, rethink_trigger="oracle"), samples, grade=lambda s: s.right)
     right, wrong = "self_verification", "self_correction"
     assert [e.kind for e in looks] == [right, wrong, wrong, right]
-    looks = ask(policy, replace(EVERY, trigger="wrong"), samples, grade=lambda s: s.right)
+    looks = ask(policy, replace(EVERY, rethink_trigger="wrong"), samples, grade=lambda s: s.right)
     assert [e is None for e in looks] == [True, False, False, True]
 
 
 def test_one_response_s_luck_depends_on_its_question_s_key_and_its_number_alone(policy):
     keys = question_keys([said(policy).prompt.question] * 2, 0, 1)  # one question, asked twice
-    settings = Rethinking(fraction=0.5, cutback=0.5)
+    settings = Config(rethink_fraction=0.5, rethink_cutback=0.5, max_new_tokens=100)
 
     def luck(n, keys, text="Looks like \\boxed{red}."):
-        extend = extender(settings, policy.tokenizer, None, 100, keys)
+        extend = extender(settings, policy.tokenizer, None, keys)
         looks = [extend(n, g, said(policy, text)) for g in range(30)]
         return [look and look.kind for look in looks]
 
@@ -127,7 +128,7 @@ def test_one_response_s_luck_depends_on_its_question_s_key_and_its_number_alone(
 
 def test_the_share_that_is_cut_back_to_before_its_last_answer_is_the_one_asked_for(policy):
     sample = said(policy, "\\boxed{日本}? So \\boxed{\\frac{1}{2}}.")
-    asked = ask(policy, replace(EVERY, cutback=0.3), [sample] * 2000)
+    asked = ask(policy, replace(EVERY, rethink_cutback=0.3), [sample] * 2000)
     kept = Counter(policy.tokenizer.decode(sample.tokens[: e.keep]).strip() for e in asked)
     counts = [kept[sample.text], kept["\\boxed{日本}? So"]]
     assert sum(counts) == 2000
@@ -138,7 +139,7 @@ def test_the_share_that_is_cut_back_to_before_its_last_answer_is_the_one_asked_f
 
 
 def test_a_second_look_is_kept_when_right_ended_and_of_fit_length():
-    settings = Rethinking(min_tokens=3, max_tokens=7)
+    settings = Config(rethink_min_tokens=3, rethink_max_tokens=7)
     assert [is_kept(settings, again(second=n)) for n in (2, 3, 7, 8)] == [False, True, True, False]
     assert not is_kept(settings, again(reward=0.0))
     assert not is_kept(settings, again(finish="length"))
@@ -150,7 +151,7 @@ def test_no_more_than_the_quota_are_kept_a_question(quota):
         return group(*[0.0] * 5, second_looks=[(i, again(reward=float(i != 0))) for i in range(5)])
 
     groups = [one(), one()]
-    merged, counts = merge_rethought(replace(EVERY, quota=quota), groups)
+    merged, counts = merge_rethought(replace(EVERY, rethink_quota=quota), groups)
     for before, after in zip(groups, merged):
         replaced = [i for i in range(5) if after[i] is not before[i]]
         assert replaced == [1, 2, 3, 4][:quota]  # the first, being wrong, takes no place
