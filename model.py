@@ -30,7 +30,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from config import FAMILIES
 from data import MARKER, MIN_SIDE, Question, UserError, load_pictures, prompt_text, read_json
 from grpo import token_logprobs
-from rethink import second_start
 from tree import Trees, build_trees, pack_pictures, pad_rows, tree_attention, vision_layout
 
 # Its progress bars for reading and writing files would break ours in two.
@@ -271,13 +270,6 @@ def decode(policy: Policy, tokens: torch.Tensor) -> str:
     """The text of response tokens [R], without the ids that end a turn."""
     ids = [i for i in tokens.tolist() if i not in policy.eos_ids]
     return policy.tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def answering_text(policy: Policy, sample: Sample) -> str:
-    """Where a sample's answer must stand: all of a response; of a forced second look, y2 alone."""
-    if sample.rethought is None:
-        return sample.text
-    return decode(policy, sample.tokens[second_start(sample) :])
 
 
 # ---------------------------------------------------------------------------- load and save

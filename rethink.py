@@ -87,13 +87,10 @@ def tokens_before_answer(tokens: list[int], decode: Callable[[list[int]], str]) 
     >>> tokens_before_answer([1, 2, 3, 0], lambda ids: "".join(words[i] for i in ids))
     1
     """
-    at = decode(tokens).rfind("\\boxed")
-    if at < 0:
-        return len(tokens) - 1
-    for keep in range(len(tokens) - 1, -1, -1):
-        if len(decode(tokens[:keep])) <= at:
-            return keep
-    return 0
+    keep, at = len(tokens) - 1, decode(tokens).rfind("\\boxed")
+    while at >= 0 and len(decode(tokens[:keep])) > at:
+        keep -= 1
+    return keep
 
 
 def second_start(sample) -> int:
@@ -101,14 +98,10 @@ def second_start(sample) -> int:
     return int((~sample.mask).nonzero()[-1]) + 1
 
 
-def second_length(sample) -> int:
-    """Tokens of y2."""
-    return len(sample.tokens) - second_start(sample)
-
-
 def is_kept(c: Config, sample) -> bool:
     """A second look is kept if it ended by itself, is right, and is neither too short nor too long."""
-    in_window = c.rethink_min_tokens <= second_length(sample) <= c.rethink_max_tokens
+    length = len(sample.tokens) - second_start(sample)
+    in_window = c.rethink_min_tokens <= length <= c.rethink_max_tokens
     return sample.finish == "stop" and sample.right and in_window
 
 
@@ -139,7 +132,7 @@ def merge_rethought(c: Config, groups: list[list]) -> tuple[list[list], Counter]
             if again := first.second_look:
                 again.first_right = first.right
                 counts[outcome(first.right, again.answered, again.right)] += 1
-                counts.update(attempted=1, tokens=second_length(again))
+                counts.update(attempted=1, tokens=len(again.tokens) - second_start(again))
                 if room and is_kept(c, again):
                     group[g], room = again, room - 1
                     counts["kept"] += 1

@@ -45,11 +45,11 @@ import toy
 from config import Config, parse
 from data import Question, UserError, printable
 from grpo import group_advantages, is_clipped, policy_loss, token_weights
-from model import Prompt, Sample, answering_text, encode, response_logprobs, with_pixels
+from model import Prompt, Sample, decode, encode, response_logprobs, with_pixels
 from pages.walk import explain
 from prepare import Grade, Run, gentle_stop, prepare, say
 from record import Recorder, heldout_metrics, step_metrics
-from rethink import before_rethinking, extender, merge_rethought, rethinks, share_rethinking
+from rethink import before_rethinking, extender, merge_rethought, rethinks, second_start, share_rethinking
 from reward import extract_answer, reward
 from rollout import generate, question_keys
 from ssr import ReplayBuffer, is_effective, replay_batch
@@ -135,7 +135,9 @@ def is_right(sample: Sample, text: str | None = None) -> bool:
 
 def grade(run: Run, sample: Sample) -> None:
     """Set what a response has earned. The reward is the rule's verdict, unless the run has its own."""
-    said = answering_text(run.policy, sample)
+    said = sample.text
+    if sample.rethought:  # a second look must answer in y2
+        said = decode(run.policy, sample.tokens[second_start(sample) :])
     sample.step = run.step
     sample.answered, sample.right = extract_answer(said) is not None, is_right(sample, said)
     sample.reward = run.grade(said, sample.prompt.question) if run.grade else float(sample.right)
