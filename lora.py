@@ -26,7 +26,6 @@ finds beside a model).
 The paper trains all weights; this is for GPUs that cannot hold the optimiser's state.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -69,9 +68,8 @@ def adapted(policy: Policy) -> dict[str, nn.Linear]:
 
 def initialise(policy: Policy, seed: int) -> None:
     """A uniform in +-1 / sqrt(in), B = 0: the same numbers however many ranks hold them."""
-    for name, module in adapted(policy).items():
-        key = hashlib.sha256(f"lora {seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+    generator = torch.Generator().manual_seed(seed)
+    for module in adapted(policy).values():
         A = 2 * torch.rand(module.lora_A.shape, generator=generator) - 1
         start, stop = parallel.rows_of(module.lora_A)
         with torch.no_grad():
