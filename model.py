@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -30,7 +31,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from config import FAMILIES
 from data import MARKER, MIN_SIDE, Question, UserError, load_pictures, prompt_text, read_json
 from grpo import token_logprobs
-from tree import Trees, build_trees, pack_pictures, pad_rows, tree_attention, vision_layout
+from tree import Trees, build_trees, pack_pictures, tree_attention, vision_layout
 
 # Its progress bars for reading and writing files would break ours in two.
 transformers.utils.logging.disable_progress_bar()
@@ -200,7 +201,7 @@ def response_logprobs(policy: Policy, groups, temperature: float = 1.0):
     """Log-probabilities and entropies of all responses of all groups, each [B, R], right-padded
     with 0: B responses in order, R the longest. `groups` as `build_trees` takes them."""
     trees = build_trees(groups).to(policy.device)
-    return tuple(pad_rows(x, trees.lengths) for x in policy(trees, temperature))
+    return tuple(pad_sequence(x.split(trees.lengths), batch_first=True) for x in policy(trees, temperature))
 
 
 # ---------------------------------------------------------------------------- encoding

@@ -53,7 +53,7 @@ from rethink import before_rethinking, extender, merge_rethought, rethinks, seco
 from reward import extract_answer, reward
 from rollout import generate, question_keys
 from ssr import ReplayBuffer, is_effective, replay_batch
-from tree import Trees, build_trees, pad_rows, plan_micro_batches
+from tree import Trees, build_trees, plan_micro_batches
 
 STOP_AFTER = 5  # non-finite steps in a row
 # What the bar shows of a line of metrics.jsonl.
@@ -317,10 +317,10 @@ def token_terms(run: Run, branches: list[Branch], trees: Trees, totals: Counter)
     """
     c, device = run.config, run.policy.device
 
-    def stack(rows: list[torch.Tensor]) -> torch.Tensor:
+    def stack(rows) -> torch.Tensor:
         return pad_sequence(rows, batch_first=True).to(device)  # [B, R]
 
-    logprobs, entropy = (pad_rows(x, trees.lengths) for x in run.policy(trees, c.temperature))
+    logprobs, entropy = (stack(x.split(trees.lengths)) for x in run.policy(trees, c.temperature))
     mask = stack([b.sample.mask for b in branches])
     old = stack([b.sample.logprobs for b in branches])
     advantages = torch.tensor([b.sample.advantage for b in branches], device=device)  # [B]

@@ -325,16 +325,6 @@ def vision_layout(visual, grid_thw: torch.Tensor, device: torch.device) -> dict:
     }
 
 
-def pad_rows(flat: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """[K] -> [B, R], one response per row, padded with 0.
-
-    >>> pad_rows(torch.tensor([1.0, 2.0, 3.0]), [2, 1])
-    tensor([[1., 2.],
-            [3., 0.]])
-    """
-    return pad_sequence(flat.split(lengths), batch_first=True)
-
-
 def plan_micro_batches(
     branches: list[tuple[str, int, int]], ranks: int, budget: int
 ) -> list[list[list[list[int]]]]:

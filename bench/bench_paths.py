@@ -39,7 +39,7 @@ from PIL import Image
 import train
 from model import save_policy
 from rollout import generate
-from tree import build_trees, pad_rows
+from tree import build_trees
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes/one_gpu_3b.sh"
 SCORES = (0, 100, 1000, 5000)  # added to attention scores by q and k biases
@@ -86,8 +86,9 @@ def sampled_and_trained(policy, P: int, R: int, *others) -> list[torch.Tensor]:
     prompts = [benching.random_prompt(policy, P - 3 * (seed % 2), seed) for seed in range(16)]
     groups = generate(policy, prompts, 2, R)
     trees = build_trees([(g[0].prompt, [s.tokens for s in g]) for g in groups]).to(policy.device)
-    passes = [pad_rows(model(trees)[0], trees.lengths).cpu() for model in (policy, *others)]
-    return [x.double() for x in (torch.stack([s.logprobs for g in groups for s in g]), *passes)]
+    sampled = torch.stack([s.logprobs for g in groups for s in g])  # all are of length R
+    passes = [model(trees)[0].view_as(sampled).cpu() for model in (policy, *others)]
+    return [x.double() for x in (sampled, *passes)]
 
 
 def kl(a: torch.Tensor, b: torch.Tensor) -> float:
