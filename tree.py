@@ -142,7 +142,11 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]]) -> Trees:
         other = torch.arange(tokens.numel()).view_as(tokens) % (N * T)
         source = torch.where(tokens >= 0, tokens, other).flatten()
         rows = torch.tensor([row[i] for i in chosen])
-        mask = response_mask(prompt_lengths[rows], int(prompt_lengths.max()), tokens.shape[1])
+        # All of the prompt, and causally the response itself.
+        of_prompt = torch.arange(prompt_lengths.max()) < prompt_lengths[rows, None, None, None]
+        B, R = tokens.shape
+        of_itself = torch.ones(R, R, dtype=torch.bool).tril()
+        mask = torch.cat((of_prompt.expand(B, 1, R, -1), of_itself.expand(B, 1, R, R)), dim=-1)
         return Responses(tokens, source, rows, mask)
 
     pictures = join_pictures([prompt for prompt, _ in groups])
@@ -170,18 +174,6 @@ def join_pictures(prompts: list) -> tuple[torch.Tensor | None, torch.Tensor | No
     """(pixel_values, image_grid_thw) of all the prompts' pictures in order; None where there are none."""
     pictures = [(p.pixel_values, p.image_grid_thw) for p in prompts if len(p.image_grid_thw)]
     return tuple(map(torch.cat, zip(*pictures))) or (None, None)
-
-
-def response_mask(prompt_lengths: torch.Tensor, P: int, R: int) -> torch.Tensor:
-    """What the tokens of B responses see, [B, 1, R, P + R]: all of the prompt, then causally themselves.
-
-    >>> response_mask(torch.tensor([1]), P=2, R=2).int()
-    tensor([[[[1, 0, 1, 0],
-              [1, 0, 1, 1]]]], dtype=torch.int32)
-    """
-    prompt = torch.arange(P) < prompt_lengths[:, None, None, None]  # [B, 1, 1, P]
-    own = torch.ones(R, R, dtype=torch.bool).tril()
-    return torch.cat((prompt.expand(-1, -1, R, -1), own.expand(len(prompt_lengths), 1, -1, -1)), dim=-1)
 
 
 def carried_attention(module, query, key, value, attention_mask, attend=None, **options):
