@@ -31,7 +31,6 @@ from torch.nn import functional as F
 from data import UserError
 from grpo import NEVER, masked_logits, product
 from model import Policy, Prompt
-from tree import join_pictures
 
 PROMPT_PAGE, RESPONSE_PAGE = 256, 32  # tokens, at most
 
@@ -213,29 +212,6 @@ class Cache:
 
 
 # ---------------------------------------------------------------------------- the model, token by token
-
-
-def prefill(policy: Policy, prompts: list[Prompt]) -> tuple[torch.Tensor, list, list]:
-    """Run N prompts, right-padded: hidden states of their last tokens [N, D], keys and values."""
-    N, P = len(prompts), max(len(p.input_ids) for p in prompts)
-    device = policy.device
-    if device.type == "cuda":  # whose fast kernels want it so
-        P = -(-P // 8) * 8
-    input_ids = torch.zeros(N, P, dtype=torch.long)
-    position_ids = torch.zeros(3, N, P, dtype=torch.long)
-    for n, prompt in enumerate(prompts):
-        length = len(prompt.input_ids)
-        input_ids[n, :length] = prompt.input_ids
-        position_ids[:, n, :length] = prompt.position_ids
-    last = torch.tensor([len(p.input_ids) - 1 for p in prompts])
-    pixels, grids = join_pictures(prompts)
-    hidden, keys, values = policy.prefill(
-        input_ids.to(device),
-        position_ids.to(device),
-        None if pixels is None else pixels.to(device),
-        None if grids is None else grids.to(device),
-    )
-    return hidden[torch.arange(N, device=device), last.to(device)], keys, values
 
 
 def decode_step(policy: Policy, cache: Cache, tokens, positions, at) -> torch.Tensor:

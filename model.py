@@ -31,7 +31,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from config import FAMILIES
 from data import MARKER, MIN_SIDE, Question, UserError, load_pictures, prompt_text, read_json
 from grpo import token_logprobs
-from tree import Trees, build_trees, pack_pictures, tree_attention, vision_layout
+from tree import Trees, build_trees, join_pictures, pack_pictures, tree_attention, vision_layout
 
 # Its progress bars for reading and writing files would break ours in two.
 transformers.utils.logging.disable_progress_bar()
@@ -164,12 +164,12 @@ class Policy(nn.Module):
             torch.distributed.broadcast(x, group=self.slices.group, group_src=0)
         return x
 
-    def prefill(self, input_ids, position_ids, pixel_values, image_grid_thw):
-        """Hidden states [N, P, D] of right-padded prompts and each layer's keys and values, [N, H, P, d].
+    def prefill(self, prompts: list[Prompt]) -> tuple[torch.Tensor, list, list]:
+        """Run N prompts: hidden states of their last tokens [N, D], keys and values [N, H, P, d] per layer.
 
         No mask: attention is causal, and padding on the right is seen by padding alone.
         """
-        keys, values = [], []
+        device, keys, values = self.device, [], []
 
         def attend(module, q, k, v, scaling, **_):
             keys.append(k.contiguous())  # head by head, as decoding reads them at every token
@@ -177,8 +177,16 @@ class Policy(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
             return mixed.transpose(1, 2)
 
-        x, deeper = self.embed(input_ids, pixel_values, image_grid_thw)
-        return self.decoder(x, position_ids, attend, deeper), keys, values
+        input_ids = pad_sequence([p.input_ids for p in prompts], batch_first=True)  # [N, P]
+        position_ids = pad_sequence([p.position_ids.T for p in prompts], batch_first=True).movedim(-1, 0)
+        if device.type == "cuda":  # whose fast kernels want P to be a multiple of 8
+            more = -input_ids.shape[1] % 8
+            input_ids, position_ids = F.pad(input_ids, (0, more)), F.pad(position_ids, (0, more))
+        pictures = (x if x is None else x.to(device) for x in join_pictures(prompts))
+        x, deeper = self.embed(input_ids.to(device), *pictures)
+        hidden = self.decoder(x, position_ids.to(device), attend, deeper)  # [N, P, D]
+        last = torch.tensor([len(p.input_ids) - 1 for p in prompts], device=device)
+        return hidden[torch.arange(len(prompts), device=device), last], keys, values
 
     def forward(self, trees: Trees, temperature: float = 1.0):
         """Log-probability and entropy of every response token: ([K], [K]), fp32.

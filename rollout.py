@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from data import Question
-from decoding import Cache, Group, Seat, as_cuda_graph, decode_step, prefill, recordable, sample_token
+from decoding import Cache, Group, Seat, as_cuda_graph, decode_step, recordable, sample_token
 from model import Policy, Prompt, Sample, decode
 from rethink import Continuation
 
@@ -213,7 +213,7 @@ class Sampler:
 
     def admit(self, groups: list[Group], free: list[int]) -> None:
         """Run prompts and put the first token of their responses into free rows."""
-        hidden, keys, values = prefill(self.policy, [group.prompt for group in groups])
+        hidden, keys, values = self.policy.prefill([group.prompt for group in groups])
         if self.cache is None:
             self.cache = Cache(keys, self.group_size, len(self.seats), self.size)
         self.cache.store(groups, keys, values)

@@ -27,7 +27,6 @@ import report
 import train
 from config import Config
 from data import Question
-from decoding import prefill
 from model import encode, response_logprobs
 from rollout import Sampler
 from tree import build_trees
@@ -159,7 +158,7 @@ def test_activations_stay_below_what_memory_py_says(alone, own_policy):
     prompt = encode(policy, question, "bare")
 
     with torch.no_grad(), parallel.weights_to_sample(policy), Live() as live:
-        _, keys, values = prefill(policy, [prompt] * 8)
+        _, keys, values = policy.prefill([prompt] * 8)
     tokens = 8 * len(prompt.input_ids)
     said = max(memory.block(text, tokens), memory.tower_block(policy, tokens))
     said += sum(x.nbytes for x in (*keys, *values))
