@@ -20,7 +20,6 @@ Letters: N prompts, B rows, M pages, L tokens of a page, C parts of a row, H key
 per key-value head, P prompt tokens, d features per head, D features, V vocabulary.
 """
 
-import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -42,7 +41,7 @@ class Pages:
         """size  tokens of a page;  enough  pages, most of the time"""
         self.k, self.v = ([x.new_zeros(1, x.shape[1], size, x.shape[3]) for x in like] for _ in "kv")
         self.size, self.enough = size, enough
-        self.free: list[int] = []  # a heap
+        self.free: list[int] = []
 
     def __len__(self) -> int:
         return len(self.k[0])
@@ -58,19 +57,14 @@ class Pages:
                 tensors[i] = change(tensor)
 
     def take(self, count: int) -> list[int]:
-        """The lowest free pages. Where there are too few, a quarter more are made, and less beyond `enough`:
+        """Free pages. Where there are too few, a quarter more are made, and less beyond `enough`:
         a GPU has to record its step anew for every size."""
         if count > len(self.free):
             spare = min(len(self) // 4, self.enough - len(self))
             more = max(count - len(self.free), spare, len(self) // 16)
-            for page in range(len(self), len(self) + more):
-                heapq.heappush(self.free, page)
+            self.free += range(len(self), len(self) + more)
             self.change(lambda x: torch.cat((x, x.new_zeros(more, *x.shape[1:]))))
-        return [heapq.heappop(self.free) for _ in range(count)]
-
-    def give_back(self, pages: list[int]) -> None:
-        for page in pages:
-            heapq.heappush(self.free, page)
+        return [self.free.pop() for _ in range(count)]
 
     def pack(self, owned: list[list[int]]) -> None:
         """Move the pages in use, all of which are `owned`, to the front, and forget the others."""
@@ -161,9 +155,9 @@ class Cache:
 
     def leave(self, seat: Seat, others: list[Seat | None]) -> None:
         self.stale = True
-        self.responses.give_back(seat.pages)
+        self.responses.free += seat.pages
         if not any(other and other.group is seat.group for other in others):
-            self.prompts.give_back(seat.group.pages)
+            self.prompts.free += seat.group.pages
 
     def pack(self, seats: list[Seat]) -> None:
         """Forget all pages but those of these rows."""
