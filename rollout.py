@@ -66,13 +66,6 @@ class Rows:
     mask: torch.Tensor  # [B, R] bool, False where forced
     forced: torch.Tensor  # [B, R] ids to force at a place, or -1
 
-    def select(self, index: list[int]) -> "Rows":
-        return Rows(*(tensor[index] for tensor in vars(self).values()))
-
-    def put(self, index: list[int], rows: "Rows") -> None:
-        for name, tensor in vars(rows).items():
-            getattr(self, name)[index] = tensor
-
 
 def generate(
     policy: Policy,
@@ -224,7 +217,8 @@ class Sampler:
         hidden = hidden.repeat_interleave(self.group_size, 0)  # [B, D]
         said = sample_token(self.policy, hidden, self.temperature, rows.seed, rows.length)
         advance(rows, *said, self.eos, False)
-        self.rows.put(free, rows)
+        for tensor, new in zip(vars(self.rows).values(), vars(rows).values()):
+            tensor[free] = new
         for row, seat in zip(free, seats):
             self.seats[row] = seat
 
@@ -232,7 +226,7 @@ class Sampler:
         """Pages for the next steps; where nobody waits, without the rows that have ended."""
         live = [row for row, seat in enumerate(self.seats) if seat]
         if self.waiting is None and len(live) <= PACK_BELOW[self.policy.device.type] * len(self.seats):
-            self.rows = self.rows.select(live)
+            self.rows = Rows(*(tensor[live] for tensor in vars(self.rows).values()))
             self.seats = [self.seats[row] for row in live]
             self.cache.pack(self.seats)
         self.cache.reserve([seat for seat in self.seats if seat], steps)
