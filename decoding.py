@@ -297,11 +297,8 @@ def as_cuda_graph(step: Callable) -> Callable:
 
 
 def sample_token(policy: Policy, hidden, temperature: float, seed, place):
-    """hidden [B, D] -> a token [B] and its log-probability [B], with no host synchronisation.
-
-    A uniform number u in [0, 1) per row, of `seed` and `place` alone ([B] each), is looked up in the
-    cumulative distribution.
-    """
+    """hidden [B, D] -> a token [B], drawn by `uniform(seed, place)`, and its log-probability [B]. The host
+    waits for nothing."""
     logits = masked_logits(hidden, policy.head_weight(), policy.banned_ids)  # [B, V]
     if temperature == 0:
         logprobs = logits.log_softmax(-1)

@@ -11,11 +11,10 @@ No critic: the group's mean is the baseline. No KL term, no reference model, no 
 all rewards of a group are equal, every A_i is exactly 0 and the group teaches nothing: the paper's
 *vanishing advantages*, which ssr.py answers.
 
-What we do differently: the paper averages over each response's tokens, then over responses; the
-released code over all tokens of a micro-batch, so that its gradient depends on how the batch is
-cut. `token_weights` offers the paper's form ("sequence") and, by default, the mean over all
-response tokens of the whole optimiser batch ("token"), which no cut into micro-batches or ranks can
-change.
+What we do differently: the released code averages over all tokens of a micro-batch, so that its gradient
+depends on how the batch is cut. `token_weights` offers the paper's mean, over each response's tokens and
+then over responses ("sequence"), and by default that over all response tokens of the optimiser batch
+("token"); neither depends on a cut into micro-batches or ranks.
 
 `token_logprobs` computes log pi without the largest tensor of such training, the logits [T, 151936]: only
 where a response token is predicted, a chunk at a time, and again in the backward pass.

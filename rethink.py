@@ -8,17 +8,14 @@ of the responses and the policy continues. Where the new answer is correct, y re
 
     L = L_GRPO + c * mean of -log pi(y_t)  over all tokens of the kept ones
 
-config.py's flags rethink_* say which responses look again and which second looks are kept.
-
 The EOS of y1 is removed. Trigger tokens are *forced* (by `rollout.advance`, which notes it in
 `Sample.mask`): context for y2, never in the policy-gradient loss (the policy did not choose them), always
 in the second one (there it learns to choose them).
 
-What we do differently from the released code: the trigger is drawn without looking at the label
-(`oracle` has the code's rule, which knows whether y1 was right); a kept response is compared with the
-group's mean *before* replacement (replacing first raises the mean and so pushes down siblings that had
-no second chance); a second look must answer: its reward is that of the box in y2, and without one it is
-never kept; every attempt is counted by its outcome.
+What we do differently from the released code: the trigger is drawn without looking at the label; a kept
+response is compared with the group's mean *before* replacement (replacing first raises the mean and so
+pushes down siblings that had no second chance); a second look must answer: without a box in y2 it is never
+kept. The flags rethink_* of config.py have the numbers, beside those of the released code.
 
 Next: data.py, what a question is; then train.py, where all parts meet.
 """

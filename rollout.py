@@ -10,15 +10,11 @@ question enters as soon as G rows are free. With 4 rows, G = 2 and the questions
     row 3   b b b b b . . . d d d d d d d       nobody waits any more: rows that end are dropped
             ------------ steps ---------->
 
-What the policy said is recorded as it is said: its token ids, their log-probabilities (the behaviour
-policy's, which PPO's ratio needs), and a mask that is False where a token was forced.
-
 A response's randomness is its own: a hash of its question's key, its member and the token's place. So the
 same responses come out beside whatever else is sampled, in any order, on any number of rows and ranks.
 
-Forced tokens are how Forced Rethinking (rethink.py) is sampled: when a row
-ends, `extend` may set it back behind some token and queue others; the row goes on from its own
-cache, in the same batch, and nothing is computed twice.
+When a row ends, `extend` may set it back behind some token and queue forced ones (rethink.py): it goes on
+from its own cache, in the same batch.
 
 What we do differently from the released code: temperature alone, no top-p or top-k, because these
 change the distribution whose log-probability is taken; nothing is read from generation_config.

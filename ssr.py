@@ -14,9 +14,8 @@ The unit is one sample, with the log-probabilities of the policy that sampled it
 corrects for its age. The buffer lives for one episode, then it is cleared.
 
 What we do differently: the paper says neither alpha nor whether a sample may be drawn twice; we take
-alpha = 1, as the released code effectively does, and draw with replacement. The released replay is
-unreachable, trains on half the batch, never clears its buffer, and loops forever where nothing is
-effective. Here an empty buffer draws nothing.
+alpha = 1, as the released code effectively does, and draw with replacement. An empty buffer draws nothing,
+where the released replay, which its own trainer never reaches, would loop forever.
 
 A draw is a function of (seed, how many draws came before it): resuming needs the buffer's samples
 and one number. No model and no tensors: a sample is anything with an `.advantage`.
