@@ -101,8 +101,6 @@ def place_markers(text: str, n_images: int) -> str:
     return MARKER * missing + text
 
 
-# ---------------------------------------------------------------------------- pictures
-
 # PIL reports broken files by any of these, PNG chunks even by SyntaxError.
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
@@ -158,9 +156,6 @@ def check_images(questions: list[Question], progress=iter) -> list[list[tuple]]:
         except UserError:
             pool.shutdown(cancel_futures=True)  # the others need not be decoded
             raise
-
-
-# ---------------------------------------------------------------------------- files
 
 
 def parse_json(text: bytes, place: str, shape=None) -> dict:

@@ -170,9 +170,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-# ---------------------------------------------------------------------------- sharding
-
-
 def shard(
     policy: Policy, device: torch.device, over: str = "world", offload: bool = False, precision: str = "auto"
 ) -> Policy:
@@ -254,9 +251,6 @@ def rows_of(parameter: torch.Tensor) -> tuple[int, int]:
     (index, count), size = shard_place(parameter), parameter.shape[0]
     per_rank = -(-size // count)
     return min(per_rank * index, size), min(per_rank * (index + 1), size)
-
-
-# ---------------------------------------------------------------------------- sampling
 
 
 @dataclass

@@ -60,9 +60,6 @@ class Run:
     interrupted: bool = False  # by Ctrl-C or SIGTERM: finish the step, save, stop
 
 
-# ---------------------------------------------------------------------------- set up
-
-
 def prepare(config: Config, grade: Grade | None = None, buffer: ReplayBuffer | None = None) -> Run:
     """Load, check and shard everything. Raises UserError, on all ranks alike, for what cannot work."""
     device = parallel.start(config.precision)
@@ -270,9 +267,6 @@ def drop_long_prompts(config: Config, policy: Policy, questions: list[Question],
         how = "raise it or lower --max_pixels"
         raise UserError(f"--max_prompt_tokens {limit}: every prompt is longer; {how}")
     return [q for q in questions if q.id not in too_long]
-
-
-# ---------------------------------------------------------------------------- signals
 
 
 @contextlib.contextmanager

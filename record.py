@@ -24,9 +24,6 @@ HELDOUT_KEPT = 256  # questions whose answers are kept
 LINE = {"step": int, "heldout_accuracy?": NUMBER}
 
 
-# ---------------------------------------------------------------------------- files
-
-
 def lock_folder(folder: Path):
     """Take a folder for this process alone. Returns the locked file: closing it, or the end of the process,
     unlocks it."""
@@ -55,9 +52,6 @@ def write_atomically(path: Path, text: str) -> None:
 def seal(row: dict) -> str:
     """A line of JSON with a checksum of itself, for `data.read_jsonl`: a flipped letter is another answer."""
     return json.dumps(row | {"line_crc32": zlib.crc32(json.dumps(row).encode())}) + "\n"
-
-
-# ---------------------------------------------------------------------------- a run's files
 
 
 class Recorder:
