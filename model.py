@@ -87,7 +87,7 @@ class Policy(nn.Module):
         self.compute_device: torch.device | None = None
         self.compute_dtype = torch.float32  # bf16 with `parallel.shard`'s mixed precision
         self.sampling = False  # weights are whole or in slices, to be used directly
-        self.slices = None  # parallel.Slices: ranks that sample together, each a part of every layer
+        self.slices = None  # a DeviceMesh: the ranks that sample together, each a part of every layer
         self.cuda_graphs = True  # on a GPU a decoding step is launched as a whole
         self.text_model.config._attn_implementation = "carried"  # tree.carried_attention
         pack_pictures(model.model.visual)
@@ -161,7 +161,7 @@ class Policy(nn.Module):
                 x = x + deeper[i]
         x = self.text_model.norm(x)
         if self.sampling and self.slices:  # to the bit the same on ranks that sample one response together
-            torch.distributed.broadcast(x, group=self.slices.group, group_src=0)
+            torch.distributed.broadcast(x, group=self.slices.get_group(), group_src=0)
         return x
 
     def prefill(self, prompts: list[Prompt]) -> tuple[torch.Tensor, list, list]:

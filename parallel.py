@@ -22,13 +22,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import fsdp
+from torch.distributed import DeviceMesh, fsdp
 from torch.distributed.tensor import DTensor
 
 from data import UserError
@@ -133,7 +132,7 @@ def gather(items: list, sampled_by: Policy | None = None) -> list:
     """All ranks' lists as one, in rank order, on every rank. What ranks sampled together counts once."""
     if world() == 1:
         return items
-    if sampled_by and sampled_by.slices and sampled_by.slices.part > 0:
+    if sampled_by and sampled_by.slices and sampled_by.slices.get_local_rank() > 0:
         items = []
     lists = [None] * world()
     dist.all_gather_object(lists, items)
@@ -253,17 +252,11 @@ def rows_of(parameter: torch.Tensor) -> tuple[int, int]:
     return min(per_rank * index, size), min(per_rank * (index + 1), size)
 
 
-@dataclass
-class Slices:
-    """The ranks that sample together, and which of their slices of every layer this one holds."""
+def slices(policy: Policy, parts: int) -> DeviceMesh | None:
+    """The `parts` ranks of a node that sample together, each with a slice of every layer; None for 1.
 
-    group: dist.ProcessGroup
-    part: int
-    parts: int
-
-
-def slices(policy: Policy, parts: int) -> Slices | None:
-    """Groups of `parts` ranks of a node; None for 1. Raises UserError where the model cannot be cut so."""
+    Raises UserError where the model cannot be cut so.
+    """
     if ranks_per_node() % parts:
         raise UserError(f"--tensor {parts} does not divide the {ranks_per_node()} ranks of a node; lower it")
     if parts == 1:
@@ -275,23 +268,20 @@ def slices(policy: Policy, parts: int) -> Slices | None:
         sizes = f"{heads} heads on {kv_heads} of keys and values, and {columns} MLP columns"
         raise UserError(f"--tensor {parts}: {sizes} have no {parts} equal slices; give another number")
     device, shape = "cuda" if torch.cuda.is_available() else "cpu", (world() // parts, parts)
-    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=("groups", "slices"))["slices"]
-    return Slices(mesh.get_group(), mesh.get_local_rank(), parts)
+    return dist.init_device_mesh(device, shape, mesh_dim_names=("groups", "slices"))["slices"]
 
 
 def sampling_place(policy: Policy) -> tuple[int, int]:
     """(first, stride): this rank samples items[first::stride]."""
-    parts = policy.slices.parts if policy.slices else 1
+    parts = policy.slices.size() if policy.slices else 1
     return rank() // parts, world() // parts
 
 
-def cut(name: str, weight: torch.Tensor, policy: Policy) -> torch.Tensor:
-    """This rank's slice of a decoder layer's parameter, by its name; a norm, say, is kept whole.
+def cut(name: str, weight: torch.Tensor, part: int, parts: int, kv_heads: int) -> torch.Tensor:
+    """A rank's slice of a decoder layer's parameter, by its name; a norm, say, is kept whole.
 
     With fewer key-value heads than ranks, ranks whose query heads read the same one each hold it.
     """
-    part, parts = policy.slices.part, policy.slices.parts
-    kv_heads = policy.text_model.config.num_key_value_heads
     *_, projection, kind = name.split(".")
     if kind == "gate_up_proj":  # of a mixture's experts, [E, 2 I, D]
         return torch.cat([half.chunk(parts, 1)[part] for half in weight.chunk(2, 1)], 1)
@@ -311,8 +301,9 @@ def cut(name: str, weight: torch.Tensor, policy: Policy) -> torch.Tensor:
 @contextlib.contextmanager
 def in_slices(policy: Policy):
     """Inside, decoder layers hold this rank's slices, each gathered once to be cut, and sum over ranks."""
-    config, parts = policy.text_model.config, policy.slices.parts
-    groups = config.num_attention_heads // max(config.num_key_value_heads, parts)
+    config, mesh = policy.text_model.config, policy.slices
+    part, parts, kv_heads = mesh.get_local_rank(), mesh.size(), config.num_key_value_heads
+    groups = config.num_attention_heads // max(kv_heads, parts)
     with contextlib.ExitStack() as undo:
 
         def put(place: dict, key: str, value) -> None:
@@ -320,12 +311,12 @@ def in_slices(policy: Policy):
             place[key] = value
 
         def over_ranks(module, inputs, output):
-            dist.all_reduce(output, group=policy.slices.group)
+            dist.all_reduce(output, group=mesh.get_group())
             return output
 
         for layer in policy.text_model.layers:
             layer.unshard()
-            mine = {n: cut(n, p.detach(), policy).clone() for n, p in layer.named_parameters()}
+            mine = {n: cut(n, p.detach(), part, parts, kv_heads).clone() for n, p in layer.named_parameters()}
             layer.reshard()
             for name, tensor in mine.items():
                 module, _, kind = name.rpartition(".")

@@ -55,9 +55,9 @@ def build(size: str) -> Policy:
 
 def slice_of_layers(policy: Policy, parts: int) -> int:
     """Numbers of the decoder layers that a rank holds of `parts` that sample together."""
-    policy.slices = parallel.Slices(None, 0, parts)
+    kv_heads = policy.text_model.config.num_key_value_heads
     return sum(
-        parallel.cut(name, parameter, policy).numel()
+        parallel.cut(name, parameter, 0, parts, kv_heads).numel()
         for layer in policy.text_model.layers
         for name, parameter in layer.named_parameters()
     )
