@@ -30,15 +30,11 @@ class Config:
     pass_rate_column: str = flag("", "select questions by this column, such as PassRate_7BBase")
     pass_rate_min: float = flag(0.01, "lowest pass rate kept [P: non-zero pass@8]")
     pass_rate_max: float = flag(1.0, "highest pass rate kept")
-    heldout: int = flag(
-        None, "questions not trained on; default: 128, or a tenth of a smaller file", low=0, high=100_000
-    )
+    heldout: int = flag(None, "not trained on; default: 128, a tenth of a smaller file", low=0, high=100_000)
     template: str = flag("bare", "prompt [P: plain in stage 1, rethink in stage 2]", tuple(TEMPLATES))
     min_pixels: int = flag(0, "smallest area of a picture; 0: the checkpoint's [C: 256 visual tokens]", low=0)
     max_pixels: int = flag(0, "largest area of a picture; 0: the checkpoint's [C: 1280 visual tokens]", low=0)
-    max_prompt_tokens: int = flag(
-        4096, "questions with a longer prompt are dropped and counted", low=1, high=1 << 17
-    )
+    max_prompt_tokens: int = flag(4096, "longer prompts are dropped and counted", low=1, high=1 << 17)
 
     out: str = flag("", "directory of the run; default: runs/PRESET, numbered if taken")
     steps: int = flag(60, "optimiser steps; 0: `passes` over the data", low=0, high=10_000_000)
@@ -146,10 +142,8 @@ def parse(argv: list[str]) -> Config:
         raise UserError("--steps 0 passes over a data file: give --data FILE, or --steps N")
     responses = config.episode_queries * config.group_size
     if responses % config.batch_size:
-        of = f"(--episode_queries {config.episode_queries} x --group_size {config.group_size})"
-        raise UserError(
-            f"--batch_size {config.batch_size} does not divide the {responses} responses of an episode {of}"
-        )
+        product = f"--episode_queries {config.episode_queries} x --group_size {config.group_size}"
+        raise UserError(f"--batch_size {config.batch_size} does not divide {product} = {responses}")
     return config
 
 
