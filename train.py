@@ -246,10 +246,6 @@ class Terms:
     def loss(self) -> torch.Tensor:
         return (self.losses * self.weights).sum()
 
-    @property
-    def ratio(self) -> torch.Tensor:
-        return (self.logprobs - self.old_logprobs).exp()
-
 
 def choose_batch(run: Run) -> list[Branch]:
     """What is trained on in place of the next B responses of the episode."""
@@ -326,23 +322,18 @@ def token_terms(run: Run, branches: list[Branch], trees: Trees, totals: Counter)
     advantages = torch.tensor([b.sample.advantage for b in branches], device=device)  # [B]
     surrogate = (logprobs, old, advantages, mask, c.clip_low, c.clip_high)
     weights = token_weights(mask, c.average, max(1, totals["tokens"]), max(1, totals["responses"]))
-    weights = weights * column([b.draws for b in branches], device)
+    weights = weights * torch.tensor([b.draws for b in branches], device=device)[:, None]
     sft_mask = stack([torch.full_like(b.sample.mask, b.imitate) for b in branches])
     sft_loss = -(logprobs * sft_mask).sum() / max(1, totals["sft_tokens"])
     clipped = is_clipped(*surrogate)
     return Terms(mask, logprobs, old, entropy, policy_loss(*surrogate), clipped, weights, sft_loss)
 
 
-def column(numbers: list[int], device: torch.device) -> torch.Tensor:
-    """[B, 1]: a number per response, to multiply its tokens by."""
-    return torch.tensor(numbers, dtype=torch.float32, device=device)[:, None]
-
-
 @torch.no_grad()
 def token_sums(branches: list[Branch], trees: Trees, t: Terms) -> dict[str, float]:
     """A micro-batch's sums for the metrics."""
-    draws = t.mask * column([b.draws for b in branches], t.mask.device)  # [B, R]
-    replays = t.mask * column([b.replays for b in branches], t.mask.device)
+    draws = t.mask * torch.tensor([b.draws for b in branches], device=t.mask.device)[:, None]  # [B, R]
+    replays = t.mask * torch.tensor([b.replays for b in branches], device=t.mask.device)[:, None]
     sums = {
         "loss": t.loss, "sft_loss": t.sft_loss,
         "entropy": (t.entropy * draws).sum(), "trained_tokens": draws.sum(),

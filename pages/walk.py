@@ -219,7 +219,8 @@ def loss_rows(policy: Policy, y: Sample, i: int, before, after) -> str:
     unsure = [t for t in range(len(y.tokens)) if before.logprobs[i, t] < SURE]
     said = pieces(policy, y.tokens)
     for t in unsure:
-        rho = [f"{x.ratio[i, t]:.3f}" if y.mask[t] else "" for x in (before, after)]
+        ratios = [(x.logprobs - x.old_logprobs)[i, t].exp() for x in (before, after)]
+        rho = [f"{ratio:.3f}" if y.mask[t] else "" for ratio in ratios]
         row = f"{before.logprobs[i, t]:10.3f}{rho[0]:>8}{before.losses[i, t]:9.3f}"
         row += f"{before.weights[i, t]:9.4f}{rho[1]:>13}{after.losses[i, t]:9.3f}"
         rows.append(f"{said[t]:13}{'' if y.mask[t] else 'forced':8}{row}")
