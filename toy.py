@@ -105,6 +105,9 @@ def level(name: str) -> Recipe:
     return Recipe(chances=tuple(map(int, name.split(","))))
 
 
+# ---------------------------------------------------------------------------- the world
+
+
 @dataclass
 class World:
     """One picture: `cells[i]` is the colour of cell i, `points_to[i]` the colour of its dot."""
@@ -237,6 +240,8 @@ def way(text: str) -> str:
         return "twice"
     return "fast" if text.startswith("Looks like") else "slow"
 
+
+# ---------------------------------------------------------------------------- the policy
 
 SPECIAL = "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad"
 SPECIAL = [f"<|{name}|>" for name in SPECIAL.split()]
