@@ -32,6 +32,7 @@ from itertools import chain
 from pathlib import Path
 
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from grading.choices import LETTERS, named, parse_choices, with_choices
 from reward import extract_answer
@@ -147,12 +148,12 @@ def load_pictures(question: Question) -> list[Image.Image]:
     return pictures
 
 
-def check_images(questions: list[Question], progress=iter) -> list[list[tuple]]:
+def check_images(questions: list[Question], show: bool = False) -> list[list[tuple]]:
     """Each question's picture sizes, (width, height). Raises UserError for the first broken picture."""
     with ThreadPoolExecutor() as pool:
         try:
             sizes = pool.map(lambda q: [picture.size for picture in load_pictures(q)], questions)
-            return list(progress(sizes))
+            return list(tqdm(sizes, "checking pictures", len(questions), leave=False, disable=not show))
         except UserError:
             pool.shutdown(cancel_futures=True)  # the others need not be decoded
             raise

@@ -248,11 +248,8 @@ def model_path(config: Config) -> str:
 def check_pictures(questions: list[Question]) -> dict[str, list[tuple]]:
     """Decode every picture once, each rank a share: {question id: picture sizes} of this rank's."""
     share = questions[parallel.rank() :: parallel.world()]
-
-    def bar_over(sizes):
-        return tqdm(sizes, "checking pictures", len(share), leave=False, disable=parallel.rank() > 0)
-
-    return dict(zip([q.id for q in share], parallel.agree(lambda: check_images(share, progress=bar_over))))
+    sizes = parallel.agree(lambda: check_images(share, show=parallel.rank() == 0))
+    return dict(zip([q.id for q in share], sizes))
 
 
 def drop_long_prompts(config: Config, policy: Policy, questions: list[Question], pictures: dict):

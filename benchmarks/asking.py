@@ -9,14 +9,12 @@ on a GPU, `--tensor N` ranks hold a slice each and answer the same questions tog
 
 What we do differently from the common kits: a response's randomness depends on the seed, the question
 and the sample's number alone, so a resumed run draws what the killed one would have drawn, whatever
-the number of rows and ranks; and responses made with other settings are never mixed in
-(OUT/NAME.run.json).
+the number of rows and ranks; and responses made with other settings are never mixed in.
 """
 
 import json
 import os
 import time
-from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -151,8 +149,7 @@ def ask(items: list[Item], answers: dict, settings: dict, config, file) -> None:
     policy = bring_policy(settings, config.tensor)
     policy.cuda_graphs = config.cuda_graphs
 
-    bar_over = partial(tqdm, total=len(items), desc="checking pictures", disable=RANK > 0, leave=False)
-    sizes = check_images([item.question for item in items], progress=bar_over)
+    sizes = check_images([item.question for item in items], show=RANK == 0)
     lengths = [
         prompt_length(policy, item.question, item.template or settings["template"], size)
         for item, size in zip(items, sizes, strict=True)
