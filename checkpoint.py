@@ -390,7 +390,4 @@ def check_same_run(run, directory: Path, trainer: dict) -> None:
 
 def explain_os_error(error: OSError | SafetensorError, directory: Path) -> UserError:
     """A full or read-only disk, said in one line."""
-    reason = str(error)
-    if isinstance(error, OSError):
-        reason = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
-    return UserError(f"--out {directory}: {reason}; choose another place or make room")
+    return UserError(f"--out {directory}: {error}; choose another place or make room")
