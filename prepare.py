@@ -68,7 +68,9 @@ def prepare(config: Config, grade: Grade | None = None, buffer: ReplayBuffer | N
     out, lock = run_folder(config)
     say(sources(config))
     questions, heldout = load_data(config)
-    checksum = data_checksum(questions + heldout) if questions else 0
+    # Of what is asked and what is right, in order: the order of the file decides that of training.
+    asked = json.dumps([(q.id, q.text, q.answer) for q in questions + heldout]) if questions else ""
+    checksum = zlib.crc32(asked.encode())
     # Before the model is loaded, which takes minutes.
     pictures = check_pictures(questions + heldout) if questions else {}
     model = model_path(config)
@@ -210,11 +212,6 @@ def load_data(config: Config) -> tuple[list[Question] | None, list[Question]]:
         none = f"{config.data}: of {len(everything)} questions none is left to train on"
         raise UserError(f"{none}; lower --heldout {config.heldout}, or widen --pass_rate_min and _max")
     return training, heldout
-
-
-def data_checksum(questions: list[Question]) -> int:
-    """Of what is asked and what is right, in order: the order of the file decides that of training."""
-    return zlib.crc32(json.dumps([(q.id, q.text, q.answer) for q in questions]).encode())
 
 
 def check_share(config: Config) -> None:
