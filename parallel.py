@@ -172,14 +172,11 @@ def barrier() -> None:
 def shard(
     policy: Policy, device: torch.device, over: str = "world", offload: bool = False, precision: str = "auto"
 ) -> Policy:
-    """Move to the device; where there is a process group, split over it.
+    """Move to the device; where there is a process group, split over it, as config.py's flags say.
 
-    over       "world" splits over all ranks; "node" splits within a node and keeps a copy on each
-               (hybrid sharding: gathers stay on the fast links, gradients are averaged across nodes)
-    offload    keep weights, gradients and optimiser state in the host's memory between uses
-    precision  "bf16": layers are gathered and computed in bf16; weights that train, their reduced
-               gradients and Adam's moments are fp32, since an update of 1e-6 vanishes in bf16. Frozen
-               weights are bf16. "fp32": everything. "auto": bf16 on a GPU
+    Within a node (hybrid sharding) gathers stay on the fast links, and gradients are averaged across nodes.
+    In bf16 layers are gathered and computed; weights that train, their reduced gradients and Adam's moments
+    are fp32, since an update of 1e-6 vanishes in bf16. Frozen weights are bf16.
 
     Units: the vision tower (one gather, as it is small), each decoder layer, and the rest: embedding, last
     norm and head, which the first and the last operation need. A policy on the meta device gets memory for
