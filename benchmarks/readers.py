@@ -266,8 +266,7 @@ def megabench(row: dict) -> Item:
     """TIGER-Lab/MEGA-Bench core: 440 tasks, each with its own metrics (mega.py).
 
     Every column is text; dicts and lists are printed. Media are relative paths, in the order of the
-    placeholders in description, example and query. The headline is the unweighted mean over tasks;
-    a task with any unsupported metric is left out entirely.
+    placeholders in description, example and query.
     """
     task = row["task_name"]
     info, answer = literal(row["metric_info"]), literal(row["answer"])

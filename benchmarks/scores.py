@@ -244,8 +244,7 @@ def label(name: str, items: list[Item], left_out: list[Item]) -> str:
     n, size = len(items) + len(left_out), BENCHMARKS[name].size
     tasks, out = ({item.stratum for item in part} for part in (items, left_out))
     what = {
-        "megabench": f"core ({len(tasks)}/{len(tasks | out)} tasks, {len(items)}/{n} samples), "
-        "bold and fenced answers count (the official parser misses some)",
+        "megabench": f"core ({len(tasks)}/{len(tasks | out)} tasks, {len(items)}/{n} samples)",
         "mmmu_pro": " + ".join(sorted(tasks)),
         "mathverse": "rule-based",
     }
