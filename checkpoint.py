@@ -215,9 +215,10 @@ def digests(directory: Path) -> dict[str, str]:
 
 def find_damage(directory: Path) -> str | None:
     """What is not as `save_run` wrote it, in words. All ranks must ask."""
-    if not (directory / SUMS).is_file():
-        return f"{directory / SUMS} is missing"
-    lines = (directory / SUMS).read_text(errors="replace").splitlines()
+    path = directory / SUMS
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    if not lines:
+        return f"{path} is missing or empty"
     found = digests(directory)
     for digest, _, name in (line.partition("  ") for line in lines):
         if found.get(name) != digest:
@@ -381,7 +382,7 @@ def check_same_run(run, directory: Path, trainer: dict) -> None:
         raise UserError(f"{directory}: {reasons[0]}; {how}")
     if trainer["step"] > run.total_steps:
         raise UserError(f"--steps {run.total_steps}: {directory} is further already; raise it")
-    changed = [k for k, v in before.items() if k not in HARMLESS and v != now.get(k, v)]
+    changed = [k for k, v in before.items() if k not in HARMLESS and v != now.get(k)]  # or gone
     if parallel.rank() == 0:
         tqdm.write(f"resuming {directory}")
         if changed:

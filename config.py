@@ -140,6 +140,9 @@ def parse(argv: list[str]) -> Config:
         raise UserError("--train_vision true: --lora_rank trains the decoder's adapters alone; drop one")
     if config.steps == 0 and config.data == "toy":
         raise UserError("--steps 0 passes over a data file: give --data FILE, or --steps N")
+    if config.rethink_min_tokens > config.rethink_max_tokens:
+        window = f"--rethink_min_tokens {config.rethink_min_tokens}"
+        raise UserError(f"{window} is above --rethink_max_tokens {config.rethink_max_tokens}; lower it")
     responses = config.episode_queries * config.group_size
     if responses % config.batch_size:
         product = f"--episode_queries {config.episode_queries} x --group_size {config.group_size}"

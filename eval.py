@@ -136,7 +136,7 @@ def find_model(config: Config) -> str:
             f"--benchmark {config.benchmark}: give a --model, a directory or hub id (the toy policy knows "
             "only the toy world)"
         )
-    found = [path.parent for path in Path("runs").glob("*/checkpoint-*/trainer.json")]
+    found = [path.parent for path in Path("runs").glob("*/checkpoint-*[0-9]/trainer.json")]
     found = [path for path in found if trainer_config(str(path)).get("data") == "toy"]
     if found and not config.model:
         return str(max(found, key=lambda path: path.stat().st_mtime))

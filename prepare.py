@@ -123,7 +123,7 @@ def own_reward(config: Config, grade: Grade | None) -> Grade | None:
     def guarded(text: str, question: Question) -> float:
         try:
             value = float(grade(text, question))
-        except Exception as error:  # whatever the user's function does wrong
+        except (Exception, SystemExit) as error:  # whatever the user's function does wrong
             at = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{at.filename}:{at.lineno}, question {question.id}"
             raise UserError(f"--reward {config.reward}: {type(error).__name__}: {error} ({where})") from error
@@ -145,7 +145,7 @@ def load_reward(place: str) -> Grade | None:
     sys.path.insert(0, folder)  # for what the file imports
     try:
         grade = runpy.run_path(path).get(name)
-    except Exception as error:  # noqa: BLE001, whatever the user's file does wrong
+    except (Exception, SystemExit) as error:  # noqa: BLE001, whatever the user's file does wrong
         raise UserError(f"--reward {place}: {type(error).__name__}: {error}") from None
     finally:
         sys.path.remove(folder)
@@ -255,11 +255,12 @@ def drop_long_prompts(config: Config, policy: Policy, questions: list[Question],
     too_long = [q.id for q in mine if prompt_length(policy, q, config.template, pictures[q.id]) > limit]
     too_long = set(parallel.gather(too_long))
     if too_long:
-        counts = f"{len(too_long)} of {len(questions)}"
-        say(f"dropped {counts} questions: prompts over --max_prompt_tokens {limit}")
+        say(
+            f"dropped {len(too_long)} of {len(questions)} questions: prompts over --max_prompt_tokens {limit}"
+        )
     if questions and len(too_long) == len(questions):
         how = "raise it or lower --max_pixels"
-        raise UserError(f"--max_prompt_tokens {limit}: every prompt is longer; {how}")
+        raise UserError(f"--max_prompt_tokens {limit}: all {len(questions)} prompts are longer; {how}")
     return [q for q in questions if q.id not in too_long]
 
 

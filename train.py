@@ -25,6 +25,7 @@ import os
 # cores. Spinning, the default, is several times slower beside one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import contextlib
 import math
 import random
 import sys
@@ -163,9 +164,9 @@ def keep_second_looks(c: Config, groups: list[list[Sample]]) -> tuple[list[list[
 
 def count_responses(groups: list[list[Sample]]) -> Counter:
     """Counts over an episode's first looks, as they were sampled."""
-    counts = Counter(effective=sum(any(map(is_effective, group)) for group in groups))
+    counts = Counter(questions=len(groups), effective=sum(any(map(is_effective, group)) for group in groups))
     for sample in chain(*groups):
-        counts.update(rewards=sample.reward, truncated=sample.finish == "length")
+        counts.update(responses=1, rewards=sample.reward, truncated=sample.finish == "length")
         counts.update(response_tokens=len(sample.tokens), **unforced_look(sample, sample.right))
     return counts
 
@@ -465,7 +466,13 @@ def train(run: Run, record: Recorder) -> None:
         while run.step < run.total_steps:
             if not run.fresh:
                 start = time.perf_counter()
-                begin_episode(run, record)
+                try:
+                    begin_episode(run, record)
+                except UserError:  # met by all ranks: a reward that fails, a picture that is gone
+                    with contextlib.suppress(UserError):  # ruined weights are not saved
+                        if run.step:
+                            checkpoint.save_run(run)
+                    raise
                 steps = len(run.fresh) // c.batch_size
                 sampling_seconds = (time.perf_counter() - start) / steps
             row = train_step(run, sampling_seconds)

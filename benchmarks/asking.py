@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks import scores
 from benchmarks.readers import Item
 from config import MAX_PIXELS, MIN_PIXELS, Config
-from data import UserError, check_images, read_json, read_jsonl
+from data import TEMPLATES, UserError, check_images, read_json, read_jsonl
 from record import seal, write_atomically
 
 PATIENCE = 3600  # seconds that rank 0 waits for one more answer of the others
@@ -52,7 +52,10 @@ def made_with(config, name: str) -> dict:
     if name == "own":  # own questions are asked as in training
         trained = trainer_config(config.model)
         defaults = {key: trained.get(key, value) for key, value in PAPER.items()}
-    return settings | {key: getattr(config, key) or value for key, value in defaults.items()}
+    settings |= {key: getattr(config, key) or value for key, value in defaults.items()}
+    if settings["template"] not in TEMPLATES:
+        raise UserError(f"{config.model}: its template {settings['template']!r} is unknown; give --template")
+    return settings
 
 
 def claim(out: Path, name: str, settings: dict) -> None:

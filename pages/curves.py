@@ -51,11 +51,12 @@ def axis(low: float, high: float) -> list[float]:
 
     >>> axis(0.02, 0.97), axis(0.93, 0.99), axis(0.001, 0.037)
     ([0.0, 0.5, 1.0], [0.92, 0.94, 0.96, 0.98, 1.0], [0.0, 0.02, 0.04])
-    >>> axis(0, 0), axis(-3, 1)
-    ([0.0, 1.0], [-4.0, -2.0, 0.0, 2.0])
+    >>> axis(0, 0), axis(-3, 1), axis(0.5, 0.5000001)
+    ([0.0, 1.0], [-4.0, -2.0, 0.0, 2.0], [0.0, 0.2, 0.4, 0.6])
     """
-    if 0 <= low < 0.6 * high or low == high:
-        low = min(0.0, low)
+    alike = high - low < 1e-3 * max(abs(low), abs(high))  # as labels of three digits are
+    if alike or 0 <= low < 0.6 * high:
+        low, high = min(0.0, low), max(0.0, high)
     if low == high:
         return [0.0, 1.0]
     least = (high - low) / 3.5

@@ -262,6 +262,8 @@ def test_a_checkpoint_of_another_model_or_version_or_that_lacks_a_part_is_named(
     save_file({name: x for name, x in tensors.items() if "layers.1." not in name}, state)
     sign()
     assert "another model" in refused(capsys, base, out)
+    (directory / checkpoint.SUMS).write_text("")
+    assert f"{checkpoint.SUMS} is missing or empty" in refused(capsys, base, out)
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(base, tmp_path, capsys):

@@ -49,6 +49,7 @@ FLAGS = {
     "--temperature 0": "--temperature 0.*at least 0.01",
     "--lora_rank 4 --train_vision true": "--train_vision true.*--lora_rank",
     "--episode_queries 3 --group_size 8 --batch_size 16": "--batch_size 16.*_queries 3.*_size 8 = 24",
+    "--rethink_min_tokens 9 --rethink_max_tokens 8": "min_tokens 9 is above.*max_tokens 8; lower it",
     "--data file.jsonl": "file.jsonl.*--model",
     "eval --benchmark mmlu": "no such benchmark; there are toy, own, mathvista",
     "eval --benchmark mmmu --data no/such/place --model x": "no such file",

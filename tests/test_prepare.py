@@ -68,6 +68,7 @@ def rewards(tmp_path):
         "def length(text, question): return len(text) / 100\n"
         "def crash(text, question): return question.choices[7]\n"
         "def never(text, question): return float('nan')\n"
+        "def leaves(text, question): raise SystemExit(0)\n"
     )
     path.with_name("borrows.py").write_text("from mine import crash\n")
     return path
@@ -80,6 +81,7 @@ def rewards(tmp_path):
         ("borrows.py:crash", r"IndexError.*mine.py:2, question q"),  # of a file beside it
         ("mine.py:missing", "has no function missing"),
         ("mine.py:never", "nan for question q; make it finite"),
+        ("mine.py:leaves", r"SystemExit.*mine.py:4, question q"),
     ],
 )
 def test_a_mistake_in_a_reward_is_one_line(rewards, place, message):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from checkpoint import list_checkpoints
 from config import parse
 from data import UserError, load_questions
 from model import encode, load_policy
+from record import step_metrics
 from rethink import TRIGGERS
 
 # What other tools may count on in a line of metrics.jsonl.
@@ -66,6 +68,14 @@ def test_sampling_and_training_agree_and_counts_of_second_looks_add_up(finished)
         assert 6 < row["rethink_attempted"] < 26  # half of 32; some run into the limit
         assert row["rethink_kept"] <= row["rethink_wrong_right"] + row["rethink_right_right"]
         assert row["rethought"] == row["rethink_kept"] / 32 and 0 < row["prompt_share"] < 1
+
+
+def test_metrics_are_of_the_episode_that_was_sampled_whatever_the_flags_say_since():
+    """As where a run is resumed within an episode with another --group_size."""
+    counts = {"questions": 2, "responses": 8, "rewards": 4, "effective": 1, "response_tokens": 80}
+    run = SimpleNamespace(config=parse([]), counts=counts, step=0, episode=1)
+    row = step_metrics(run, [], Counter())
+    assert (row["reward"], row["effective_queries"], row["response_length"]) == (0.5, 0.5, 10)
 
 
 def test_samples_show_pictures_and_tell_forced_text_from_sampled(finished):
@@ -209,6 +219,22 @@ def test_an_own_reward_trains_and_the_rule_measures(base, tmp_path):
     assert json.loads((argument / "config.json").read_text())["reward"].startswith("test_train:")
 
 
+def test_a_reward_that_fails_late_loses_no_step(base, tmp_path, capsys):
+    calls = []
+
+    def fails_in_the_second_episode(text, question):
+        calls.append(text)
+        if len(calls) > 40:
+            raise ValueError("no such file")
+        return len(text) % 2
+
+    argv = flags(base, tmp_path, steps=8, save_every=100, heldout=0, rethink_fraction=0)
+    assert train.main(argv, grade=fails_in_the_second_episode) == 2
+    assert "no such file" in capsys.readouterr().err
+    done = len(steps_of(tmp_path))
+    assert done > 0 and [p.name for p in list_checkpoints(tmp_path)] == [f"checkpoint-{done}"]
+
+
 # ---------------------------------------------------------------------------- replay
 
 
@@ -349,7 +375,7 @@ def test_long_prompts_are_dropped_and_counted_never_cut(base, questions_file, tm
     run = prepared(base, tmp_path / "short", questions_file, heldout=0, max_prompt_tokens=limit)
     assert {question.id for question in run.questions} == lengths.keys() - {"q1"}
     assert "dropped 1 of 10 questions" in capsys.readouterr().out
-    with pytest.raises(UserError, match="every prompt is longer"):
+    with pytest.raises(UserError, match="prompts are longer"):
         prepared(base, tmp_path / "none", questions_file, heldout=0, max_prompt_tokens=3)
 
 
