@@ -260,7 +260,7 @@ def map_figure(cells: dict) -> str:
             if any(rows.values()):
                 head = f"{title}, {updates} updates"
                 panels += study_figures.over_share(left, head, rows, (min(0, *bounds), max(0, *bounds)))
-            left += 245
+                left += 245
     colours = dict(zip(list(PLAIN)[1:], study_figures.COLOURS[1:]))
     note = "minus plain, over the share of effective questions of plain in the later half; 95 % intervals"
     return study_figures.card(panels, colours, note)
