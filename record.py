@@ -123,7 +123,7 @@ def write_config(out: Path, config) -> None:
 def step_metrics(run, branches: list, numbers: Counter) -> dict:
     """A step's line of metrics.jsonl: `branches` were trained on, `numbers` came of it (train.update)."""
     c, counts = run.config, Counter(run.counts)
-    responses = counts["responses"]  # not by the flags: they may have changed when a run was resumed
+    responses = max(1, counts["responses"])  # not by the flags: they may have changed when a run was resumed
     draws, tokens = sum(b.draws for b in branches), max(1, numbers["tokens"])
     replayed = sum(b.replays for b in branches)
     age = sum((run.step - b.sample.step) * b.replays for b in branches)
@@ -133,7 +133,7 @@ def step_metrics(run, branches: list, numbers: Counter) -> dict:
     return {
         "step": run.step + 1, "episode": run.episode,
         "reward": counts["rewards"] / responses,
-        "effective_queries": counts["effective"] / counts["questions"],
+        "effective_queries": counts["effective"] / max(1, counts["questions"]),
         "replayed": replayed / max(1, draws), "replay_age": age / max(1, replayed),
         "replay_ess": effective_sample_size([b.replays for b in branches]),
         "batch_responses": draws,
