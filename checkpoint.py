@@ -382,7 +382,8 @@ def check_same_run(run, directory: Path, trainer: dict) -> None:
         raise UserError(f"{directory}: {reasons[0]}; {how}")
     if trainer["step"] > run.total_steps:
         raise UserError(f"--steps {run.total_steps}: {directory} is further already; raise it")
-    changed = [k for k, v in before.items() if k not in HARMLESS and v != now.get(k)]  # or gone
+    # A flag that this version does not have counts as changed.
+    changed = [k for k, v in before.items() if k not in HARMLESS and v != now.get(k)]
     if parallel.rank() == 0:
         tqdm.write(f"resuming {directory}")
         if changed:

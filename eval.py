@@ -136,12 +136,13 @@ def find_model(config: Config) -> str:
             f"--benchmark {config.benchmark}: give a --model, a directory or hub id (the toy policy knows "
             "only the toy world)"
         )
-    found = [path.parent for path in Path("runs").glob("*/checkpoint-*[0-9]/trainer.json")]
+    import checkpoint  # late: both import torch
+    import toy
+
+    found = [path for run in Path("runs").glob("*") for path in checkpoint.list_checkpoints(run)]
     found = [path for path in found if trainer_config(str(path)).get("data") == "toy"]
     if found and not config.model:
         return str(max(found, key=lambda path: path.stat().st_mtime))
-    import toy
-
     return str(toy.toy_policy_dir(toy.LEVELS["easy"]))
 
 

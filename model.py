@@ -183,7 +183,7 @@ class Policy(nn.Module):
             more = -input_ids.shape[1] % 8
             input_ids, position_ids = F.pad(input_ids, (0, more)), F.pad(position_ids, (0, more))
         pixels, grids = join_pictures(prompts)
-        x, deeper = self.embed(input_ids.to(device), pixels if pixels is None else pixels.to(device), grids)
+        x, deeper = self.embed(input_ids.to(device), None if pixels is None else pixels.to(device), grids)
         hidden = self.decoder(x, position_ids.to(device), attend, deeper)  # [N, P, D]
         last = torch.tensor([len(p.input_ids) - 1 for p in prompts], device=device)
         return hidden[torch.arange(len(prompts), device=device), last], keys, values

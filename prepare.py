@@ -255,9 +255,8 @@ def drop_long_prompts(config: Config, policy: Policy, questions: list[Question],
     too_long = [q.id for q in mine if prompt_length(policy, q, config.template, pictures[q.id]) > limit]
     too_long = set(parallel.gather(too_long))
     if too_long:
-        say(
-            f"dropped {len(too_long)} of {len(questions)} questions: prompts over --max_prompt_tokens {limit}"
-        )
+        counts = f"{len(too_long)} of {len(questions)}"
+        say(f"dropped {counts} questions: prompts over --max_prompt_tokens {limit}")
     if questions and len(too_long) == len(questions):
         how = "raise it or lower --max_pixels"
         raise UserError(f"--max_prompt_tokens {limit}: all {len(questions)} prompts are longer; {how}")

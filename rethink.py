@@ -95,10 +95,14 @@ def second_start(sample) -> int:
     return int((~sample.mask).nonzero()[-1]) + 1
 
 
+def second_length(sample) -> int:
+    """Tokens of y2."""
+    return len(sample.tokens) - second_start(sample)
+
+
 def is_kept(c: Config, sample) -> bool:
     """A second look is kept if it ended by itself, is right, and is neither too short nor too long."""
-    length = len(sample.tokens) - second_start(sample)
-    in_window = c.rethink_min_tokens <= length <= c.rethink_max_tokens
+    in_window = c.rethink_min_tokens <= second_length(sample) <= c.rethink_max_tokens
     return sample.finish == "stop" and sample.right and in_window
 
 
@@ -129,7 +133,7 @@ def merge_rethought(c: Config, groups: list[list]) -> tuple[list[list], Counter]
             if again := first.second_look:
                 again.first_right = first.right
                 counts[outcome(first.right, again.answered, again.right)] += 1
-                counts.update(attempted=1, tokens=len(again.tokens) - second_start(again))
+                counts.update(attempted=1, tokens=second_length(again))
                 if room and is_kept(c, again):
                     group[g], room = again, room - 1
                     counts["kept"] += 1

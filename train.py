@@ -323,18 +323,23 @@ def token_terms(run: Run, branches: list[Branch], trees: Trees, totals: Counter)
     advantages = torch.tensor([b.sample.advantage for b in branches], device=device)  # [B]
     surrogate = (logprobs, old, advantages, mask, c.clip_low, c.clip_high)
     weights = token_weights(mask, c.average, max(1, totals["tokens"]), max(1, totals["responses"]))
-    weights = weights * torch.tensor([b.draws for b in branches], device=device)[:, None]
+    weights = weights * column([b.draws for b in branches], device)
     sft_mask = stack([torch.full_like(b.sample.mask, b.imitate) for b in branches])
     sft_loss = -(logprobs * sft_mask).sum() / max(1, totals["sft_tokens"])
     clipped = is_clipped(*surrogate)
     return Terms(mask, logprobs, old, entropy, policy_loss(*surrogate), clipped, weights, sft_loss)
 
 
+def column(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """[B, 1]: a number per response, to multiply its tokens by."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)[:, None]
+
+
 @torch.no_grad()
 def token_sums(branches: list[Branch], trees: Trees, t: Terms) -> dict[str, float]:
     """A micro-batch's sums for the metrics."""
-    draws = t.mask * torch.tensor([b.draws for b in branches], device=t.mask.device)[:, None]  # [B, R]
-    replays = t.mask * torch.tensor([b.replays for b in branches], device=t.mask.device)[:, None]
+    draws = t.mask * column([b.draws for b in branches], t.mask.device)  # [B, R]
+    replays = t.mask * column([b.replays for b in branches], t.mask.device)
     sums = {
         "loss": t.loss, "sft_loss": t.sft_loss,
         "entropy": (t.entropy * draws).sum(), "trained_tokens": draws.sum(),
@@ -428,6 +433,11 @@ def measurement_due(run: Run) -> bool:
     return bool(run.heldout and due and run.measured < run.step)
 
 
+def checkpoint_due(run: Run) -> bool:
+    """Whether a step ends with a checkpoint: every `save_every` steps, unless its gradient was not finite."""
+    return run.not_finite == 0 and run.step % run.config.save_every == 0
+
+
 # ---------------------------------------------------------------------------- the loop
 
 
@@ -469,8 +479,8 @@ def train(run: Run, record: Recorder) -> None:
                 try:
                     begin_episode(run, record)
                 except UserError:  # met by all ranks: a reward that fails, a picture that is gone
-                    with contextlib.suppress(UserError):  # ruined weights are not saved
-                        if run.step:
+                    if not checkpoint_due(run):  # else it is there already, or nothing is done yet
+                        with contextlib.suppress(UserError):  # ruined weights are not saved
                             checkpoint.save_run(run)
                     raise
                 steps = len(run.fresh) // c.batch_size
@@ -482,7 +492,7 @@ def train(run: Run, record: Recorder) -> None:
             ruined = run.not_finite >= STOP_AFTER
             stop = ruined or any(parallel.gather([run.interrupted]))
             # Before measuring: should that fail, nothing computed is lost.
-            if stop or run.step == run.total_steps or (run.not_finite == 0 and run.step % c.save_every == 0):
+            if stop or run.step == run.total_steps or checkpoint_due(run):
                 checkpoint.save_run(run)
             if ruined:
                 what = f"step {run.step}: {STOP_AFTER} gradients in a row were not finite"

@@ -375,7 +375,7 @@ def test_long_prompts_are_dropped_and_counted_never_cut(base, questions_file, tm
     run = prepared(base, tmp_path / "short", questions_file, heldout=0, max_prompt_tokens=limit)
     assert {question.id for question in run.questions} == lengths.keys() - {"q1"}
     assert "dropped 1 of 10 questions" in capsys.readouterr().out
-    with pytest.raises(UserError, match="prompts are longer"):
+    with pytest.raises(UserError, match="all 10 prompts are longer"):
         prepared(base, tmp_path / "none", questions_file, heldout=0, max_prompt_tokens=3)
 
 
