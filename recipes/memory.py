@@ -169,9 +169,10 @@ def main() -> None:
     phases = "sampling, GB | measuring, GB | updating, GB"
     print(f"| recipe | model | GPUs | {phases} | card, GB |\n|---|---|---|---|---|---|---|")
     for path in sorted(FOLDER.glob("*.sh")):
-        for size, gpus, card, c in [] if "toy" in path.stem else training(path.stem):
-            found = peaks(plan.build(size), gpus, c)
-            show(path.stem, size, gpus, *in_gb(found), card)
+        stages = [] if "toy" in path.stem else training(path.stem)
+        rows = [(size, gpus, *in_gb(peaks(plan.build(size), gpus, c)), card) for size, gpus, card, c in stages]
+        for row in dict.fromkeys(rows):  # stages that need the same are shown once
+            show(path.stem, *row)
     print(f"\n| model | trained | GPUs | {phases} | smallest card |\n|---|---|---|---|---|---|---|")
     for size in plan.SHAPES:
         for kind, changes in KINDS.items():
