@@ -12,7 +12,7 @@ from data import TEMPLATES, UserError
 # The architectures that `model.load_policy` takes; tests hold each of them against transformers.
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 MIN_PIXELS, MAX_PIXELS = 256 * 28 * 28, 1280 * 28 * 28  # the paper's; 28 x 28 are a visual token
-SIZE = (1 << 31) - 1  # no number is larger: sizes of tensors, seeds, and well within float32
+SIZE = (1 << 31) - 1  # bound of every number: it fits int32, and is finite in float32
 
 
 def flag(default, help: str, choices: tuple | None = None, low=-SIZE, high=SIZE):
@@ -22,7 +22,7 @@ def flag(default, help: str, choices: tuple | None = None, low=-SIZE, high=SIZE)
 
 @dataclass
 class Config:
-    preset: str = flag("toy", "defaults to start from; own: with --data", ("toy", "own", "7b", "72b"))
+    preset: str = flag("toy", "defaults to start from; with --data: own", ("toy", "own", "7b", "72b"))
     model: str = flag("toy", "toy, a directory, or a hub id of a Qwen-VL: 2, 2.5 or 3")
     data: str = flag("toy", "toy, or a .parquet, .jsonl or .csv file, laid out as in data.py")
     toy_level: str = flag("easy", "easy, hard, inverse, or chances of 1, 2, ... steps, such as 8,0,0,0,1")
@@ -30,7 +30,7 @@ class Config:
     pass_rate_column: str = flag("", "select questions by this column, such as PassRate_7BBase")
     pass_rate_min: float = flag(0.01, "lowest pass rate kept [P: non-zero pass@8]")
     pass_rate_max: float = flag(1.0, "highest pass rate kept")
-    heldout: int = flag(None, "not trained on; default: 128, a tenth of a smaller file", low=0, high=100_000)
+    heldout: int = flag(None, "held out; default: 128, or a tenth of a smaller file", low=0, high=100_000)
     template: str = flag("bare", "prompt [P: plain in stage 1, rethink in stage 2]", tuple(TEMPLATES))
     min_pixels: int = flag(0, "smallest area of a picture; 0: the checkpoint's [C: 256 visual tokens]", low=0)
     max_pixels: int = flag(0, "largest area of a picture; 0: the checkpoint's [C: 1280 visual tokens]", low=0)
@@ -39,7 +39,7 @@ class Config:
     out: str = flag("", "directory of the run; default: runs/PRESET, numbered if taken")
     steps: int = flag(60, "optimiser steps; 0: `passes` over the data", low=0, high=10_000_000)
     passes: int = flag(3, "passes over the data when steps is 0 [P: at most 3]", low=1, high=1_000_000)
-    seed: int = flag(0, "all randomness is a function of (seed, step, question, response)")
+    seed: int = flag(0, "of all randomness; a response depends on (seed, step, question, its number)")
     save_every: int = flag(50, "steps between checkpoints; the last step always writes one", low=1)
     keep_last: int = flag(2, "checkpoints kept", low=1)
     eval_every: int = flag(20, "steps between measurements on held-out questions; 0: first and last", low=0)
@@ -64,7 +64,7 @@ class Config:
 
     train_vision: bool = flag(True, "train the vision tower too [C: true]; with --lora_rank it is frozen")
     lora_rank: int = flag(0, "train adapters of this rank in place of weights; 0: all weights", low=0)
-    lora_alpha: float = flag(32.0, "reach of the adapters' updates: they are scaled by alpha / rank", low=0)
+    lora_alpha: float = flag(32.0, "adapters' updates are scaled by lora_alpha / lora_rank", low=0)
     precision: str = flag("auto", "bf16: with weights in fp32; auto: bf16 on a GPU", ("auto", "bf16", "fp32"))
     shard: str = flag("world", "over all ranks, or within a node with a copy on each", ("world", "node"))
     tensor: int = flag(1, "ranks of a node that sample together, each with 1/N of every layer", low=1)

@@ -16,8 +16,9 @@ A page read by G rows has G *parts*; the `table` of `Cache.lay_out` says which p
 looks at no value and writes in place, so that a GPU can replay it as a whole (`as_cuda_graph`). rollout.py
 decides which rows are decoded, and when they end.
 
-Letters: N prompts, B rows, M pages, L tokens of a page, C parts of a row, H key-value heads, g query heads
-per key-value head, P prompt tokens, d features per head, D features, V vocabulary.
+Letters: N prompts, G responses per question, B rows, M pages, L tokens of a page, C parts of a row, H
+key-value heads, g query heads per key-value head, h = H g, P prompt tokens, d features per head, D features,
+V vocabulary.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Pages:
     """Keys and values of M pages, a tensor per layer. Page 0 is nobody's: ended rows write there."""
 
     def __init__(self, like: list[torch.Tensor], size: int, enough: int):
-        """size  tokens of a page;  enough  pages, most of the time"""
+        """size  tokens of a page;  enough  how many pages usually suffice"""
         self.k, self.v = ([x.new_zeros(1, x.shape[1], size, x.shape[3]) for x in like] for _ in "kv")
         self.size, self.enough = size, enough
         self.free: list[int] = []
@@ -57,7 +58,7 @@ class Pages:
                 tensors[i] = change(tensor)
 
     def take(self, count: int) -> list[int]:
-        """Free pages. Where there are too few, a quarter more are made, and less beyond `enough`:
+        """Take `count` pages. If too few are free, a quarter more are made, and less beyond `enough`:
         a GPU has to record its step anew for every size."""
         if count > len(self.free):
             spare = min(len(self) // 4, self.enough - len(self))
@@ -87,7 +88,7 @@ class Pages:
 class Group:
     """A question under way."""
 
-    n: int  # which one
+    n: int  # the index of its prompt
     prompt: Prompt
     key: str  # of its randomness
     pages: list[int] = field(default_factory=list)
@@ -216,7 +217,7 @@ def decode_step(policy: Policy, cache: Cache, tokens, positions, at) -> torch.Te
     """
     pages = cache.responses
     x = policy.text_model.embed_tokens(tokens)[:, None]  # [B, 1, D]
-    table, owner, start, prompt_bias = cache.layout.values()
+    table, owner, start, prompt_bias = (cache.layout[name] for name in ("table", "owner", "start", "bias"))
     shared = len(cache.prompts) * cache.group_size
     part = table.gather(1, cache.longest + at[:, None] // pages.size)[:, 0]
     page, slot = (part - shared).clamp(min=0), at % pages.size  # [B] where its keys and values go
@@ -264,7 +265,7 @@ def attend_page(q, k, v, bias) -> tuple[torch.Tensor, torch.Tensor]:
     """(attention within a page [M, H, r, d], log sum exp of its scores [M, H, r]) of r queries, in fp32."""
     scores = product(q, k.mT).add_(bias)
     top = scores.amax(-1, keepdim=True)
-    # What lies 80 below adds nothing in float64 either; where exp underflows it is slow on a CPU.
+    # exp(-80) is lost beside 1 even in float64; where exp underflows it is slow on a CPU.
     weights = scores.sub_(top).clamp_(min=-80).exp_()
     total = weights.sum(-1, keepdim=True)
     return product(weights.to(v.dtype), v).div_(total), (top + total.log())[..., 0]

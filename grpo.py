@@ -93,7 +93,7 @@ def token_weights(mask: torch.Tensor, average: str, tokens: int, responses: int)
     mask                [B, R] of a micro-batch
     tokens, responses   counted over the whole optimiser batch, all micro-batches and ranks
 
-    The weights of a whole batch sum to 1, so a sum of weighted losses is the mean.
+    Times each response's draws, the weights of a whole batch sum to 1: a sum of weighted losses is the mean.
 
     >>> token_weights(torch.tensor([[True, True], [True, False]]), "sequence", 3, 2)
     tensor([[0.2500, 0.2500],
@@ -116,7 +116,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [..., m, k] @ b [..., k, n], summed and kept in fp32 (float64 stays) where a and b are bf16.
 
     Qwen's keys carry biases of hundreds: scores rounded to bf16 lose what tells two keys apart. So do
-    logits of 16 to 32, which bf16 knows to an eighth.
+    logits of 16 to 32, where neighbouring bf16 values are 1/8 apart.
     """
     if a.dtype in (torch.float32, torch.float64):
         return a @ b

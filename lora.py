@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): train a thousandth of the weights.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): train half a percent as many numbers as there are weights.
 
 A weight matrix W [out, in] that is fine-tuned moves by some dW, and dW turns out to need few
 directions. So W is frozen and its movement is written as a product of two thin matrices:

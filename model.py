@@ -64,10 +64,10 @@ class Sample:
     tokens: torch.Tensor  # [R], EOS included where the policy sampled it
     logprobs: torch.Tensor  # [R], under the policy that sampled them; where forced, not meaningful
     mask: torch.Tensor  # [R], True = sampled by the policy, False = forced
-    text: str
+    text: str  # of a second look: y1, the trigger and y2
     finish: str  # "stop" (EOS) or "length" (reached the limit)
     answered: bool = False  # does it hold a box of its own? A second look must: y1's does not count
-    right: bool = False  # by the rule: the last box holds the answer
+    right: bool = False  # by the rule: the last box holds the answer; of a second look, the last box of y2
     reward: float = 0.0  # 1 where it is right, else 0; or what the run's own reward says
     advantage: float = 0.0
     step: int = 0  # optimiser step at which it was sampled
@@ -315,10 +315,10 @@ def load_policy(
         return policy
     except Exception as error:  # noqa: BLE001, damaged files make transformers raise whatever comes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if list(directory.glob("checkpoint-*")):
-            reason = "a run's folder: give one of its checkpoint-STEP"
-        elif not isinstance(error, UserError):
+        if not isinstance(error, UserError):
             reason = f"the checkpoint cannot be read ({reason})"
+            if list(directory.glob("checkpoint-*")):
+                reason = "a run's folder: give one of its checkpoint-STEP"
         raise UserError(f"--model {path}: {reason}") from None
 
 

@@ -5,8 +5,8 @@ Everything the user can get wrong is found here and reported in one line, before
 
 import contextlib
 import hashlib
-import itertools
 import json
+import math
 import runpy
 import shutil
 import signal
@@ -68,7 +68,7 @@ def prepare(config: Config, grade: Grade | None = None, buffer: ReplayBuffer | N
     out, lock = run_folder(config)
     say(sources(config))
     questions, heldout = load_data(config)
-    # Of what is asked and what is right, in order: the order of the file decides that of training.
+    # Of ids, texts and answers in the order of the file, which decides the order of training.
     asked = json.dumps([(q.id, q.text, q.answer) for q in questions + heldout]) if questions else ""
     checksum = zlib.crc32(asked.encode())
     # Before the model is loaded, which takes minutes.
@@ -141,21 +141,19 @@ def load_reward(place: str) -> Grade | None:
     path, _, name = place.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
         raise UserError(f"--reward {place}: must be FILE.py:NAME")
-    folder = str(Path(path).parent)
-    sys.path.insert(0, folder)  # for what the file imports
+    sys.path.append(str(Path(path).parent))  # for what the file imports, now or when it is called
     try:
         grade = runpy.run_path(path).get(name)
     except (Exception, SystemExit) as error:  # noqa: BLE001, whatever the user's file does wrong
         raise UserError(f"--reward {place}: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.remove(folder)
     if not callable(grade):
         raise UserError(f"--reward {place}: {path} has no function {name}")
     return grade
 
 
 def check_room(out: Path, policy: Policy, checkpoints: int) -> None:
-    """Raise UserError where the disk cannot hold them: fp32 weights that train, moments, the hub's copy."""
+    """Raise UserError where the disk cannot hold so many checkpoints: of each trained weight 12 bytes (in
+    fp32, and its two moments), and the hub's copy."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     copy = policy.compute_dtype.itemsize * sum(p.numel() for p in policy.parameters())
     needed, free = (12 * trained + copy) * checkpoints, shutil.disk_usage(out).free
@@ -177,9 +175,10 @@ def run_folder(config: Config) -> tuple[Path, TextIO | None]:
             return None, None
         if config.resume and not config.out:
             raise UserError("--resume: give the run's folder too, as --out")
-        names = itertools.chain([config.preset], (f"{config.preset}-{n}" for n in itertools.count(2)))
-        numbered = (Path("runs", name) for name in names)
-        out = Path(config.out) if config.out else next(folder for folder in numbered if not is_taken(folder))
+        out, n = Path(config.out or f"runs/{config.preset}"), 1
+        while not config.out and is_taken(out):
+            n += 1
+            out = Path(f"runs/{config.preset}-{n}")
         if is_taken(out) and not config.resume:
             raise UserError(f"--out {out}: holds a run already; add --resume or choose another")
         try:
@@ -221,10 +220,13 @@ def check_share(config: Config) -> None:
 
 
 def fit_sizes(config: Config, n: int) -> None:
-    """Lower what does not fit a file of n training questions, and say so in one line."""
-    queries, batch = config.episode_queries, config.batch_size
-    config.episode_queries = min(queries, n)
-    responses = config.episode_queries * config.group_size
+    """Lower what does not fit a file of n training questions, and say so in one line: questions, to a
+    number whose responses fill batches; where n is too small for one batch, the batch."""
+    queries, batch, G = config.episode_queries, config.batch_size, config.group_size
+    if n < queries:
+        fill = batch // math.gcd(batch, G)  # the fewest questions whose responses fill whole batches
+        config.episode_queries = n - n % fill or n
+    responses = config.episode_queries * G
     config.batch_size = max(b for b in range(1, batch + 1) if responses % b == 0)
     check_share(config)
     pairs = {"episode_queries": (queries, config.episode_queries), "batch_size": (batch, config.batch_size)}

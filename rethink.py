@@ -53,6 +53,8 @@ def extender(c: Config, tokenizer, is_right, keys: list[str]):
 
     is_right  sample -> bool, asked only where the trigger depends on it
     keys      per prompt, what its draws depend on, as `rollout.generate` takes them
+
+    None where no look is ever forced.
     """
 
     def extend(n: int, g: int, sample) -> Continuation | None:
@@ -71,7 +73,7 @@ def extender(c: Config, tokenizer, is_right, keys: list[str]):
         forced = tokenizer(TRIGGERS[kind], add_special_tokens=False).input_ids
         if keep < 1 or keep + len(forced) + c.rethink_min_tokens > c.max_new_tokens:
             return None
-        # What is longer is never kept, so it need not be sampled.
+        # A longer one would never be kept, so sampling stops there.
         return Continuation(keep, forced, kind, keep + len(forced) + c.rethink_max_tokens)
 
     return extend if c.rethink_fraction > 0 else None
@@ -141,7 +143,7 @@ def merge_rethought(c: Config, groups: list[list]) -> tuple[list[list], Counter]
 
 
 def rethinks(text: str) -> bool:
-    """Does a response in which none was forced contain a trigger phrase?"""
+    """Does an unforced response contain a trigger phrase?"""
     return any(trigger.strip() in text for trigger in TRIGGERS.values())
 
 
@@ -156,5 +158,5 @@ def before_rethinking(text: str) -> str:
 
 
 def share_rethinking(text: str) -> float:
-    """The share of a response that follows its first trigger phrase, in letters: about that of its tokens."""
+    """The share of a response's characters, and so roughly of its tokens, after its first trigger phrase."""
     return 1 - len(before_rethinking(text)) / len(text)

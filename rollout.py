@@ -32,7 +32,7 @@ from decoding import Cache, Group, Seat, as_cuda_graph, decode_step, recordable,
 from model import Policy, Prompt, Sample, decode
 from rethink import Continuation
 
-# Once no question waits and at most this share of the rows still decodes, rows that have ended are dropped. A
+# Once no question waits and at most this share of rows is still decoding, rows that have ended are dropped. A
 # GPU then records its step anew.
 PACK_BELOW = {"cpu": 0.75, "cuda": 0.5}
 # Looking at `done` makes the host wait for a GPU; a row that has ended decodes on until then.
@@ -81,7 +81,7 @@ def generate(
     keys         per prompt, what its randomness depends on; default: `question_keys`
     extend       asked once for each response that ends; see rethink.Continuation. Its second look comes back
                  as Sample.second_look of the response that it continues
-    max_rows     responses decoded at once: their cache is what bounds it
+    max_rows     responses decoded at once; their cache must fit in memory
     finished     called with (n, g, Sample) for each response that is complete, second look included
     """
     was_training = policy.training

@@ -53,7 +53,7 @@ class ReplayBuffer:
         return len(self.samples)
 
     def begin(self, samples) -> None:
-        """Start an episode of these samples. This buffer starts empty; `add` fills it batch by batch."""
+        """Start an episode of these samples: this buffer is emptied, and `add` fills it batch by batch."""
         self.clear()
 
     def add(self, samples) -> None:

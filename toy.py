@@ -65,7 +65,7 @@ class Recipe:
     warm_batch: int = 32  # worked solutions per step
     warm_lr: float = 1e-3
     reading_share: float = 0.75  # of the warm start, spent learning to see
-    # Of fast, slow, twice. Only slow solutions teach reading, and "twice" costs two of them.
+    # Of fast, slow, twice. Reading is learnt from slow parts; "twice" has one as well, but is longer.
     reading_mix: tuple = (0.05, 0.8, 0.15)
     final_mix: tuple = (0.55, 0.15, 0.30)
     seed: int = 0
@@ -160,16 +160,14 @@ def draw_question(recipe: Recipe, rng: random.Random, heldout: bool, qid: str, c
     """
     world = draw_world(recipe, rng, heldout)
     start, steps = rng.choice(world.cells), rng.choices(range(1, len(chances) + 1), chances)[0]
-    path = world.follow(start, steps)
-    plural = "s" if steps > 1 else ""
+    path, many = world.follow(start, steps), f"{steps} step{'s' if steps > 1 else ''}"
+    asked, answer, solution = f"Start at {start} and take {many}.", path[-1], path
     if recipe.inverse:
-        paths = [path, *(world.follow(cell, steps) for cell in world.cells if cell != start)]
-        if [other[-1] for other in paths].count(path[-1]) > 1:  # the rule compares with one answer
+        solution = [path, *(world.follow(cell, steps) for cell in world.cells if cell != start)]
+        if [other[-1] for other in solution].count(path[-1]) > 1:  # the rule compares with one answer
             return draw_question(recipe, rng, heldout, qid, chances)
-        text = f"{MARKER}Which is {steps} step{plural} before {path[-1]}?"
-        return Question(qid, text, [world.draw()], start, None, f"{steps} step{plural}"), paths
-    text = f"{MARKER}Start at {start} and take {steps} step{plural}."
-    return Question(qid, text, [world.draw()], path[-1], None, f"{steps} step{plural}"), path
+        asked, answer = f"Which is {many} before {path[-1]}?", start
+    return Question(qid, MARKER + asked, [world.draw()], answer, None, many), solution
 
 
 def toy_questions(recipe: Recipe, n: int, seed, heldout: bool = False) -> list[Question]:
@@ -193,8 +191,9 @@ def slow_solution(path: list[str]) -> str:
     return f"{steps}. So \\boxed{{{path[-1]}}}."
 
 
-def worked_solution(path: list[str], recipe: Recipe, rng: random.Random, mix: tuple) -> list[str]:
-    """A solution in one of the three ways, drawn with the chances `mix`, as pieces of text.
+def worked_solution(path: list, recipe: Recipe, rng: random.Random, mix: tuple) -> list[str]:
+    """A solution in one of the three ways, drawn with the chances `mix`, as pieces of text; of an inverse
+    question, whose `path` is a list of all starts' paths, in looks.
 
     Pieces are tokenised apart, because forced rethinking appends a trigger in just this way.
     """

@@ -14,15 +14,16 @@ then take Q G / B optimiser steps on them.
     update    tree.py, grpo.py   clipped loss on trees of responses, AdamW
     measure                      accuracy on held-out questions
 
-Every rank holds all samples of an episode (token ids and numbers; pictures are read again where
-they are needed) and computes the same plan from them, so no rank has to ask another what to train on.
+Every rank holds all samples of an episode (token ids and numbers; with several ranks, pictures stay
+behind and are read again) and computes the same plan from them, so no rank has to ask another what to
+train on.
 prepare.py puts a run together; config.py has its flags.
 """
 
 import os
 
-# Before torch loads: threads that wait sleep, so that another program costs only its share of the
-# cores. Spinning, the default, is several times slower beside one.
+# Before torch loads: waiting threads sleep instead of spinning (the default), which is several times
+# slower when another program uses the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import contextlib
@@ -96,21 +97,24 @@ def sample_episode(run: Run) -> tuple[list[list[Sample]], Counter]:
         groups, outcomes = keep_second_looks(c, groups)
         if c.recompute_logprobs:
             differences = compare_logprobs(run, groups)
-    if not c.recompute_logprobs:  # each rank runs just one micro-batch, so the weights are sharded again
+    if not c.recompute_logprobs:  # one micro-batch does not need the weights that were gathered to sample
         differences = compare_logprobs(run, groups)
     counts.update(outcomes)
     counts.update(mismatch_tokens=len(differences), mismatch=float(differences.abs().sum()))
     counts.update(mismatch_kl=float((differences.expm1() - differences).sum()))
     if parallel.world() > 1:  # pictures do not travel; `with_pixels` reads them again
         for sample in chain(*groups):
-            sample.prompt = replace(sample.prompt, pixel_values=None)
+            sample.prompt = replace(sample.prompt, question=None, pixel_values=None)
             if sample.second_look:
                 sample.second_look.prompt = sample.prompt
-    numbered = parallel.gather(list(zip(numbers, groups)), run.policy)
+    numbered = sorted(parallel.gather(list(zip(numbers, groups)), run.policy), key=lambda pair: pair[0])
+    for n, group in numbered:
+        for sample in group:
+            sample.prompt.question = questions[n]  # every rank has it, and its pictures
     counts = parallel.total(counts, run.policy)
     counts["mismatch_max"] = max(parallel.gather([float(differences.abs().max())]))
     check_mismatch(run, counts["mismatch"] / counts["mismatch_tokens"])
-    return [group for _, group in sorted(numbered, key=lambda pair: pair[0])], counts
+    return [group for _, group in numbered], counts
 
 
 def sample_groups(run: Run, prompts: list[Prompt], keys: list[str], finished=lambda n, g, sample: None):
@@ -183,7 +187,7 @@ def unforced_look(sample: Sample, right: bool) -> dict:
 
 @torch.no_grad()
 def compare_logprobs(run: Run, groups: list[list[Sample]]) -> torch.Tensor:
-    """By how much the training forward pass differs from sampling: log-probabilities of sampled tokens.
+    """Log-probability in the training forward pass minus that met in sampling, of sampled tokens: float64.
 
     One micro-batch tells; every rank runs one. With --recompute_logprobs all are run, and the samples
     keep what the training forward pass says.
@@ -232,12 +236,12 @@ class Branch:
 
 @dataclass
 class Terms:
-    """The loss of a micro-batch, token by token: [B, R], responses as rows, padded."""
+    """The loss of a micro-batch, token by token. All are [B, R], responses as padded rows, but `sft_loss`."""
 
     mask: torch.Tensor  # True where the policy sampled the token
     logprobs: torch.Tensor  # under the policy being trained
     old_logprobs: torch.Tensor  # under the policy that sampled
-    entropy: torch.Tensor
+    entropy: torch.Tensor  # of the next token, in nats
     losses: torch.Tensor  # the clipped surrogate
     clipped: torch.Tensor  # True where the clip stopped the gradient
     weights: torch.Tensor  # of a token in the mean over the optimiser batch, times its draws
@@ -353,7 +357,7 @@ def token_sums(branches: list[Branch], trees: Trees, t: Terms) -> dict[str, floa
 def update(run: Run, branches: list[Branch]) -> Counter:
     """One optimiser step on the batch: its sums and totals, all 0 where nothing has a gradient.
 
-    Samples without advantage (--ssr off keeps them) have none: they count in the mean and are not run.
+    Samples without advantage (--ssr off keeps them) give no gradient: they count in the mean and are not run.
     The step is skipped where the gradient is not finite: its norm is that of all ranks' gradients, so
     all skip.
     """
@@ -434,7 +438,7 @@ def measurement_due(run: Run) -> bool:
 
 
 def checkpoint_due(run: Run) -> bool:
-    """Whether a step ends with a checkpoint: every `save_every` steps, unless its gradient was not finite."""
+    """Whether a step ends with a checkpoint: every `save_every` steps, unless the step was skipped."""
     return run.not_finite == 0 and run.step % run.config.save_every == 0
 
 
@@ -446,7 +450,7 @@ def train_step(run: Run, sampling_seconds: float) -> dict:
     start = time.perf_counter()
     branches = choose_batch(run)
     numbers = update(run, branches)
-    if numbers:  # ruined weights make all rewards equal: an empty batch is no sign of health
+    if numbers:  # ruined weights make all rewards equal: an empty batch does not show that weights are sound
         run.not_finite = 0 if math.isfinite(numbers["grad_norm"]) else run.not_finite + 1
     row = step_metrics(run, branches, numbers)
     run.step += 1

@@ -35,7 +35,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-# Responses up to this length, in tokens, are padded to one length; above, to twice their length at most.
+# Responses of at most so many tokens are padded to one length, longer ones to at most twice their own.
 SHORT = 64
 
 
@@ -73,16 +73,19 @@ class Trees:
     responses: list[Responses]  # all of them, the longest first
 
     def to(self, device) -> "Trees":
-        def move(x, **kept):
-            tensors = {k: v.to(device) for k, v in vars(x).items() if isinstance(v, torch.Tensor)}
-            return replace(x, **tensors | kept)
+        def move(x):
+            # The sizes of pictures stay with the host, which lays out the vision tower's work by them.
+            tensors = {k: v for k, v in vars(x).items() if isinstance(v, torch.Tensor)}
+            tensors.pop("image_grid_thw", None)
+            return replace(x, **{k: v.to(device) for k, v in tensors.items()})
 
-        # The sizes of pictures stay with the host, which lays out the vision tower's work by them.
-        return move(self, image_grid_thw=self.image_grid_thw, responses=[*map(move, self.responses)])
+        return replace(move(self), responses=[move(some) for some in self.responses])
 
 
 def tree_mask(branch: torch.Tensor) -> torch.Tensor:
     """Who attends to whom, [N, T, T]: earlier tokens of the prompt and of one's own response.
+
+    For tests and --explain; training never builds it: see `tree_attention`.
 
     >>> tree_mask(torch.tensor([[0, 0, 1, 1, 2]]))[0].int()
     tensor([[1, 0, 0, 0, 0],
@@ -156,14 +159,14 @@ def build_trees(groups: list[tuple[object, list[torch.Tensor]]]) -> Trees:
 
 
 def of_like_length(lengths: list[int]) -> list[list[int]]:
-    """Indices by length, the longest first, cut where half of a row would be padding.
+    """Indices by length, the longest first, cut where half of a row of more than SHORT would be padding.
 
     >>> of_like_length([100, 300, 10, 200, 140, 90])
     [[1, 3], [4, 0, 5], [2]]
     """
     groups, longest = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or 2 * lengths[i] < longest and longest > SHORT:
+        if not groups or (2 * lengths[i] < longest and longest > SHORT):
             groups.append([])
             longest = lengths[i]
         groups[-1].append(i)
@@ -201,7 +204,7 @@ def tree_attention(trees: Trees, module, query, key, value, **options) -> torch.
     """
     N, _, T, _ = query.shape
     P = trees.responses[0].mask.shape[-1] - trees.responses[0].mask.shape[-2]
-    # Responses follow where a prompt is shorter than P: what is computed for them here is replaced below.
+    # Where a prompt is shorter than P, columns up to P hold response tokens: their output is replaced below.
     causal, _ = sdpa_attention_forward(
         module, query[:, :, :P], key[:, :, :P], value[:, :, :P], None, is_causal=True, **options
     )  # [N, P, h, d]
@@ -211,8 +214,8 @@ def tree_attention(trees: Trees, module, query, key, value, **options) -> torch.
     out = F.pad(out, (0, 0, 0, 0, 0, 1))
     for some in trees.responses:
         q, k, v = some.take(query), some.take_with_prompt(key, P), some.take_with_prompt(value, P)
-        said, _ = sdpa_attention_forward(module, q, k, v, some.mask, is_causal=False, **options)
-        out = out.index_put_((some.own,), said)  # [B, R, h, d]
+        attended, _ = sdpa_attention_forward(module, q, k, v, some.mask, is_causal=False, **options)
+        out = out.index_put_((some.own,), attended)  # [B, R, h, d]
     return out[:-1].unflatten(0, (N, T))
 
 
@@ -235,8 +238,7 @@ def pack_segments(lengths: list[int], device: torch.device) -> Segments:
     starts: dict[int, list[int]] = {}
     for start, length in zip(accumulate(lengths, initial=0), lengths):
         starts.setdefault(length, []).append(start)
-    index = [(torch.tensor(s)[:, None] + torch.arange(L)).flatten() for L, s in starts.items()]
-    index = torch.cat(index)
+    index = torch.cat([(torch.tensor(s)[:, None] + torch.arange(L)).flatten() for L, s in starts.items()])
     batches = [(len(s), L) for L, s in starts.items()]
     return Segments(batches, *(x.to(device, non_blocking=True) for x in (index, index.argsort())))
 

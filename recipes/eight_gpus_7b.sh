@@ -12,7 +12,7 @@ out=${2:-runs/7b}
 
 # Stage 1: GRPO with Selective Sample Replay.
 #
-# --preset 7b        1024 questions x 8 responses an episode, 512 an optimiser step, lr 1e-6, up to
+# --preset 7b        1024 questions x 8 responses per episode, 512 per optimiser step, lr 1e-6, up to
 #                    2048 new tokens; questions whose PassRate_7BBase is not 0
 # --data             ViRL39K's parquet, its pictures unpacked beside it
 # --template plain   "reason step by step", nothing about looking again
@@ -29,7 +29,7 @@ torchrun --nproc_per_node 8 train.py --preset 7b --data "$data" --template plain
 # --model             the newest checkpoint of stage 1; optimiser and schedule begin anew
 # --template rethink  asks for self-questioning, self-verification and self-correction
 # --rethink_fraction 0.25   share q of the responses that are forced to look again
-# --rethink_quota 2   kept a question, where they end right
+# --rethink_quota 2   kept per question, where they end right
 # --rethink_sft_coef 0.05   weight of the loss that teaches to look again unforced
 # --rethink_min_tokens 30   a kept second look is at least so long
 # --rethink_max_tokens 1024   and at most so long

@@ -170,7 +170,9 @@ def main() -> None:
     print(f"| recipe | model | GPUs | {phases} | card, GB |\n|---|---|---|---|---|---|---|")
     for path in sorted(FOLDER.glob("*.sh")):
         stages = [] if "toy" in path.stem else training(path.stem)
-        rows = [(size, gpus, *in_gb(peaks(plan.build(size), gpus, c)), card) for size, gpus, card, c in stages]
+        rows = [
+            (size, gpus, *in_gb(peaks(plan.build(size), gpus, c)), card) for size, gpus, card, c in stages
+        ]
         for row in dict.fromkeys(rows):  # stages that need the same are shown once
             show(path.stem, *row)
     print(f"\n| model | trained | GPUs | {phases} | smallest card |\n|---|---|---|---|---|---|---|")

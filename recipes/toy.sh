@@ -17,6 +17,6 @@ python train.py --toy_level easy --steps 60 --episode_queries 64 --group_size 8 
 python report.py "$out"
 
 # --model, --benchmark toy   the newest checkpoint of that run, on held-out questions
-# --samples 8   responses a question: adds pass@8 and the majority's answer to the accuracy
+# --samples 8   responses per question: adds pass@8 and the majority's answer to the accuracy
 checkpoint=$(ls -d "$out"/checkpoint-* | sort -V | tail -1)
 python eval.py --model "$checkpoint" --benchmark toy --samples 8 --out "$out/eval"

@@ -44,20 +44,20 @@ def test_the_same_questions_are_held_out_whatever_the_pass_rate_the_order_and_th
     assert {q.id for q in prepare.load_data(replace(config, seed=1))[1]} == heldout
 
 
-@pytest.mark.parametrize(("n", "group_size"), [(1, 8), (7, 5), (63, 2)])
-def test_sizes_that_do_not_fit_are_lowered_and_said_in_one_line(n, group_size, monkeypatch, capsys):
+@pytest.mark.parametrize(("n", "group_size", "queries"), [(1, 8, 1), (7, 5, 7), (63, 2, 48)])
+def test_sizes_that_do_not_fit_are_lowered_and_said_in_one_line(n, group_size, queries, monkeypatch, capsys):
     config = Config(data="mine.csv", heldout=2, episode_queries=64, group_size=group_size,
                     batch_size=16 * group_size)  # fmt: skip
     prepare.fit_sizes(config, n)
-    assert config.episode_queries == n and config.group_size == group_size
-    assert n * group_size % config.batch_size == 0 < config.batch_size <= 16 * group_size
+    assert config.episode_queries == queries and config.group_size == group_size
+    assert config.batch_size == min(queries, 16) * group_size
     [line] = capsys.readouterr().out.splitlines()
-    assert f"--episode_queries 64 -> {n}" in line and f"{n} questions to train on, 2 held out" in line
+    assert f"--episode_queries 64 -> {queries}" in line and f"{n} questions to train on, 2 held out" in line
     again = replace(config)
     prepare.fit_sizes(again, n)  # as when the run is resumed
     assert again == config and "->" not in capsys.readouterr().out
     monkeypatch.setattr(parallel, "world", lambda: n + 1)
-    with pytest.raises(UserError, match=f"--episode_queries {n} cannot be shared by {n + 1} ranks"):
+    with pytest.raises(UserError, match=f"--episode_queries {queries} cannot be shared by {n + 1} ranks"):
         prepare.fit_sizes(config, n)
 
 
