@@ -30,15 +30,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import scores
-from benchmarks.asking import RANK, answers_from_model, made_with, trainer_config
+from benchmarks.asking import AGAIN, RANK, answers_from_model, made_with, trainer_config
 from benchmarks.readers import BENCHMARKS, Item
 from benchmarks.sources import find_files, load
 from config import flag, read_flags
-from data import TEMPLATES, UserError, load_questions, printable, read_json, read_rows
+from data import NUMBER, TEMPLATES, UserError, check_shape, load_questions, printable, read_json, read_rows
 from record import lock_folder, seal, write_atomically
 from reward import extract_answer, is_correct
 
 NAMES = ("toy", "own", *BENCHMARKS)
+# What --responses may say beside "id" and "response".
+GIVEN = {"tokens?": (*NUMBER, type(None)), "finish?": (str, type(None)), "again?": AGAIN}
 
 
 @dataclass
@@ -52,17 +54,19 @@ class Config:
     show: bool = flag(False, "print ten responses in which no answer was found, and why")
     limit: int = flag(0, "only the first so many questions; 0: all", low=0)
     samples: int = flag(1, "responses per question: adds pass@k and maj@k [P: 1]", low=1, high=1024)
-    template: str = flag("", "default: plain [P; 72B card: rethink], own: as in training", tuple(TEMPLATES))
+    template: str = flag(
+        "", "default: plain [P; 72B card: rethink]; own, toy: as in training", tuple(TEMPLATES)
+    )
     temperature: float = flag(None, "default: 0, greedy; 0.6 with several samples [C: the same]", low=0)
     max_new_tokens: int = flag(
-        0, "longest response; 0: 8192 [P], for own as in training, toy 64", low=0, high=1 << 17
+        0, "longest response; 0: 8192 [P]; own and toy: as in training", low=0, high=1 << 17
     )
     min_pixels: int = flag(0, "smallest area of a picture; 0: 256 visual tokens [P], the toy's own", low=0)
     max_pixels: int = flag(0, "largest area of a picture; 0: 1280 visual tokens [P], the toy's own", low=0)
     max_prompt_tokens: int = flag(
         32768, "questions with a longer prompt get no answer, counted", low=1, high=1 << 17
     )
-    force_rethink: bool = flag(False, "force every response to look again, too (paper, Fig. 7)")
+    force_rethink: bool = flag(False, "also force responses that ended by themselves to look again (Fig. 7)")
     rows: int = flag(64, "responses decoded at once: their KV cache must fit", low=1)
     tensor: int = flag(1, "ranks of a node that share every layer and answer together; 1: none", low=1)
     cuda_graphs: bool = flag(True, "on a GPU, launch a decoding step as a whole")
@@ -150,9 +154,13 @@ def result_folder(config: Config) -> Path:
     """--out; by default the first of runs/eval, runs/eval-2, ... that is free to use."""
 
     def is_free(out: Path) -> bool:
-        made = [(out / f"{name}.run.json", name) for name in names(config)]
-        made = [(read_json(path), name) for path, name in made if path.exists()]
-        return all(not config.responses and was == made_with(config, name) for was, name in made)
+        for name in names(config):
+            made, result = out / f"{name}.run.json", out / f"{name}.jsonl"
+            if made.exists() and (config.responses or read_json(made) != made_with(config, name)):
+                return False
+            if result.exists() and not made.exists():  # responses that were only marked there
+                return False
+        return True
 
     numbered = (Path(f"runs/eval-{number}" if number > 1 else "runs/eval") for number in itertools.count(1))
     out = Path(config.out) if config.out else next(filter(is_free, numbered))
@@ -173,12 +181,15 @@ def first_line(name: str, count: int, made: dict, out: Path, config: Config) -> 
 def answers_from_file(config: Config, name: str, out: Path, ids: set[str]) -> dict[str, list[dict]]:
     """{id: [answer]} of --responses. An unknown id, or more responses than samples, is an error."""
     result = out / f"{name}.jsonl"
-    if (out / f"{name}.run.json").exists() and result.resolve() != Path(config.responses).resolve():
+    if (out / f"{name}.run.json").exists():
         raise UserError(f"{result}: holds a model's responses; give another --out")
+    if config.limit and result.exists() and result.samefile(config.responses):
+        raise UserError(f"{result}: --limit would drop the rest of it; give another --out")
     found: dict[str, list[dict]] = {}
     for place, row in read_rows(Path(config.responses)):
         if "id" not in row or not isinstance(row.get("response", 0), str | None):
             raise UserError(f'{place}: expected {{"id": ..., "response": "text"}}')
+        check_shape(row, GIVEN, place)
         id_ = str(row["id"])
         if id_ not in ids:
             raise UserError(f"{place}: id {id_!r} is not in the data of {name}; ids look like {min(ids)!r}")

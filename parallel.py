@@ -83,8 +83,8 @@ def end_with_parent() -> None:
 
 
 def leave(code: int) -> None:
-    """End the process; with other ranks without C++'s clean-up, in which gloo's threads, which outlive their
-    group, would call std::terminate after all work was done."""
+    """End the process. With other ranks, skip C++'s clean-up: gloo's threads outlive their group, and would
+    call std::terminate after all work is done."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

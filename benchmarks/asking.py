@@ -4,8 +4,8 @@ Every response is a line of OUT/NAME.jsonl, written and flushed as soon as it is
 is killed loses what was under way and goes on by id. A row that has ended is given the next question
 (rollout.py): a long answer holds up no other. Under torchrun each rank answers every WORLD-th question
 with a policy of its own and writes OUT/NAME.rankR.jsonl; rank 0 waits for the files to be complete
-and merges them. There is no collective: ranks never wait for each other. Of a model that does not fit
-on a GPU, `--tensor N` ranks hold a slice each and answer the same questions together.
+and merges them: only rank 0 waits, and there is no collective. Of a model that does not fit on a GPU,
+`--tensor N` ranks hold a slice each and answer the same questions together.
 
 What we do differently from the common kits: a response's randomness depends on the seed, the question
 and the sample's number alone, so a resumed run draws what the killed one would have drawn, whatever
@@ -49,9 +49,9 @@ def made_with(config, name: str) -> dict:
     weights = list(Path(config.model).glob("*.safetensors"))
     settings["saved"] = int(max((file.stat().st_mtime for file in weights), default=0))
     defaults = TOY if name == "toy" else PAPER
-    if name == "own":  # own questions are asked as in training
+    if name in ("own", "toy"):  # as in training
         trained = trainer_config(config.model)
-        defaults = {key: trained.get(key, value) for key, value in PAPER.items()}
+        defaults = {key: trained.get(key, value) for key, value in defaults.items()}
     settings |= {key: getattr(config, key) or value for key, value in defaults.items()}
     if settings["template"] not in TEMPLATES:
         raise UserError(f"{config.model}: its template {settings['template']!r} is unknown; give --template")

@@ -59,7 +59,8 @@ def mark(item: Item, answer: dict) -> dict:
     if forced := answer.get("again"):  # what it said when forced to look again
         # A second look must answer: what y1 said is no answer of y2.
         again = mark(item, forced | {"response": forced["response"].removeprefix(response)})
-        line["again"] = {key: again[key] for key in ("extracted", "correct", "finish", "tokens")}
+        kept = ("extracted", "correct", "score", "finish", "tokens")
+        line["again"] = {key: again[key] for key in kept if key in again}
         line["again"] |= {"response": forced["response"], "trigger": forced["trigger"]}
     return line
 

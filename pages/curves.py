@@ -100,7 +100,7 @@ def lines_of(chart: Chart, names: list[str], metrics: list[list[dict]]) -> list[
     lines = []
     for i, rows in enumerate(metrics[:1] if alone else metrics):
         for j, (key, label) in enumerate(chart.keys.items()):
-            # Colours tell keys apart, or else runs; dashes do so for who sees no colours.
+            # Colours tell keys, or else runs, apart; dashes do so for readers who cannot see colours.
             dash = 0 if chart.stacked else j if len(chart.keys) > 1 else i
             name = ", ".join(part for part in ("" if alone else names[i], label) if part)
             if points := thin(series(rows, key)):

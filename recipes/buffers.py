@@ -3,10 +3,9 @@
     python recipes/buffers.py whole|two|most4 [the flags of train.py]
 
 Each is what `train.main(argv, buffer=...)` takes, whole as it stands; all draw in proportion to |A|.
-A run with one of them is not resumed within an episode: a checkpoint keeps `samples` and `draws` only.
+Of these only `whole` resumes exactly: a checkpoint keeps an episode's `samples` and `draws`, and nothing else.
 """
 
-import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
 import parallel
 import train
-from ssr import is_effective
+from data import UserError
+from ssr import ReplayBuffer, is_effective
 
 
 class WholeEpisode:
@@ -75,14 +75,21 @@ class AtMost:
 
 
 def weighted_draws(buffer, n: int) -> list:
-    rng = random.Random(f"{buffer.seed} {buffer.draws}")
+    """What the paper's buffer would draw from the same samples."""
+    plain = ReplayBuffer(alpha=1.0, seed=buffer.seed)
+    plain.samples, plain.draws = buffer.samples, buffer.draws
     buffer.draws += 1
-    sizes = [abs(s.advantage) for s in buffer.samples]
-    return rng.choices(buffer.samples, sizes, k=n) if sizes and n > 0 else []
+    return plain.draw(n)
 
 
 BUFFERS = {"whole": WholeEpisode, "two": TwoEpisodes, "most4": lambda seed: AtMost(seed, most=4)}
 
 if __name__ == "__main__":
-    name, *argv = sys.argv[1:]
-    parallel.leave(train.main(argv, buffer=BUFFERS[name](config.parse(argv).seed)))
+    name, *argv = sys.argv[1:] or [""]
+    if name not in BUFFERS:
+        sys.exit(f"error: give one of {', '.join(BUFFERS)}, then the flags of train.py")
+    try:
+        seed = config.parse(argv).seed
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    parallel.leave(train.main(argv, buffer=BUFFERS[name](seed)))

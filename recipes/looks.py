@@ -1,4 +1,4 @@
-"""What looking again is worth in the guess-and-check world, from the runs of `study.py run guess`.
+"""What looking again is worth in the guess-and-check world, from the runs of `guess` and `guess_long` (study.py).
 
     python recipes/looks.py results [--runs runs/study] [--jobs 2] [--base]
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from study import EXPERIMENTS, is_done
-from study_tables import SECOND_LOOKS, show, write_csv
+from study_tables import SECOND_LOOKS, markdown, show, write_csv
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import toy
@@ -53,7 +53,7 @@ def look_again(policy: Policy, questions: list, extra: int) -> list[list]:
         if turn:
             trigger = policy.tokenizer(list(TRIGGERS.values())[turn % len(TRIGGERS)]).input_ids
             prompts = [
-                continued(prompt, [*sample.tokens[:-1].tolist(), *trigger])
+                continued(prompt, [*(i for i in sample.tokens.tolist() if i not in policy.eos_ids), *trigger])
                 for prompt, [sample] in zip(prompts, looks[-1])
             ]
         looks.append(generate(policy, prompts, 1, ROOM, 1.0, question_keys(questions, "looks", turn)))
@@ -93,15 +93,8 @@ def read_run(folder: Path) -> dict:
 def table(runs: list[dict]) -> str:
     """Means over seeds; the difference of accuracy to plain GRPO is paired by seed."""
     plain = {run["seed"]: run["right_0"] for run in runs if run["arm"] == "guess_plain"}
-    titles = [
-        "arm",
-        "seeds",
-        "minus plain",
-        *(title for title, _ in COLUMNS.values()),
-        "wrong→right",
-        "right→wrong",
-    ]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    titles = ["arm", "seeds", "minus plain", *(title for title, _ in COLUMNS.values())]
+    lines = []
     for arm in dict.fromkeys(run["arm"] for run in runs):
         mine = [run for run in runs if run["arm"] == arm]
         paired = [run["right_0"] - plain[run["seed"]] for run in mine if run["seed"] in plain]
@@ -110,8 +103,8 @@ def table(runs: list[dict]) -> str:
         attempted = sum(run["attempted"] for run in mine)
         for name in ("wrong_right", "right_wrong"):  # of the looks forced in training
             cells.append(f"{sum(run[name] for run in mine) / attempted:.1%}" if attempted else "–")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown([*titles, "wrong→right", "right→wrong"], lines)
 
 
 def main(argv: list[str]) -> None:
@@ -126,6 +119,8 @@ def main(argv: list[str]) -> None:
         return
     arms = EXPERIMENTS["guess"].arms | EXPERIMENTS["guess_long"].arms
     folders = [f for arm in arms for f in sorted(args.runs.glob(f"{arm}-*")) if is_done(f)]
+    if not folders:
+        sys.exit(f"error: {args.runs} holds no finished run of guess or guess_long")
     with get_context("spawn").Pool(args.jobs, torch.set_num_threads, (1,)) as pool:
         runs = pool.map(read_run, folders, chunksize=1)
     write_csv(args.results / "looks.csv", runs)

@@ -116,7 +116,7 @@ def sampling(a, c: Config) -> tuple[list[tuple], list[tuple]]:
     time = [
         ("read per step, GB", read / 1e9, "the slices, the head, the cache: for one token of every row"),
         ("added up per step, GB", sums / 1e9, "2 x layers x rows x D x 2 bytes"),
-        ("one step, ms", 1e3 * step, f"max(read / {a.hbm:.3g}, {compute / 1e12:.1f}e12 operations / {a.flops:.3g}) + added up / {a.link:.3g} + 2 x layers x {a.latency:.0e} s"),
+        ("one step, ms", 1e3 * step, f"max(read / {a.hbm:.3g}, {compute / 1e12:.1f}e12 operations / {a.flops:.3g}) + 2 x {parts - 1}/{parts} x added up / {a.link:.3g} + 2 x layers x {a.latency:.0e} s"),
         ("an episode, minutes", steps * step / 60,
          f"{steps} steps: {c.episode_queries} x {G} responses of {a.response} tokens, {rows} rows per {parts} GPUs"),
         ("the same, a layer gathered at a time", of_old * everything / link / 60,
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=2e-5, help="seconds of one sum over ranks")
     a = parser.parse_args()
     c = Config(**PRESETS["72b" if a.size in ("32b", "72b") else "7b"])
-    a.tensor = a.tensor or c.tensor
+    a.tensor = a.tensor or min(c.tensor, a.gpus)
     rows = training(a.size, a.gpus, c.micro_batch_tokens)
     memory, time = sampling(a, c)
     size = {name: number for name, number, _ in rows}

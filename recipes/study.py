@@ -5,8 +5,8 @@
     python recipes/study.py report results --runs runs/study        tables and figures of the finished ones
 
 A run is a folder OUT/ARM-SEED, and done when its metrics.jsonl has reached the last step. Each is one
-process of one thread. Runs are started seed by seed, so that whenever it ends all arms have the same seeds;
-the same command goes on where it ended. `run map` runs map_60_4, map_60_16 and so on.
+process of one thread. Runs start seed by seed, so that all arms have the same seeds whenever the command is
+stopped; the same command goes on where it was. `run map` runs map_60_4, map_60_16 and so on.
 """
 
 import argparse
@@ -134,7 +134,7 @@ for share, (level, n) in WORLDS.items():
             cell = f"{share}_{updates}"
             flags = f"--toy_level {level} {episodes(n, updates)} --rethink_fraction 0"
             EXPERIMENTS[f"map_{cell}"] = Experiment(
-                f"When does replay help? {share} % effective, {updates} updates per episode",
+                f"When does replay help? {share} % effective, {updates} updates per episode.",
                 {f"{arm}_{cell}": f"train.py {flags} {ssr}" for arm, ssr in PLAIN.items()},
                 seeds=5,
                 against=f"plain_{cell}",
@@ -143,8 +143,9 @@ for share, (level, n) in WORLDS.items():
 
 
 def chosen(name: str) -> dict[str, Experiment]:
-    """The experiments of this name, or of names that begin with it and "_"."""
-    found = {k: e for k, e in EXPERIMENTS.items() if k == name or k.startswith(f"{name}_")}
+    """The experiment of this name; where there is none, those whose names begin with it and "_"."""
+    found = {k: e for k, e in EXPERIMENTS.items() if k == name}
+    found = found or {k: e for k, e in EXPERIMENTS.items() if k.startswith(f"{name}_")}
     if not found:
         sys.exit(f"error: no experiment {name}; there are {', '.join(EXPERIMENTS)}")
     return found
@@ -197,8 +198,9 @@ def run(name: str, jobs: int, seeds: range | None, out: Path) -> int:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
         command = [sys.executable, *command, "--out", str(folder.absolute())]
         with open(f"{folder}.log", "w") as log:
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-            processes[-1].wait()
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            processes.append(process)
+            process.wait()
         return folder
 
     def stop(*_):

@@ -31,7 +31,7 @@ def axis(low: float, high: float, most: int = 4) -> list[tuple[float, str]]:
 
 
 def panel(left: float, width: float, title: str, xs: list, ys: list, marks: list, ends=None) -> str:
-    """marks: (kind, colour, [(x, y), ...]) with kind line, area or dots. `ends` of y where `ys` has none."""
+    """marks: (kind, colour, [(x, y), ...]) with kind line, area or dots. ends: those of y, if not its labels'."""
     (x0, x1), (y0, y1) = (xs[0][0], xs[-1][0]), ends or (ys[0][0], ys[-1][0])
 
     def at(x: float, y: float) -> str:

@@ -19,7 +19,6 @@ on where it ended, and writes gradients.csv, .md and .svg to the results.
 """
 
 import csv
-import io
 import math
 import sys
 from collections import defaultdict
@@ -33,14 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from buffers import WholeEpisode
 from study_figures import COLOURS, SHARES, axis, card, panel
-from study_tables import differences, interval, show
+from study_tables import differences, interval, markdown, show, write_csv
 
 import checkpoint
 import parallel
 import train
 from config import parse
 from prepare import Run, prepare
-from record import write_atomically
 from ssr import ReplayBuffer
 
 RUN = (
@@ -151,14 +149,6 @@ def measure(run: Run, step: int) -> list[dict]:
     return rows
 
 
-def as_csv(rows: list[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 # ---------------------------------------------------------------------------- what comes of it
 
 
@@ -191,11 +181,11 @@ def against_plain(rows: list[dict]) -> str:
     for step, arm in dict.fromkeys((row["step"], row["arm"]) for row in rows):
         mine = by_episode([row for row in rows if (row["step"], row["arm"]) == (step, arm)])
         runs[arm] |= {(step, episode): numbers for episode, numbers in mine.items() if "one" in numbers}
-    lines = ["| minus plain, all checkpoints | pairs | one batch | mean of 16 |", "|---" * 4 + "|"]
+    lines = []
     for arm in list(ARMS)[1:]:
         one, mean = (differences(runs, arm, "plain", name) for name in ("one", "mean"))
-        lines.append(f"| {arm} | {len(one)} | {show(one, 3)} | {show(mean, 3)} |")
-    return "\n".join(lines)
+        lines.append([arm, str(len(one)), show(one, 3), show(mean, 3)])
+    return markdown(["minus plain, all checkpoints", "pairs", "one batch", "mean of 16"], lines)
 
 
 def summaries(rows: list[dict]) -> dict[tuple[str, float, float, str], dict]:
@@ -214,12 +204,12 @@ def table(found: dict) -> str:
         "adam": "the same, as Adam scales",
     }
     heads = ["step", "effective", "ceiling", "arm", "batches with a gradient", *names.values()]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for (step, effective, ceiling, arm), numbers in found.items():
-        cells = [step, f"{effective:.2f}", f"{ceiling:.2f}", arm, f"{numbers['given'][0]:.2f}"]
+        cells = [str(step), f"{effective:.2f}", f"{ceiling:.2f}", arm, f"{numbers['given'][0]:.2f}"]
         cells += ["{:.3f} ± {:.3f}".format(*numbers[k]) if k in numbers else "–" for k in names]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(heads, lines)
 
 
 PANELS = {
@@ -259,11 +249,11 @@ def main(folder: str = "runs/gradients", results: str = "results") -> int:
             if step:  # `prepare` has loaded the base
                 checkpoint.load_state(out / f"checkpoint-{step}", run.policy, optimizer)
             run.step = step
-            write_atomically(path, as_csv(measure(run, step)))
-        rows += csv.DictReader(io.StringIO(path.read_text()))
+            write_csv(path, measure(run, step), COLUMNS)
+        rows += csv.DictReader(path.read_text().splitlines())
     found = summaries(rows)
     results.mkdir(exist_ok=True)
-    (results / "gradients.csv").write_text(as_csv(rows))
+    write_csv(results / "gradients.csv", rows, COLUMNS)
     (results / "gradients.svg").write_text(figure(found))
     text = f"{against_plain(rows)}\n\n{table(found)}\n"
     (results / "gradients.md").write_text(text)

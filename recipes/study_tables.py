@@ -14,8 +14,10 @@ seed means the same questions.
 """
 
 import csv
+import io
 import json
 import math
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import numpy as np
 import study_figures
 from study import EXPERIMENTS, PLAIN, UPDATES, is_done
 
+from record import write_atomically
 from rethink import OUTCOMES
 
 # Two-sided 95 % quantile of Student's t by number of seeds.
@@ -64,12 +67,17 @@ def read_run(folder: Path) -> tuple[list[dict], list[dict]]:
     return episodes, heldout
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+def write_csv(path: Path, rows: list[dict], columns: tuple = ()) -> None:
+    """Replace the file, whole or not at all: some of its lines may exist nowhere else."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or rows[0], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomically(path, text.getvalue())
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
 
 
 def add_lines(path: Path, rows: list[dict]) -> None:
@@ -120,8 +128,10 @@ def interval(values: list[float]) -> tuple[float, float]:
     2.0
     """
     n = len(values)
-    half = T_95.get(n, 1.96) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
-    return float(np.mean(values)), float(half)
+    if n < 2:
+        return float(np.mean(values)), math.nan
+    quantile = T_95[max(k for k in T_95 if k <= n)]  # between the lines of the table, the wider one
+    return float(np.mean(values)), float(quantile * np.std(values, ddof=1) / math.sqrt(n))
 
 
 def differences(runs: dict, arm: str, against: str, name: str) -> list[float]:
@@ -171,7 +181,7 @@ def table(experiment, budget: float, runs: dict) -> str:
     heads = ["arm", "seeds"]
     for title, _, compared in COLUMNS.values():
         heads += [title, f"minus {against}"] if compared else [title]
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for arm, seeds in runs.items():
         cells = [arm, str(len(seeds))]
         for name, (_, digits, compared) in COLUMNS.items():
@@ -179,16 +189,14 @@ def table(experiment, budget: float, runs: dict) -> str:
             if compared:
                 cells.append(show(differences(runs, arm, against, name), digits) if arm != against else "–")
         lines.append(cells)
-    looks = [
-        ["arm", "forced looks", "kept", *(name.replace("_", " → ") for name in OUTCOMES[:4]), "no answer"]
-    ]
-    looks += [["---"] * len(looks[0])]
+    text, looks = markdown(heads, lines), []
     for arm, seeds in runs.items():
         totals = [sum(run[name] for run in seeds.values()) for name in SECOND_LOOKS]
         if totals[0]:
             looks.append([arm, f"{totals[0]:.0f}", *(f"{n / totals[0]:.1%}" for n in totals[1:])])
-    blocks = [lines, looks] if len(looks) > 2 else [lines]
-    text = "\n\n".join("\n".join(f"| {' | '.join(cells)} |" for cells in block) for block in blocks)
+    if looks:
+        ends = [name.replace("_", " → ") for name in OUTCOMES[:4]]
+        text += "\n\n" + markdown(["arm", "forced looks", "kept", *ends, "no answer"], looks)
     where = "At" if experiment.equal_tokens else "After equal steps, at most"
     return f"{experiment.asks} {where} {budget:,.0f} sampled tokens per run.\n\n{text}\n"
 
@@ -245,17 +253,12 @@ def map_figure(cells: dict) -> str:
     for name, title in (("accuracy", "held-out accuracy"), ("area", "mean reward")):
         found: dict = {updates: {arm: [] for arm in list(PLAIN)[1:]} for updates in UPDATES}
         for (_, updates), runs in cells.items():
-            plain, *others = runs
+            plain = next(iter(runs))
             share = float(np.mean([run["effective"] for run in runs[plain].values()]))
-            for arm, rows in zip(others, found[updates].values()):
-                rows.append((share, *compared(runs, plain, name)[arm]))
-        bounds = [
-            m + side * h
-            for rows in found.values()
-            for row in rows.values()
-            for _, m, h in row
-            for side in (-1, 1)
-        ]
+            for arm, ends in compared(runs, plain, name).items():
+                found[updates][arm.split("_")[0]].append((share, *ends))
+        ends = chain(*(row for rows in found.values() for row in rows.values()))
+        bounds = [mean + side * half for _, mean, half in ends for side in (-1, 1)]
         for updates, rows in found.items():
             if any(rows.values()):
                 head = f"{title}, {updates} updates"
@@ -272,7 +275,11 @@ def map_figure(cells: dict) -> str:
 def write(folders: list[Path], results: Path) -> None:
     """Add the finished runs of these folders to the CSV files, and make what follows from them."""
     results.mkdir(parents=True, exist_ok=True)
-    read = [read_run(run) for folder in folders for run in sorted(folder.iterdir()) if is_done(run)]
+    arms = {arm for experiment in EXPERIMENTS.values() for arm in experiment.arms}
+    runs = [run for folder in folders for run in sorted(folder.iterdir())]
+    read = [read_run(run) for run in runs if run.name.rpartition("-")[0] in arms and is_done(run)]
+    if not read and not (results / "episodes.csv").exists():
+        sys.exit(f"error: no finished run in {', '.join(map(str, folders)) or results}")
     for name, found in zip(("episodes", "heldout"), zip(*read)):
         add_lines(results / f"{name}.csv", list(chain(*found)))
     episodes, heldout = (read_csv(results / f"{name}.csv") for name in ("episodes", "heldout"))

@@ -98,12 +98,13 @@ def test_own_questions_are_a_benchmark_of_their_own(tmp_path):
     assert summary["groups"] == {"pairs": {"accuracy": 1.0, "n": 1}}
 
 
-def test_own_questions_are_asked_as_in_training(tmp_path):
+def test_own_and_toy_questions_are_asked_as_in_training(tmp_path):
     trained = {"template": "rethink", "max_new_tokens": 7, "min_pixels": 0, "max_pixels": 1 << 20}
     (tmp_path / "trainer.json").write_text(json.dumps({"config": trained | {"lr": 1.0}}))
     flags = ["--model", str(tmp_path), "--data", "mine.jsonl"]
     config = evaluation.parse(flags)
-    assert trained.items() <= asking.made_with(config, "own").items()
+    for name in ("own", "toy"):
+        assert trained.items() <= asking.made_with(config, name).items()
     assert asking.PAPER.items() <= asking.made_with(config, "mmmu").items()
     assert asking.made_with(evaluation.parse([*flags, "--template", "bare"]), "own")["template"] == "bare"
 
@@ -254,6 +255,14 @@ def test_a_second_look_without_an_answer_of_its_own_is_no_answer():
         assert scores.rethinking([GREEN], [[line]])["force_rethink"][outcome] == 1
 
 
+def test_a_second_look_keeps_partial_credit():
+    item = readers.Item(GREEN.question, lambda said: 0.9, [])
+    first = "So \\boxed{green}."
+    again = {"response": first + TRIGGER + first, "finish": "stop", "tokens": 9, "trigger": "x"}
+    line = scores.mark(item, {"response": first, "again": again})
+    assert scores.credit(line) == scores.credit(line["again"]) == 0.9
+
+
 def test_overthinking_counts_tokens_after_an_answer_that_was_right_already():
     for first, second, helped in (("green", "blue", -1), ("blue", "green", 1)):
         before, after = f"So \\boxed{{{first}}}.", f"{TRIGGER} \\boxed{{{second}}}"
@@ -345,8 +354,22 @@ def test_wrong_responses_are_named_and_earlier_results_stay(tmp_path, mmmu, caps
         ([], "the file is empty"),  # no score of 0
         ([{"id": "validation_Art_0"}], 'expected {"id": ..., "response": "text"}'),
         ([{"id": "validation_Art_0", "response": "C"}] * 2, "2 responses to id 'validation_Art_0'"),
+        (
+            [{"id": "validation_Art_0", "response": "C", "tokens": "9"}],
+            "'tokens' must be int or float or null",
+        ),
     ):
         bad = write_jsonl(tmp_path / "bad.jsonl", rows)
         assert run(*flags, bad) == 2
         assert message in capsys.readouterr().err
+    assert run(*flags, tmp_path / "out" / "mmmu.jsonl", "--limit", 1) == 2
+    assert "--limit would drop the rest" in capsys.readouterr().err
     assert (tmp_path / "out" / "mmmu.jsonl").read_text() == before
+
+
+def test_a_folder_with_marked_responses_is_not_the_default_of_another_run(tmp_path, mmmu, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    responses = write_jsonl(tmp_path / "r.jsonl", [{"id": "validation_Art_0", "response": "Answer: C"}])
+    for folder in ("eval", "eval-2"):
+        assert run("--benchmark", "mmmu", "--data", mmmu, "--responses", responses) == 0
+        assert (tmp_path / "runs" / folder / "mmmu.jsonl").exists()

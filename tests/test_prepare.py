@@ -69,6 +69,7 @@ def rewards(tmp_path):
         "def crash(text, question): return question.choices[7]\n"
         "def never(text, question): return float('nan')\n"
         "def leaves(text, question): raise SystemExit(0)\n"
+        "def late(text, question):\n import borrows\n borrows.crash(text, question)\n"
     )
     path.with_name("borrows.py").write_text("from mine import crash\n")
     return path
@@ -79,6 +80,7 @@ def rewards(tmp_path):
     [
         ("mine.py", "must be FILE.py:NAME"),
         ("borrows.py:crash", r"IndexError.*mine.py:2, question q"),  # of a file beside it
+        ("mine.py:late", r"IndexError.*mine.py:2, question q"),  # imported when it is called
         ("mine.py:missing", "has no function missing"),
         ("mine.py:never", "nan for question q; make it finite"),
         ("mine.py:leaves", r"SystemExit.*mine.py:4, question q"),
