@@ -79,22 +79,23 @@ def read_run(folder: Path, name: str) -> Record:
     if not (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder}: no metrics.jsonl; is it a run of train.py, and has it begun?")
 
-    def rows(file: str, shape: dict) -> list[dict]:
+    def rows(file: str, shape: dict) -> list[tuple[str, dict]]:
         path = folder / file
-        return [row for _, row in read_jsonl(path, shape, growing=True)] if path.exists() else []
+        return list(read_jsonl(path, shape, growing=True)) if path.exists() else []
 
     questions, answers = [], {}
-    for number, row in enumerate(rows("heldout.jsonl", {"step": int, "question?": QUESTION}), 1):
+    for place, row in rows("heldout.jsonl", {"step": int, "question?": QUESTION}):
         if "question" in row:
             questions.append(row["question"])
         else:
-            check_shape(row, ANSWER, f"{folder / 'heldout.jsonl'}:{number}")
+            check_shape(row, ANSWER, place)
             answers.setdefault(row["step"], {})[row["id"]] = row
     path = folder / "config.json"
     config = read_json(path, {"steps?": int}) if path.exists() else {}
-    metrics = [derive(row) for row in rows("metrics.jsonl", METRICS)]
-    starts = rows("starts.jsonl", {"step": int, "date": str, "command": str})
-    return Record(name, config, starts, metrics, rows("samples.jsonl", GROUP), questions, answers)
+    metrics = [derive(row) for _, row in rows("metrics.jsonl", METRICS)]
+    starts = [row for _, row in rows("starts.jsonl", {"step": int, "date": str, "command": str})]
+    samples = [row for _, row in rows("samples.jsonl", GROUP)]
+    return Record(name, config, starts, metrics, samples, questions, answers)
 
 
 def derive(row: dict) -> dict:
@@ -200,8 +201,8 @@ def write_report(folders: list[Path]) -> Path:
     runs = list(map(read_run, folders, names))
     first, columns = runs[0], [facts(run) for run in runs]
     summary = table(runs, "Summary", {name: [cells[name] for cells in columns] for name in columns[0]})
-    settings = dict.fromkeys(name for run in runs for name in run.config if name not in ("out", "resume"))
-    settings = {name: [str(run.config.get(name, "–")) for run in runs] for name in settings}
+    known = dict.fromkeys(name for run in runs for name in run.config if name not in ("out", "resume"))
+    settings = {name: [str(run.config.get(name, "–")) for run in runs] for name in known}
     if differing := {name: values for name, values in settings.items() if len(set(values)) > 1}:
         summary += "<h3>Where the settings differ</h3>" + table(runs, "Settings", differing)
     metrics, drawn = [run.metrics for run in runs], {True: "", False: ""}
@@ -212,7 +213,7 @@ def write_report(folders: list[Path]) -> Path:
         "the last. Where a run has more than 200 points, each drawn is a mean of neighbours."
         f'</p><div class="charts wide">{drawn[True]}</div><div class="charts">{drawn[False]}</div>'
     )
-    settings = "".join(
+    listed = "".join(
         f"<li>{escape(name)} <strong>{escape(str(value))}</strong></li>"
         for name, value in first.config.items()
     )
@@ -225,7 +226,7 @@ def write_report(folders: list[Path]) -> Path:
         section("curves", "Curves", curves),
         section("heldout", f"Held-out answers of {first.name}", answers),
         section("rollouts", f"Rollouts of {first.name}", rollouts(first.samples)),
-        section("settings", f"Settings of {first.name}", f'<ul class="settings">{settings}</ul>'),
+        section("settings", f"Settings of {first.name}", f'<ul class="settings">{listed}</ul>'),
     ]
     title, subtitle = escape(first.name), escape(f"{steps_of(first)} steps{beside}")
     template, path = Template(PAGE.read_text(encoding="utf-8")), folders[0] / "report.html"

@@ -116,7 +116,7 @@ def _judge(prediction: str, answer: str, choices: list[str] | None) -> bool:
         return False
     if prediction == answer:
         return True
-    if choices and tidy(prediction) != tidy(answer):
+    if choices and tidy(prediction) != tidy(answer):  # as options: "B", "B. cat" or "cat"
         chosen, right = (named(text, choices) for text in (prediction, answer))
         if chosen is not None and right is not None:
             both = chosen & right

@@ -67,7 +67,7 @@ def held(policy: Policy) -> tuple[int, int]:
     return sum(size for size, _ in mine) + 2 * gradients, gradients
 
 
-def numbers(parameters) -> tuple[int, int]:
+def count(parameters) -> tuple[int, int]:
     """(of these parameters, of those among them that train)."""
     parameters = list(parameters)
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
@@ -79,7 +79,7 @@ def root_of(policy: Policy) -> set:
 
 def to_sample(policy: Policy, parts: int) -> int:
     """Bytes of weights gathered to sample with: layers whole or in slices, the rest whole."""
-    whole = numbers(root_of(policy))[0] + numbers(policy.model.model.visual.parameters())[0]
+    whole = count(root_of(policy))[0] + count(policy.model.model.visual.parameters())[0]
     return 2 * (plan.slice_of_layers(policy, parts) + whole)
 
 
@@ -134,10 +134,10 @@ def tower_block(policy: Policy, tokens: int, trains: bool = False) -> int:
 def updating(policy: Policy, c: Config) -> dict[str, int]:
     """Bytes beside weights, moments and reduced gradients, while the head, layers, tower or root are run back."""
     text, tower, T = policy.text_model.config, policy.model.model.visual, c.micro_batch_tokens
-    layer, layer_trains = numbers(policy.text_model.layers[0].parameters())
-    root, root_trains = numbers(root_of(policy))
-    seen, seen_trains = numbers(tower.parameters())
-    _, head = numbers([policy.head_weight()])
+    layer, layer_trains = count(policy.text_model.layers[0].parameters())
+    root, root_trains = count(root_of(policy))
+    seen, seen_trains = count(tower.parameters())
+    _, head = count([policy.head_weight()])
     patches = T // 2 * tower.config.spatial_merge_size**2
     pictures = 2 * patches * tower.config.hidden_size * tower.config.depth * (seen_trains > 0)
     both = pictures + 2 * T * text.hidden_size * text.num_hidden_layers  # inputs of layers
@@ -161,7 +161,7 @@ def in_gb(found: dict[str, float]) -> list[str]:
     return [f"{n / 1e9:.1f}" for n in found.values()]
 
 
-def show(*cells) -> None:
+def print_row(*cells) -> None:
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
@@ -174,7 +174,7 @@ def main() -> None:
             (size, gpus, *in_gb(peaks(plan.build(size), gpus, c)), card) for size, gpus, card, c in stages
         ]
         for row in dict.fromkeys(rows):  # stages that need the same are shown once
-            show(path.stem, *row)
+            print_row(path.stem, *row)
     print(f"\n| model | trained | GPUs | {phases} | smallest card |\n|---|---|---|---|---|---|---|")
     for size in plan.SHAPES:
         for kind, changes in KINDS.items():
@@ -183,7 +183,7 @@ def main() -> None:
                 c = Config(**PRESETS["7b"] | changes | {"tensor": min(gpus, 8)})
                 found = peaks(plan.build(size), gpus, c)
                 fits = [card for card in CARDS if max(found.values()) < 0.9e9 * card]
-                show(size, kind, gpus, *in_gb(found), fits[0] if fits else "none")
+                print_row(size, kind, gpus, *in_gb(found), fits[0] if fits else "none")
 
 
 if __name__ == "__main__":
