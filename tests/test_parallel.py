@@ -4,6 +4,7 @@ Ranks are forked from this process, so whatever a test has replaced here is repl
 """
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -162,6 +163,20 @@ def test_decoding_whole_weights_uses_no_collective_so_that_lengths_may_differ(ba
     assert seen == [[0, 0, True]] * 2
     rows = tiny.steps_of(tmp_path)
     assert [(row["response_length"], row["truncated"]) for row in rows] == [((1 + 12) / 2, 0.5)] * 2
+
+
+def test_pictures_do_not_travel_between_ranks(base, tmp_path, monkeypatch):
+    gather, sent = parallel.gather, []
+    monkeypatch.setattr(
+        parallel, "gather", lambda items, *by: sent.append(pickle.dumps(items)) or gather(items, *by)
+    )
+
+    def sampled():
+        groups, _ = train.sample_episode(train.prepare(parse(tiny.flags(base, tmp_path, **EPISODES))))
+        assert all(sample.prompt.question.images for group in groups for sample in group)
+        return sum(b"PIL" in items for items in sent)
+
+    assert tiny.on_ranks(2, sampled) == [0, 0]
 
 
 def test_nothing_effective_on_any_rank_skips_the_step(base, tmp_path, monkeypatch):
