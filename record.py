@@ -87,9 +87,9 @@ class Recorder:
     def heldout(self, questions: list, row: dict, answers: list[dict]) -> None:
         """A measurement: its line of metrics.jsonl, and a line of heldout.jsonl per greedy answer.
 
-        The questions and their pictures are written once, before the first answers.
+        The questions and their pictures are written once, before the first answers; the metrics last, since
+        where they are missing a resumed run measures again.
         """
-        self.metrics(row)
         path, kept = self.out / "heldout.jsonl", questions[:HELDOUT_KEPT] if self.active else []
         if not path.exists() or path.stat().st_size == 0:
             for question in kept:
@@ -98,6 +98,7 @@ class Recorder:
         for answer in answers:
             if answer["id"] in ids:
                 self.append(path.name, answer)
+        self.metrics(row)
 
     def summary(self, step: int, total: int, saved: list[Path]) -> str:
         """The last line of a run: what was learnt, where it is, and how to go on."""
