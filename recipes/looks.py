@@ -4,10 +4,12 @@
 
 Of every run's last checkpoint: 512 held-out questions at temperature 1, answered as it likes, then forced to
 look again once, and once more (the paper's Fig. 7). Every look counts by a box of its own. Writes
-results/looks.csv, a line per run, and looks.md, the means over seeds with 95 % intervals (Student's t).
+results/looks.csv, a line per run (those of other runs stay), and looks.md, the means over seeds with 95 %
+intervals (Student's t).
 """
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import torch
 from study import EXPERIMENTS, is_done
-from study_tables import SECOND_LOOKS, markdown, show, write_csv
+from study_tables import SECOND_LOOKS, add_lines, markdown, show
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import toy
@@ -123,9 +125,12 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {args.runs} holds no finished run of guess or guess_long")
     with get_context("spawn").Pool(args.jobs, torch.set_num_threads, (1,)) as pool:
         runs = pool.map(read_run, folders, chunksize=1)
-    write_csv(args.results / "looks.csv", runs)
-    (args.results / "looks.md").write_text(table(runs) + "\n")
-    print(table(runs))
+    add_lines(args.results / "looks.csv", runs)
+    with open(args.results / "looks.csv", newline="") as file:
+        runs = [{k: v if k == "arm" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    text = table(sorted(runs, key=lambda run: list(arms).index(run["arm"])))
+    (args.results / "looks.md").write_text(f"{text}\n")
+    print(text)
 
 
 if __name__ == "__main__":
