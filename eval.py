@@ -38,7 +38,6 @@ from data import NUMBER, TEMPLATES, UserError, check_shape, load_questions, prin
 from record import lock_folder, seal, write_atomically
 from reward import extract_answer, is_correct
 
-NAMES = ("toy", "own", *BENCHMARKS)
 # What --responses may say beside "id" and "response".
 GIVEN = {"tokens?": (*NUMBER, type(None)), "finish?": (str, type(None)), "again?": AGAIN}
 
@@ -46,7 +45,9 @@ GIVEN = {"tokens?": (*NUMBER, type(None)), "finish?": (str, type(None)), "again?
 @dataclass
 class Config:
     model: str = flag("", "directory or hub id of a Qwen-VL, or toy; default: newest toy checkpoint")
-    benchmark: str = flag("", f"of {' '.join(NAMES)}, with commas; default: own with --data, else toy")
+    benchmark: str = flag(
+        "", f"of toy own {' '.join(BENCHMARKS)}, with commas; default: own with --data, else toy"
+    )
     data: str = flag("", "file, directory or hub id; default: the benchmark's own hub id")
     out: str = flag("", "directory of the results; default: runs/eval, numbered if taken")
     responses: str = flag("", 'mark this .jsonl of {"id", "response"} instead of running a model')
@@ -81,9 +82,10 @@ def parse(argv: list[str]) -> Config:
     """
     config = Config(**read_flags(Config, "eval.py", __doc__, argv))
     config.benchmark = config.benchmark or ("own" if config.data else "toy")
+    known = ("toy", "own", *BENCHMARKS)  # your own among them
     for name in names(config):
-        if name not in NAMES:
-            raise UserError(f"--benchmark {name!r}: no such benchmark; there are {', '.join(NAMES)}")
+        if name not in known:
+            raise UserError(f"--benchmark {name!r}: no such benchmark; there are {', '.join(known)}")
     if "own" in names(config) and (names(config) != ["own"] or not config.data):
         raise UserError("--benchmark own: give --data FILE with your questions, and no other benchmark")
     if names(config) == ["toy"] and config.data:

@@ -238,8 +238,11 @@ def figure(found: dict) -> str:
 def main(folder: str = "runs/gradients", results: str = "results") -> int:
     out, results = Path(folder), Path(results)
     flags = [*RUN.split(), "--resume", "--out", folder]
-    if not (out / f"checkpoint-{STEPS[-1]}").is_dir() and (code := train.main(flags)):
-        return code
+    last = out / f"checkpoint-{STEPS[-1]}"
+    if not last.is_dir():
+        code = train.main(flags)
+        if not last.is_dir():  # it was stopped, or could not start
+            return code
     run = prepare(parse(flags))
     optimizer, run.optimizer = run.optimizer, Catch(run.optimizer)
     rows = []
