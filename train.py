@@ -438,7 +438,7 @@ def measurement_due(run: Run) -> bool:
 
 
 def checkpoint_due(run: Run) -> bool:
-    """Whether a step ends with a checkpoint: every `save_every` steps, unless the step was skipped."""
+    """Whether a step ends with a checkpoint: every `save_every` steps, unless its gradient was not finite."""
     return run.not_finite == 0 and run.step % run.config.save_every == 0
 
 
