@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
     if args.base:
         print(json.dumps(measure(toy.toy_policy_dir(toy.LEVELS["inverse"]), extra=4), indent=1))
         return
-    arms = EXPERIMENTS["guess"].arms | EXPERIMENTS["guess_long"].arms
+    arms = [*EXPERIMENTS["guess"].arms, *EXPERIMENTS["guess_long"].arms]
     folders = [f for arm in arms for f in sorted(args.runs.glob(f"{arm}-*")) if is_done(f)]
     if not folders:
         sys.exit(f"error: {args.runs} holds no finished run of guess or guess_long")
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
     add_lines(args.results / "looks.csv", runs)
     with open(args.results / "looks.csv", newline="") as file:
         runs = [{k: v if k == "arm" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    text = table(sorted(runs, key=lambda run: list(arms).index(run["arm"])))
+    text = table(sorted(runs, key=lambda run: arms.index(run["arm"])))
     (args.results / "looks.md").write_text(f"{text}\n")
     print(text)
 

@@ -144,8 +144,9 @@ for share, (level, n) in WORLDS.items():
 
 def chosen(name: str) -> dict[str, Experiment]:
     """The experiment of this name; where there is none, those whose names begin with it and "_"."""
-    found = {k: e for k, e in EXPERIMENTS.items() if k == name}
-    found = found or {k: e for k, e in EXPERIMENTS.items() if k.startswith(f"{name}_")}
+    if name in EXPERIMENTS:
+        return {name: EXPERIMENTS[name]}
+    found = {k: e for k, e in EXPERIMENTS.items() if k.startswith(f"{name}_")}
     if not found:
         sys.exit(f"error: no experiment {name}; there are {', '.join(EXPERIMENTS)}")
     return found

@@ -255,10 +255,10 @@ def map_figure(cells: dict) -> str:
         for (_, updates), runs in cells.items():
             plain = next(iter(runs))
             share = float(np.mean([run["effective"] for run in runs[plain].values()]))
-            for arm, ends in compared(runs, plain, name).items():
-                found[updates][arm.split("_")[0]].append((share, *ends))
-        ends = chain(*(row for rows in found.values() for row in rows.values()))
-        bounds = [mean + side * half for _, mean, half in ends for side in (-1, 1)]
+            for arm, difference in compared(runs, plain, name).items():
+                found[updates][arm.split("_")[0]].append((share, *difference))
+        points = chain(*(row for rows in found.values() for row in rows.values()))
+        bounds = [mean + side * half for _, mean, half in points for side in (-1, 1)]
         for updates, rows in found.items():
             if any(rows.values()):
                 head = f"{title}, {updates} updates"
